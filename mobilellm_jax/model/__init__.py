@@ -1,0 +1,1 @@
+"""The network: its description, its parameters, its mathematics. The only room that knows Flax."""

@@ -1,0 +1,301 @@
+"""The MobileLLM decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU, scanned stacks of blocks.
+
+Axes: B rows, T query positions, S key positions, D model width, N query heads, K KV heads, H head
+width, F MLP width, V vocabulary, L layers of a stack, R repeats of a block.
+
+Each stack is one `nn.scan` over weights stacked as `[L, ...]`. Its body applies a block `R` times,
+each time with keys and values of its own: the paper's layer sharing. (The released MobileLLM code
+reuses the first pass's keys when its KV cache is on.)
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.imports import import_path
+from mobilellm_jax.model.attention import attention, rope, visible
+from mobilellm_jax.model.config import ModelConfig, Stack
+from mobilellm_jax.parallel.sharding import batch_sharded
+
+Params = dict[str, Any]
+Cache = dict[str, Any]  # per stack: {"key", "value"}, each [L, R, B, S, K, H]
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a network is run; none of it changes what it computes beyond rounding."""
+
+    dtype: str = (
+        "float32"  # of activations and of the weights in products; weights are kept in float32
+    )
+    remat: str = "none"  # what the backward pass computes again: none, dots, full
+    unroll: int = 1  # layers per iteration of the scan
+
+    def __post_init__(self) -> None:
+        """Raises `UserError` for a value that is none of those listed."""
+        if self.remat not in REMAT:
+            raise UserError(f"execution.remat={self.remat!r} is not one of {', '.join(REMAT)}.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"execution.dtype={self.dtype!r} is not float32 or bfloat16.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What all blocks share: where the tokens stand and which keys they may read."""
+
+    positions_BT: jax.Array
+    visible_BTS: jax.Array
+
+
+jax.tree_util.register_dataclass(Context, ["positions_BT", "visible_BTS"], [])
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x), times a learned scale if `scaled`; statistics in float32 (arXiv 1910.07467)."""
+
+    eps: float
+    scaled: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises the last axis."""
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        if self.scaled:
+            y = y * self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        return y.astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with RoPE and, if the network has it, QK-norm."""
+
+    config: ModelConfig
+    stack: Stack
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Attends; with a cache ({"key", "value"}: [B, S, K, H]) first writes the new slots into it."""
+        c, s = self.config, self.stack
+
+        def matrix(name: str, *shape: int) -> jax.Array:
+            init = nn.initializers.normal(c.init_std)
+            return self.param(name, init, shape, jnp.float32).astype(x_BTD.dtype)
+
+        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, matrix("query", c.width, s.heads, c.head_dim))
+        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, matrix("key", c.width, s.kv_heads, c.head_dim))
+        v_BTKH = jnp.einsum(
+            "BTD,DKH->BTKH", x_BTD, matrix("value", c.width, s.kv_heads, c.head_dim)
+        )
+        if c.qk_norm != "none":
+            q_BTNH = RMSNorm(c.norm_eps, c.qk_norm == "scaled", name="query_norm")(q_BTNH)
+            k_BTKH = RMSNorm(c.norm_eps, c.qk_norm == "scaled", name="key_norm")(k_BTKH)
+        q_BTNH = rope(q_BTNH, context.positions_BT, c.rope_theta)
+        k_BTKH = rope(k_BTKH, context.positions_BT, c.rope_theta)
+        k_BSKH, v_BSKH = k_BTKH, v_BTKH
+        if cache is not None:
+            rows = jnp.arange(x_BTD.shape[0])[:, None]
+            k_BSKH = cache["key"].at[rows, context.positions_BT].set(k_BTKH)
+            v_BSKH = cache["value"].at[rows, context.positions_BT].set(v_BTKH)
+            cache = {"key": k_BSKH, "value": v_BSKH}
+        y_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, context.visible_BTS)
+        out_NHD = matrix("out", s.heads, c.head_dim, c.width)
+        return jnp.einsum("BTNH,NHD->BTD", y_BTNH, out_NHD), cache
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x) (arXiv 2002.05202)."""
+
+    config: ModelConfig
+    stack: Stack
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        width, hidden = self.config.width, self.stack.mlp_width
+
+        def matrix(name: str, *shape: int) -> jax.Array:
+            init = nn.initializers.normal(self.config.init_std)
+            return self.param(name, init, shape, jnp.float32).astype(x_BTD.dtype)
+
+        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, matrix("gate", width, hidden))
+        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, matrix("up", width, hidden))
+        return jnp.einsum("BTF,FD->BTD", nn.silu(gate_BTF) * up_BTF, matrix("down", hidden, width))
+
+
+class Block(nn.Module):
+    """One pre-norm decoder block. A block of your own has these fields and this call."""
+
+    config: ModelConfig
+    stack: Stack
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
+        """[B, T, D] -> [B, T, D], and the cache with this pass's keys and values in it."""
+        eps = self.config.norm_eps
+        y_BTD = RMSNorm(eps, name="attention_norm")(x_BTD)
+        y_BTD, cache = Attention(self.config, self.stack, name="attention")(y_BTD, context, cache)
+        x_BTD = x_BTD + y_BTD
+        y_BTD = RMSNorm(eps, name="mlp_norm")(x_BTD)
+        return x_BTD + SwiGLU(self.config, self.stack, name="mlp")(y_BTD), cache
+
+
+class Transformer(nn.Module):
+    """Tokens to hidden states, after the final norm."""
+
+    config: ModelConfig
+    execution: Execution
+
+    @nn.compact
+    def __call__(
+        self, tokens_BT: jax.Array, context: Context, caches: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Int [B, T] -> [B, T, D] in the execution's dtype, and the caches."""
+        c = self.config
+        normal = nn.initializers.normal(c.init_std)
+        embedding_VD = self.param("embedding", normal, (c.vocab_size, c.width), jnp.float32)
+        if not c.tied:  # read by `unembedding`; declared here so that it is created with the rest
+            self.param("head", normal, (c.width, c.vocab_size), jnp.float32)
+        x_BTD = batch_sharded(embedding_VD[tokens_BT].astype(self.execution.dtype))
+        new_caches = {}
+        for i, stack in enumerate(c.stacks):
+            name = f"stack_{i}"
+            cache = None if caches is None else caches[name]
+            x_BTD, new_caches[name] = self._run(name, stack, x_BTD, context, cache)
+        hidden_BTD = RMSNorm(c.norm_eps, name="final_norm")(x_BTD)
+        return hidden_BTD, None if caches is None else new_caches
+
+    def _run(
+        self, name: str, stack: Stack, x_BTD: jax.Array, context: Context, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
+        """One stack: a scan over its layers, in which each block is applied `repeats` times."""
+        policy = REMAT[self.execution.remat]
+
+        def apply(
+            block: nn.Module, x: jax.Array, slot: Cache | None
+        ) -> tuple[jax.Array, Cache | None]:
+            return block(batch_sharded(x), context, slot)
+
+        if policy is not None:
+            apply = nn.remat(apply, policy=policy, prevent_cse=False)
+
+        def layer(
+            block: nn.Module, x: jax.Array, slots: Cache | None
+        ) -> tuple[jax.Array, Cache | None]:
+            new_slots = []
+            for r in range(stack.repeats):
+                slot = None if slots is None else jax.tree.map(lambda leaf, r=r: leaf[r], slots)
+                x, slot = apply(block, x, slot)
+                new_slots.append(slot)
+            if slots is None:
+                return x, None
+            return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *new_slots)
+
+        scan = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=stack.layers,
+            unroll=min(self.execution.unroll, stack.layers),
+        )
+        block = import_path(self.config.block, "model.block")(self.config, stack, name=name)
+        return scan(block, x_BTD, cache)
+
+
+def init(config: ModelConfig, key: jax.Array) -> Params:
+    """Fresh float32 parameters: N(0, init_std) matrices and embedding, norm scales of one."""
+    tokens_BT = jnp.zeros((1, 1), jnp.int32)
+    return Transformer(config, Execution()).init(key, tokens_BT, _context(tokens_BT), None)[
+        "params"
+    ]
+
+
+def apply(
+    params: Params,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
+    execution: Execution = Execution(),
+) -> jax.Array:
+    """Hidden states of whole rows, [B, T, D] after the final norm, in the execution's dtype.
+
+    Args:
+      params: as made by `init`.
+      config: the network.
+      tokens_BT: int token ids.
+      segment_ids_BT: int, equal for tokens of one document; None if a row is one document.
+      execution: dtype, remat, unroll.
+    """
+    context = _context(tokens_BT, segment_ids_BT)
+    hidden_BTD, _ = Transformer(config, execution).apply(
+        {"params": params}, tokens_BT, context, None
+    )
+    return hidden_BTD
+
+
+def apply_cached(
+    params: Params,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    cache: Cache,
+    execution: Execution = Execution(),
+) -> tuple[jax.Array, Cache]:
+    """Hidden states of new tokens that read what the cache holds before them.
+
+    A token at position `p` is written to slot `p` and reads slots `0..p`, so rows of one batch may
+    stand at different positions, and what was written beyond a row's end is overwritten before it
+    is read.
+
+    Returns:
+      [B, T, D] hidden states and the cache with the new keys and values in it.
+    """
+    length = jax.tree.leaves(cache)[0].shape[3]
+    slots_BS = jnp.broadcast_to(jnp.arange(length), (tokens_BT.shape[0], length))
+    context = Context(positions_BT, visible(positions_BT, slots_BS, None, None))
+    model = Transformer(config, execution)
+    hidden_BTD, new = model.apply({"params": params}, tokens_BT, context, cache)
+    return hidden_BTD, new
+
+
+def empty_cache(config: ModelConfig, rows: int, length: int, dtype: str = "float32") -> Cache:
+    """A KV cache of zeros: one slot per application of a block, in order of execution."""
+
+    def zeros(s: Stack) -> jax.Array:
+        return jnp.zeros((s.layers, s.repeats, rows, length, s.kv_heads, config.head_dim), dtype)
+
+    return {
+        f"stack_{i}": {"key": zeros(stack), "value": zeros(stack)}
+        for i, stack in enumerate(config.stacks)
+    }
+
+
+def unembedding(params: Params, config: ModelConfig) -> jax.Array:
+    """The matrix [D, V] that turns hidden states into logits: the embedding's transpose if tied."""
+    return params["embedding"].T if config.tied else params["head"]
+
+
+def logits(params: Params, config: ModelConfig, hidden_BTD: jax.Array) -> jax.Array:
+    """float32 [B, T, V]."""
+    unembedding_DV = unembedding(params, config).astype(hidden_BTD.dtype)
+    return jnp.einsum("BTD,DV->BTV", hidden_BTD, unembedding_DV, preferred_element_type=jnp.float32)
+
+
+def _context(tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> Context:
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    return Context(
+        positions_BT, visible(positions_BT, positions_BT, segment_ids_BT, segment_ids_BT)
+    )

@@ -1,0 +1,72 @@
+"""How parameters and batches are sharded: one table of rules on names.
+
+Every matrix is sharded over `fsdp` along its model width D (fully sharded data parallelism); the
+layer axis of scanned weights is never sharded; what no rule names is replicated. Optimizer moments
+carry the names of their parameters and so follow them. Rows of a batch are sharded over `data` and
+`fsdp` together.
+
+A third axis is one more name in this table.
+"""
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+BATCH_AXES = ("data", "fsdp")
+
+# (pattern searched at the end of a parameter's path, its specification). [L, ...] for weights in a
+# stack.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"embedding", P(None, "fsdp")),  # V D
+    (r"head", P("fsdp", None)),  # D V
+    (r"attention/(query|key|value)", P(None, "fsdp", None, None)),  # L D N H
+    (r"attention/out", P(None, None, None, "fsdp")),  # L N H D
+    (r"mlp/(gate|up)", P(None, "fsdp", None)),  # L D F
+    (r"mlp/down", P(None, None, "fsdp")),  # L F D
+)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path of a pytree as `a/b/c`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The specification of an array by its name.
+
+    An axis that does not divide its dimension is left out, because XLA shards evenly or not at all;
+    the parameter table printed at the start of a run shows what each parameter got.
+    """
+    for pattern, rule in RULES:
+        if re.search(rf"(^|/){pattern}$", name) and len(rule) == len(shape):
+            fits = (
+                a is None or size % mesh.shape[a] == 0 for a, size in zip(rule, shape, strict=True)
+            )
+            return P(*(axis if fit else None for axis, fit in zip(rule, fits, strict=True)))
+    return P()
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A `NamedSharding` for every array (or `ShapeDtypeStruct`) of a pytree, by its path."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec(path_name(path), leaf.shape, mesh)), tree
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over all devices; for every array whose first axis is B."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def batch_sharded(x: jax.Array) -> jax.Array:
+    """Pins activations to the sharding of their rows, so that XLA gathers weights and never activations.
+
+    Without a mesh (a single device, no `jax.set_mesh`) there is nothing to pin.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))

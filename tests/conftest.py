@@ -1,0 +1,14 @@
+"""Eight simulated devices, programs compiled quickly rather than well, no search for accelerators."""
+
+import os
+
+# Before JAX is imported.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    )
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")

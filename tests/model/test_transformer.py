@@ -1,0 +1,253 @@
+"""The network against its description: counts, causality, documents, sharing, cache, remat."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model import transformer
+from mobilellm_jax.model.config import ModelConfig, Stack, flops_per_token, parameter_count
+from mobilellm_jax.model.presets import PRESETS, preset, shared
+from mobilellm_jax.model.transformer import Execution
+
+PLAIN = ModelConfig(97, 48, (Stack(3, 4, 2, 80),), head_dim=16, max_length=64)
+SHARED = shared(PLAIN)
+MIXED = ModelConfig(
+    97,
+    48,
+    (Stack(2, 6, 3, 80, 2), Stack(1, 2, 1, 32, 3)),
+    head_dim=16,
+    tied=False,
+    qk_norm="scaled",
+)
+NETWORKS = {  # between them every part of a network
+    "mixed": MIXED,
+    "unit": dataclasses.replace(SHARED, qk_norm="unit"),
+}
+
+
+@pytest.fixture(params=NETWORKS.values(), ids=NETWORKS.keys())
+def config(request):
+    return request.param
+
+
+# Compiled once per network; an eager scan would be compiled at every call.
+apply = jax.jit(transformer.apply, static_argnames=("config", "execution"))
+apply_cached = jax.jit(transformer.apply_cached, static_argnames=("config", "execution"))
+
+
+@functools.cache
+def random_params(config, seed=0):
+    """Larger than the initialisation, and norm scales that are not one, so that every part matters."""
+    params = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: x + 0.2 * rng.standard_normal(x.shape, np.float32), params)
+
+
+def tokens(config, rows=2, length=12, seed=0):
+    return jax.random.randint(jax.random.key(seed), (rows, length), 3, config.vocab_size)
+
+
+# MobileLLM: research tables count without norm scales; these are exact, norms included.
+EXACT = {
+    "mobilellm-125m": 124_635_456,
+    "mobilellm-350m": 345_355_200,
+    "mobilellm-600m": 603_188_352,
+    "mobilellm-1b": 1_005_461_760,
+    "mobilellm-1.5b": 1_511_188_800,
+    "mobilellm-ls-125m": 124_635_456,
+    "mobilellm-ls-350m": 345_355_200,
+    "mobilellm-r1-140m": 140_248_512,
+    "mobilellm-r1-360m": 359_431_168,
+    "mobilellm-r1-950m": 949_685_760,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_published_parameter_counts(name):
+    config = preset(name)
+    shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == EXACT[name]
+    assert parameter_count(config) == EXACT[name]
+
+
+def test_parameter_count_of_every_kind_of_network(config):
+    params = random_params(config)
+    assert parameter_count(config) == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_flops_of_the_125m_network_by_hand():
+    # 30 x (2 x 576 x 64 x (9 + 3) + 3 x 576 x 1536) + 32000 x 576, and 30 x 9 x 64 x 2048 for
+    # attention.
+    assert flops_per_token(preset("mobilellm-125m"), 2048) == 6 * (124_600_320 + 35_389_440)
+
+
+def test_flops_count_every_application_of_a_shared_block():
+    head = 6 * PLAIN.vocab_size * PLAIN.width
+    once, twice = flops_per_token(PLAIN, 64) - head, flops_per_token(SHARED, 64) - head
+    assert twice == 2 * once
+
+
+def test_no_hidden_state_depends_on_the_future(config):
+    params, tokens_BT = random_params(config), tokens(config)
+    embedded = params["embedding"][tokens_BT[0]]  # one row of distinct positions
+
+    def hidden(embedding_TD):
+        # Give every position a vocabulary entry of its own, so that gradients tell positions apart.
+        table = jnp.concatenate([embedding_TD, params["embedding"][embedding_TD.shape[0] :]])
+        ids = jnp.arange(embedding_TD.shape[0])[None]
+        return apply({**params, "embedding": table}, config, ids)[0]
+
+    jacobian = jax.jit(jax.jacobian(hidden))(embedded)  # T D T D
+    reads = np.abs(np.asarray(jacobian)).sum((1, 3)) > 0
+    assert (reads == np.tril(np.ones_like(reads))).all()
+
+
+def test_nothing_crosses_the_border_of_a_document(config):
+    params = random_params(config)
+    row = tokens(config, 1, 12)
+    segments = jnp.array([[0] * 5 + [1] * 4 + [2] * 3])
+    together = apply(params, config, row, segments)
+    for first, last in ((0, 5), (5, 9), (9, 12)):
+        alone = apply(params, config, row[:, first:last])
+        np.testing.assert_allclose(together[:, first:last], alone, atol=2e-5, rtol=2e-5)
+
+
+def test_sharing_equals_the_unrolled_network():
+    """Block i of a shared stack is blocks 2i and 2i + 1 of a plain one; gradients add up."""
+    deep = dataclasses.replace(PLAIN, stacks=(dataclasses.replace(PLAIN.stacks[0], layers=6),))
+    params, row = random_params(SHARED), tokens(SHARED)
+
+    def unrolled(params):
+        stack = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), params["stack_0"])
+        return apply({**params, "stack_0": stack}, deep, row)
+
+    def shared_(params):
+        return apply(params, SHARED, row)
+
+    np.testing.assert_allclose(shared_(params), unrolled(params), atol=1e-5)
+    one, two = (
+        jax.jit(jax.grad(lambda p, f=f: jnp.sin(f(p)).sum()))(params) for f in (shared_, unrolled)
+    )
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-4)
+
+
+def test_scan_equals_a_python_loop_over_layers():
+    """Applies a stack of one layer three times by hand, with that layer's slice of the weights."""
+    params, row = random_params(PLAIN), tokens(PLAIN)
+    single = dataclasses.replace(
+        PLAIN, stacks=(dataclasses.replace(PLAIN.stacks[0], layers=1),) * 3
+    )
+    by_hand = {k: v for k, v in params.items() if k != "stack_0"}
+    for layer in range(3):
+        by_hand[f"stack_{layer}"] = jax.tree.map(lambda x, i=layer: x[i : i + 1], params["stack_0"])
+    scanned = apply(params, PLAIN, row)
+    np.testing.assert_allclose(scanned, apply(by_hand, single, row), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "execution", [Execution(remat="full"), Execution(remat="dots"), Execution(unroll=2)], ids=str
+)
+def test_execution_changes_no_gradient(config, execution):
+    pairs = zip(
+        jax.tree.leaves(gradient(config, execution)),
+        jax.tree.leaves(gradient(config, Execution())),
+        strict=True,
+    )
+    for a, b in pairs:
+        np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
+
+
+@functools.cache
+def gradient(config, execution):
+    def loss(params):
+        hidden = transformer.apply(params, config, tokens(config), execution=execution)
+        return jnp.sin(hidden).sum()
+
+    return jax.jit(jax.grad(loss))(random_params(config))
+
+
+def test_remat_computes_again():
+    """A policy that is silently ignored would leave the lowered program as it is."""
+    params, row = random_params(SHARED), tokens(SHARED)
+
+    def count(remat):
+        def loss(p):
+            return apply(p, SHARED, row, execution=Execution(remat=remat)).sum()
+
+        return jax.jit(jax.grad(loss)).lower(params).as_text().count("dot_general")
+
+    assert count("full") > count("dots") >= count("none")
+
+
+def test_bfloat16_is_close_to_float32(config):
+    params, row = random_params(config), tokens(config)
+    exact = apply(params, config, row)
+    rough = apply(params, config, row, execution=Execution("bfloat16"))
+    assert rough.dtype == jnp.bfloat16
+    error = jnp.abs(rough.astype(jnp.float32) - exact).max()
+    assert error < 0.06 * jnp.abs(exact).max()
+
+
+def test_cached_equals_uncached_with_rows_at_different_positions(config):
+    params, row = random_params(config), tokens(config, 3, 12)
+    whole = apply(params, config, row)
+    cache = transformer.empty_cache(config, 3, 16)
+    lengths = np.array([2, 5, 7])
+    # The prefill reads 7 tokens of every row, so two rows write slots that are not theirs yet.
+    positions = jnp.broadcast_to(jnp.arange(7), (3, 7))
+    hidden, cache = apply_cached(params, config, row[:, :7], positions, cache)
+    for b in range(3):
+        np.testing.assert_allclose(
+            hidden[b, : lengths[b]], whole[b, : lengths[b]], atol=2e-5, rtol=2e-5
+        )
+    for step in range(5):
+        at = lengths + step
+        new = row[jnp.arange(3), at][:, None]
+        hidden, cache = apply_cached(params, config, new, at[:, None], cache)
+        np.testing.assert_allclose(hidden[:, 0], whole[np.arange(3), at], atol=2e-5, rtol=2e-5)
+    slots = sum(leaf.shape[0] * leaf.shape[1] for leaf in jax.tree.leaves(cache)) // 2
+    assert slots == config.depth
+
+
+def test_first_pass_keys_are_not_reused():
+    """Second passes have keys of their own; reusing the first pass's is a known defect."""
+    params, row = random_params(SHARED), tokens(SHARED, 1, 8)
+    cache = transformer.empty_cache(SHARED, 1, 8)
+    positions = jnp.arange(8)[None]
+    _, cache = apply_cached(params, SHARED, row, positions, cache)
+    keys = cache["stack_0"]["key"]
+    assert jnp.abs(keys[:, 0] - keys[:, 1]).max() > 0.1
+
+
+def test_configurations_survive_json(config):
+    assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stacks": ()},
+        {"stacks": (Stack(2, 4, 3, 8),)},
+        {"head_dim": 15},
+        {"qk_norm": "l2"},
+        {"vocab_size": 0},
+        {"stacks": (Stack(0, 4, 2, 8),)},
+    ],
+    ids=str,
+)
+def test_what_is_no_network_is_refused(change):
+    with pytest.raises(UserError):
+        dataclasses.replace(PLAIN, **change)
+
+
+def test_unknown_keys_are_refused():
+    with pytest.raises(UserError, match="widht"):
+        ModelConfig.from_dict({**PLAIN.to_dict(), "widht": 3})
+    with pytest.raises(UserError, match="mobilellm-125m"):
+        preset("mobilellm-125")
