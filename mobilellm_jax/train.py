@@ -1,0 +1,411 @@
+r"""Trains a network: every stage of every recipe is this loop under another configuration.
+
+    python -m mobilellm_jax.train --config=configs/smoke.py --workdir=runs/smoke
+
+Started again with the same workdir it goes on where it was. Ctrl-C and SIGTERM save and leave. The
+workdir holds config.json, metrics.jsonl, tensorboard/ and checkpoints/.
+"""
+
+import functools
+import json
+import os
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from mobilellm_jax import cli
+from mobilellm_jax.data.mixture import batches, open_mixture, open_split
+from mobilellm_jax.data.plan import Plan
+from mobilellm_jax.data.rows import Rows
+from mobilellm_jax.data.tokenizers import Tokenizer
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model import transformer
+from mobilellm_jax.model.config import ModelConfig, flops_per_token, parameter_count
+from mobilellm_jax.parallel.mesh import make_mesh
+from mobilellm_jax.parallel.sharding import batch_sharding, shardings
+from mobilellm_jax.training import overview
+from mobilellm_jax.training.checkpoint import Checkpoints
+from mobilellm_jax.training.config import FREE, check, configured, differences
+from mobilellm_jax.training.metrics import MetricsWriter, peak_flops, per_source
+from mobilellm_jax.training.objectives import Batch, Network, next_token
+from mobilellm_jax.training.progress import Progress
+from mobilellm_jax.training.provenance import changes, provenance
+from mobilellm_jax.training.step import TrainState, init_state, sums, train_step
+
+
+def train(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    stop_at: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> TrainState:
+    """Trains as configured, from the workdir's newest checkpoint if there is one.
+
+    Args:
+      config: see `training.config.base_config`.
+      workdir: local or `gs://` directory of this run and no other.
+      stop_at: step after which to save and leave, as if the run had been stopped there.
+      devices: to run on; all there are if None.
+
+    Returns:
+      The last state.
+
+    Raises:
+      UserError: the configuration, the data or the workdir is not usable, or too many steps in a
+        row were not finite.
+      SystemExit: stopped by a signal, after saving; its status is 128 + the signal's number.
+    """
+    # --- What is to be trained, on what
+    # -------------------------------------------------------------------
+    devices = devices or jax.devices()
+    check(config, len(devices))
+    model = ModelConfig.from_dict(config.model)
+    plan = Plan.load(config.plan)
+    tokenizer = Tokenizer.load(plan.resolve(plan.tokenizer_path))
+    if tokenizer.fingerprint != plan.tokenizer:
+        raise UserError(
+            f"{plan.resolve(plan.tokenizer_path)} is not the tokenizer that the plan {config.plan} was "
+            "made with: put that file back, or prepare the data again."
+        )
+    mixture = open_mixture(plan, config.row_length, model.vocab_size)
+    heldout = open_split(plan, "heldout", model.vocab_size)
+    workdir = epath.Path(workdir)
+    claim(workdir, config)
+
+    # --- Devices, and the state of a fresh run as shapes
+    # --------------------------------------------------
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    make_optimizer = configured(config.optimizer, "optimizer")
+
+    def fresh() -> TrainState:
+        params = transformer.init(model, jax.random.key(config.seed))
+        return init_state(params, make_optimizer)
+
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(fresh)
+        state_shardings = shardings(shapes, mesh)
+
+        # --- The state: restored, or made in place
+        # --------------------------------------------------------
+        checkpoints = Checkpoints(workdir, **config.checkpoint)
+        meta = checkpoints.newest_meta()
+        origin = provenance(devices)
+        if meta is None:
+            state, rows = jax.jit(fresh, out_shardings=state_shardings)(), 0
+        else:
+            _same_run(meta, config, plan, checkpoints.directory)
+            for change in changes(meta, origin):
+                print(f"resume: {change}; the result may differ in its last bits.")
+            abstract = jax.tree.map(_abstract, shapes, state_shardings)
+            state, rows = checkpoints.restore(abstract), int(meta["rows"])
+        start = int(state.step)
+
+        # --- The step and the evaluation, compiled at their first call
+        # ------------------------------------
+        network = Network(
+            model, transformer.Execution(**config.execution), tokenizer.bos_id, config.loss_chunks
+        )
+        piece_bytes_V = jax.numpy.asarray(tokenizer.piece_bytes())
+        step_function = jax.jit(
+            functools.partial(
+                train_step,
+                network=network,
+                objective=configured(config.objective, "objective"),
+                make_optimizer=make_optimizer,
+                schedule=configured(config.schedule, "schedule")(config.steps),
+                sources=len(plan.sources),
+                microbatches=config.microbatches,
+            ),
+            donate_argnums=0,
+            out_shardings=(state_shardings, None),
+        )
+        evaluation = functools.partial(
+            evaluate,
+            network=network,
+            heldout=heldout,
+            names=plan.names,
+            rows=config.eval.rows,
+            batch_rows=config.global_batch // config.microbatches,
+            piece_bytes_V=piece_bytes_V,
+            mesh=mesh,
+        )
+
+        # --- What the user sees before the first step
+        # -----------------------------------------------------
+        print(
+            overview.parameter_table(jax.tree.map(_abstract, shapes.params, state_shardings.params))
+        )
+        print(overview.summary(model, config.row_length, config.global_batch, config.steps))
+        shares = ", ".join(f"{source.name} {source.weight:.1%}" for source in plan.sources)
+        print(
+            f"data: {shares}; {len(tokenizer.model_bytes):,}-byte tokenizer {tokenizer.fingerprint[:12]}"
+        )
+        print(f"devices: {len(devices)} x {devices[0].device_kind}, mesh {dict(mesh.shape)}")
+        if start:
+            print(f"resumed at step {start:,} of {config.steps:,} from {checkpoints.directory}")
+        sys.stdout.flush()
+
+        # --- The loop
+        # -------------------------------------------------------------------------------------
+        flops = flops_per_token(model, config.row_length)
+        peak = peak_flops(devices[0].device_kind)
+        tokens_per_step = config.global_batch * config.row_length
+        last = min(config.steps, stop_at or config.steps)
+        writer = MetricsWriter(workdir, start)
+        writer.write(
+            "start",
+            start,
+            {"time": time.time(), "parameters": parameter_count(model), "flops_per_token": flops}
+            | {"plan": plan.hash, "tokenizer": tokenizer.fingerprint, **origin},
+        )
+        progress = Progress(start, config.steps, config.log_every)
+        described = {
+            "config": config.to_dict(),
+            "plan": plan.to_dict(),
+            "plan_hash": plan.hash,
+            **origin,
+        }
+
+        def save() -> None:
+            writer.sync()
+            checkpoints.save(state, {"step": step, "rows": rows, **described}, tokenizer)
+
+        def record(step: int, rows: int, metrics: Any, host: dict[str, float]) -> None:
+            """Fetches and writes a step's metrics; called one step late, so that the device never waits."""
+            metrics = jax.device_get(metrics)
+            seconds = progress.lap()
+            values = per_source(metrics, plan.names) | {
+                name: float(metrics[name]) for name in ("loss", "gradient_norm", "learning_rate")
+            }
+            for key in ("rows", "tokens"):
+                values |= {
+                    f"{key}/{n}": int(v) for n, v in zip(plan.names, metrics[key], strict=True)
+                }
+            values |= {
+                "tokens_per_second": tokens_per_step / seconds,
+                "step_seconds": seconds,
+                **host,
+            }
+            if peak:
+                values["mfu"] = values["tokens_per_second"] * flops / (peak * len(devices))
+            values |= {"skipped": int(metrics["skipped"]), "rows": rows}
+            writer.write("train", step, values)
+            progress.show(step, values)
+            if metrics["skipped_in_row"] >= config.max_skipped:
+                raise UserError(
+                    f"stopped at step {step}: the loss or its gradient was not finite "
+                    f"{int(metrics['skipped_in_row'])} steps in a row; the weights never saw them. Lower "
+                    "config.schedule.peak or look at the rows of these steps; the checkpoints in "
+                    f"{checkpoints.directory} are from before."
+                )
+
+        step, pending = start, None
+        stream = _prefetched(
+            batches(mixture, rows, config.global_batch, prefetch=config.prefetch), mesh
+        )
+        with _Signals() as signals:
+            try:
+                while step < last and not signals.caught:
+                    waited = time.perf_counter()
+                    batch, crc = next(stream)
+                    waited = time.perf_counter() - waited
+                    state, metrics = step_function(state, batch, piece_bytes_V)
+                    step, rows = step + 1, rows + config.global_batch
+                    if pending:
+                        record(*pending)
+                    pending = step, rows, metrics, {"data_wait_seconds": waited, "batch_crc32": crc}
+                    evaluate_now = step % config.eval.every == 0 or step == config.steps
+                    if evaluate_now or checkpoints.due(step):
+                        record(*pending)  # before the checkpoint: after it nobody would
+                        pending = None
+                    if evaluate_now:
+                        found = evaluation(state.params)
+                        writer.write("heldout", step, found)
+                        progress.heldout(step, found)
+                        progress.lap()
+                    if checkpoints.due(step):
+                        save()
+                if pending:
+                    record(*pending)
+                if step > start:
+                    save()
+                checkpoints.wait()
+            finally:
+                progress.close()
+                writer.close()
+                checkpoints.close()
+
+    if step < config.steps:
+        reason = signals.caught.name if signals.caught else f"--stop_at={stop_at}"
+        print(
+            f"stopped by {reason} at step {step:,} of {config.steps:,}; saved in {checkpoints.directory}. "
+            "The same command goes on from here."
+        )
+        if signals.caught:
+            sys.exit(128 + signals.caught)
+    else:
+        print(
+            f"done: step {step:,}, {rows:,} rows; checkpoint in {checkpoints.directory / str(step)}"
+        )
+    return state
+
+
+def evaluate(
+    params: Any,
+    *,
+    network: Network,
+    heldout: list[Rows],
+    names: tuple[str, ...],
+    rows: int,
+    batch_rows: int,
+    piece_bytes_V: jax.Array,
+    mesh: jax.sharding.Mesh,
+) -> dict[str, float]:
+    """Loss and bits per byte on the first `rows` held-out rows of each source, overall and per source.
+
+    The last batch is filled up with rows of BOS alone, which hold no target.
+    """
+    totals: dict[str, Any] = {}
+    width = heldout[0].info.row_length + 1
+    for source, split in enumerate(heldout):
+        count = min(rows, len(split))
+        for first in range(0, count, batch_rows):
+            tokens = np.full((batch_rows, width), network.bos_id, np.int32)
+            read = split.read(np.arange(first, min(first + batch_rows, count)))
+            tokens[: len(read)] = read
+            batch = _on_devices(
+                {"tokens": tokens, "source": np.full(batch_rows, source, np.int32)}, mesh
+            )
+            part = _evaluation_sums(
+                params, batch, piece_bytes_V, network=network, sources=len(names)
+            )
+            totals = (
+                jax.tree.map(np.add, totals, jax.device_get(part))
+                if totals
+                else jax.device_get(part)
+            )
+    return per_source(totals, names)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "sources"))
+def _evaluation_sums(
+    params: Any, batch: Batch, piece_bytes_V: jax.Array, *, network: Network, sources: int
+) -> dict[str, jax.Array]:
+    return sums(next_token(params, batch, network), batch, piece_bytes_V, sources)
+
+
+def claim(workdir: epath.Path, config: ConfigDict) -> None:
+    """Makes the workdir this run's: writes config.json, or checks the one that is there.
+
+    Raises:
+      UserError: the workdir belongs to another run, or has results but no configuration.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"{workdir} is a file: name a directory as --workdir.")
+    path = workdir / "config.json"
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+        except ValueError:
+            raise UserError(
+                f"{path} is not JSON: if nothing in that workdir is needed, remove it, else restore the file."
+            ) from None
+        _same_config(old, config.to_dict(), str(workdir))
+    elif any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+        raise UserError(f"{workdir} holds results but no config.json: choose another --workdir.")
+    workdir.mkdir(parents=True, exist_ok=True)
+    unfinished = workdir / "config.json.unfinished"
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def _same_config(old: dict[str, Any], new: dict[str, Any], where: str) -> None:
+    new = json.loads(json.dumps(new))
+    found = differences(old, new)
+    fixed = {key: pair for key, pair in found.items() if key.split(".")[0] not in FREE}
+    if fixed:
+        listed = "; ".join(
+            f"config.{key}: {a!r} there, {b!r} here" for key, (a, b) in fixed.items()
+        )
+        raise UserError(f"{where} belongs to another run ({listed}): choose another --workdir.")
+    for key, (a, b) in found.items():
+        print(f"resume: config.{key} was {a!r}, is {b!r}.")
+
+
+def _same_run(meta: dict[str, Any], config: ConfigDict, plan: Plan, where: epath.Path) -> None:
+    """A checkpoint may have been copied here: it must be of this network, this configuration, this plan."""
+    if meta["config"]["model"] != json.loads(json.dumps(config.model.to_dict())):
+        found = differences(meta["config"]["model"], config.model.to_dict())
+        listed = "; ".join(f"model.{key}: {a!r} there, {b!r} here" for key, (a, b) in found.items())
+        raise UserError(f"the checkpoint in {where} is of another network ({listed}).")
+    _same_config(
+        {k: v for k, v in meta["config"].items() if k not in FREE},
+        {k: v for k, v in config.to_dict().items() if k not in FREE},
+        str(where),
+    )
+    if meta["plan_hash"] != plan.hash:
+        raise UserError(
+            f"the checkpoint in {where} was trained on another plan ({meta['plan_hash'][:12]}) than "
+            f"{plan.directory} holds now ({plan.hash[:12]}): put that plan back, or use a new --workdir."
+        )
+
+
+def _abstract(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def _on_devices(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    sharding = batch_sharding(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def _prefetched(
+    stream: Iterator[dict[str, np.ndarray]], mesh: jax.sharding.Mesh
+) -> Iterator[tuple[dict[str, jax.Array], int]]:
+    """Batches on the devices, with the checksum of their tokens by which runs can be compared."""
+    for batch in stream:
+        yield _on_devices(batch, mesh), zlib.crc32(batch["tokens"])
+
+
+class _Signals:
+    """Remembers the first SIGTERM or SIGINT; a second one ends the program at once."""
+
+    def __enter__(self) -> "_Signals":
+        self.caught: signal.Signals | None = None
+        self._before = {s: signal.signal(s, self._catch) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _catch(self, number: int, frame: Any) -> None:
+        self.caught = signal.Signals(number)
+        # Not `print`: the signal may have come in the middle of one.
+        os.write(2, f"\n{self.caught.name}: saving after this step ...\n".encode())
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
+
+    def __exit__(self, *_: object) -> None:
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+
+
+def main() -> None:
+    """Runs `train` with the flags."""
+    args = flags.FLAGS
+    train(args.config, args.workdir, args.stop_at)
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Directory of this run, local or gs://.", required=True)
+    flags.DEFINE_integer("stop_at", None, "Step after which to save and leave.", lower_bound=1)
+    flags.mark_flag_as_required("config")
+    cli.run(main)

@@ -1,0 +1,241 @@
+"""Checkpoints that explain themselves.
+
+A checkpoint is one directory per step, written by Orbax in the background and named only when
+whole:
+
+    WORKDIR/checkpoints/<step>/params      the weights
+                               optimizer   the rest of the train state meta        format, step,
+                               rows consumed, configuration, plan, provenance tokenizer   the
+                               tokenizer's file
+
+Programs that use a model take such a directory, or one above it, and nothing else.
+"""
+
+import base64
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from mobilellm_jax.data.tokenizers import Tokenizer
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model import transformer
+from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.training.step import TrainState
+
+FORMAT = 1
+FOLDER = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A network with all that is needed to use it."""
+
+    params: transformer.Params
+    model: ModelConfig
+    tokenizer: Tokenizer
+    step: int
+    meta: Mapping[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run, saved asynchronously; the newest `keep` stay and every `keep_every`-th."""
+
+    def __init__(self, workdir: epath.Path, every: int, keep: int, keep_every: int) -> None:
+        """Opens (and creates) `workdir/checkpoints` and clears away what killed saves left there.
+
+        Raises:
+          UserError: the directory cannot be written.
+        """
+        self.directory = (workdir / FOLDER).resolve()  # Orbax refuses relative paths
+        self._every = every
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=keep_every or None,
+            create=True,
+            cleanup_tmp_directories=True,
+        )
+        with _explained(self.directory):
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=options,
+                item_names=("params", "optimizer", "meta", "tokenizer"),
+            )
+
+    def due(self, step: int) -> bool:
+        """Whether this step is one of those after which to save."""
+        return step % self._every == 0
+
+    def save(self, state: TrainState, meta: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+        """Starts to save, unless this step is saved; returns as soon as the state may be changed.
+
+        Raises:
+          UserError: this save or the one before could not be written.
+        """
+        step = int(meta["step"])
+        if step in self._manager.all_steps():
+            return
+        rest = dataclasses.replace(state, params=None)
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            optimizer=ocp.args.StandardSave(_as_dict(rest)),
+            meta=ocp.args.JsonSave({"format": FORMAT, **meta}),
+            tokenizer=ocp.args.JsonSave(
+                {"sentencepiece": base64.b64encode(tokenizer.model_bytes).decode()}
+            ),
+        )
+        with _explained(self.directory):
+            self._manager.save(step, args=args, force=True)
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        with _explained(self.directory):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Releases what saving used."""
+        self._manager.close()
+
+    def newest_meta(self) -> dict[str, Any] | None:
+        """The newest checkpoint's description, or None where there is none yet."""
+        step = self._manager.latest_step()
+        return None if step is None else _read_meta(self.directory / str(step))
+
+    def restore(self, abstract: TrainState) -> TrainState:
+        """The newest checkpoint's state, straight into the shardings of `abstract`.
+
+        Args:
+          abstract: a state of `ShapeDtypeStruct`s with shardings.
+
+        Raises:
+          UserError: the checkpoint is damaged.
+        """
+        step = self._manager.latest_step()
+        rest = dataclasses.replace(abstract, params=None)
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract.params),
+            optimizer=ocp.args.StandardRestore(_as_dict(rest)),
+        )
+        with _damaged(self.directory / str(step)):
+            found = self._manager.restore(step, args=args)
+            return dataclasses.replace(abstract, params=found["params"], **found["optimizer"])
+
+
+def load_model(directory: epath.PathLike) -> LoadedModel:
+    """Loads the network of a checkpoint onto the default device.
+
+    Args:
+      directory: a workdir, its `checkpoints` folder, or one step's folder; the newest step if there
+        are several.
+
+    Raises:
+      UserError: there is no checkpoint, it is damaged, or a later version of this program wrote it.
+    """
+    path = find(directory)
+    meta = _read_meta(path)
+    model = ModelConfig.from_dict(meta["config"]["model"])
+    abstract = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
+    )
+    with _damaged(path), ocp.StandardCheckpointer() as reader:
+        params = reader.restore(path / "params", abstract)
+        tokenizer = _read_tokenizer(path)
+    return LoadedModel(params, model, tokenizer, int(meta["step"]), meta)
+
+
+def find(directory: epath.PathLike) -> epath.Path:
+    """The folder of one step: `directory` itself, or the newest below it.
+
+    Raises:
+      UserError: there is none.
+    """
+    directory = epath.Path(directory).resolve()  # Orbax refuses relative paths
+    for folder in (directory / FOLDER, directory):
+        if folder.exists() and folder.is_dir():
+            steps = [p for p in folder.iterdir() if p.name.isdigit()]
+            whole = [p for p in steps if ocp.utils.is_checkpoint_finalized(p)]
+            if whole:
+                return max(whole, key=lambda p: int(p.name))
+    if (directory / "meta").exists():
+        return directory
+    raise UserError(
+        f"there is no checkpoint in {directory}: name a workdir in which training has saved one, "
+        f"its {FOLDER} folder, or one step's folder."
+    )
+
+
+def _read_meta(path: epath.Path) -> dict[str, Any]:
+    with _damaged(path):
+        meta = _read_json(path / "meta")
+        written = meta["format"]
+    if written != FORMAT:
+        raise UserError(
+            f"the checkpoint {path} has format {written}, this program reads {FORMAT}: "
+            f"use the version that wrote it ({meta.get('packages', {}).get('mobilellm_jax')}) or a later one."
+        )
+    return meta
+
+
+def _read_tokenizer(path: epath.Path) -> Tokenizer:
+    return Tokenizer(base64.b64decode(_read_json(path / "tokenizer")["sentencepiece"]))
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(path)
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+    """The fields of a state but for the parameters, as Orbax stores them."""
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    del fields["params"]
+    return fields
+
+
+class _explained:
+    """Turns what fails while writing a checkpoint into one sentence."""
+
+    def __init__(self, directory: epath.Path) -> None:
+        self._directory = directory
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception):
+            raise UserError(
+                f"the checkpoint could not be written to {self._directory} "
+                f"({_first_line(error)}): free the disk or mend the permissions and start again; "
+                "the checkpoints before it are whole."
+            ) from error
+
+
+class _damaged:
+    """Turns what fails while reading a checkpoint into one sentence."""
+
+    def __init__(self, path: epath.Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            raise UserError(
+                f"the checkpoint {self._path} is damaged ({_first_line(error)}): "
+                "move that folder away to go on from the one before it."
+            ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"

@@ -1,0 +1,151 @@
+"""Every key of a training configuration, with its default; a file in `configs/` changes what it needs."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.imports import import_path
+from mobilellm_jax.model.config import ModelConfig
+
+# Keys that may differ when a run is continued: they change how it is computed or watched, not what
+# it is.
+FREE = ("plan", "mesh", "microbatches", "execution", "loss_chunks", "prefetch", "max_skipped")
+FREE += ("eval", "checkpoint", "log_every")
+
+POSITIVE = ("row_length", "steps", "global_batch", "microbatches", "loss_chunks", "prefetch")
+POSITIVE += ("eval.every", "eval.rows", "checkpoint.every", "checkpoint.keep")
+POSITIVE += ("max_skipped", "log_every")
+
+
+def base_config(model: ModelConfig) -> ConfigDict:
+    """All keys, locked: a misspelt one is an error where it is written.
+
+    `schedule`, `optimizer`, `objective` and `model.block` name a function or module by import path
+    (`use="package.module:name"`), ours or a user's own; the other keys beside `use` are its
+    arguments.
+    """
+    c = ConfigDict()
+    c.seed = 0  # of the initial weights; the order of the data has its seed in the plan
+    c.model = model.to_dict()  # the network (mobilellm_jax/model/config.py), often a preset
+    c.plan = ""  # path of the mixture.json to train on, as `prepare` writes it
+    c.row_length = 2048  # targets per row; must be that of the plan
+    c.steps = 1000  # optimizer steps of the whole run
+    c.global_batch = 1024  # rows per step, over all devices
+    c.microbatches = 1  # parts of a step computed one after another, to save memory
+
+    c.execution = ConfigDict()
+    c.execution.dtype = "bfloat16"  # of activations and products; weights and sums are float32
+    c.execution.remat = "none"  # what the backward pass computes again: none, dots or full
+    c.execution.unroll = 1  # layers per iteration of the scan over a stack
+    c.loss_chunks = 1  # parts of a row whose logits exist at once; 1 keeps all logits
+
+    c.objective = ConfigDict()
+    c.objective.use = "mobilellm_jax.training.objectives:next_token"
+    c.objective.z_loss = 0.0  # weight of the squared log normaliser
+
+    c.optimizer = ConfigDict()
+    c.optimizer.use = "mobilellm_jax.training.optimizer:adamw"
+    c.optimizer.b1 = 0.9  # decay of the first moment
+    c.optimizer.b2 = 0.95  # decay of the second moment
+    c.optimizer.eps = 1e-8  # added to the root of the second moment
+    c.optimizer.weight_decay = 0.1  # of matrices and embedding, not of norm scales
+    c.optimizer.clip = 1.0  # global norm to which gradients are cut
+
+    c.schedule = ConfigDict()
+    c.schedule.use = "mobilellm_jax.training.optimizer:warmup_cosine"
+    c.schedule.peak = 2e-3  # learning rate after the warm-up
+    c.schedule.warmup_steps = 1000  # from zero to the peak, linearly
+    c.schedule.floor = 0.1  # share of the peak that is left at the last step
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # devices over which rows are split; -1: what is left
+    c.mesh.fsdp = 1  # devices over which rows and weights are split
+    c.prefetch = 8  # batches read ahead
+
+    c.eval = ConfigDict()
+    c.eval.every = 1000  # steps between evaluations on the held-out rows; also at the end
+    c.eval.rows = 512  # held-out rows of each source that are read, or all there are
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 1000  # steps between checkpoints; also at the end and when stopped
+    c.checkpoint.keep = 3  # newest checkpoints kept
+    c.checkpoint.keep_every = 0  # steps between those kept for ever; 0: none
+
+    c.max_skipped = 10  # non-finite steps in a row after which the run stops
+    c.log_every = 50  # steps between lines where there is no terminal for a progress bar
+    return c.lock()
+
+
+def configured(section: Mapping[str, Any], key: str) -> Callable[..., Any]:
+    """The function that a section names under `use`, with the section's other keys bound to it.
+
+    Args:
+      section: a part of the configuration with a key `use`.
+      key: its name in the configuration, for error messages.
+
+    Raises:
+      UserError: the import path or one of the arguments does not exist.
+    """
+    settings = dict(section)
+    function = import_path(settings.pop("use"), f"{key}.use")
+    known = inspect.signature(function).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    for name in settings:
+        if name not in known and not takes_any:
+            raise UserError(
+                f"config.{key}.{name} is not an argument of {section['use']}: it takes "
+                f"{', '.join(known)}."
+            )
+    return functools.partial(function, **settings)
+
+
+def check(config: ConfigDict, devices: int) -> None:
+    """Meets what is wrong with a configuration before anything is built from it.
+
+    Raises:
+      UserError: a number is out of range or two do not fit together.
+    """
+    flat = dict(_flat(config.to_dict()))
+    for key in POSITIVE:
+        if flat[key] < 1:
+            raise UserError(f"config.{key}={flat[key]} must be at least 1.")
+    if not config.plan:
+        raise UserError("config.plan is empty: point it at the mixture.json that `prepare` wrote.")
+    if config.global_batch % (config.microbatches * devices):
+        raise UserError(
+            f"config.global_batch={config.global_batch} cannot be split into "
+            f"config.microbatches={config.microbatches} parts over {devices} device(s): "
+            "make it a multiple of their product."
+        )
+    if config.row_length % config.loss_chunks:
+        raise UserError(
+            f"config.loss_chunks={config.loss_chunks} does not divide "
+            f"config.row_length={config.row_length}."
+        )
+    if config.row_length > config.model.max_length:
+        raise UserError(
+            f"config.row_length={config.row_length} exceeds the model's context, "
+            f"config.model.max_length={config.model.max_length}."
+        )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys at which two configurations differ, with both values (None where a key is missing)."""
+    flat_old, flat_new = dict(_flat(old)), dict(_flat(new))
+    keys = sorted({*flat_old, *flat_new})
+    pairs = {key: (flat_old.get(key), flat_new.get(key)) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _flat(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        items = [(str(k), v) for k, v in tree.items()]
+    elif isinstance(tree, list | tuple):
+        items = [(str(i), v) for i, v in enumerate(tree)]
+    else:
+        return [(prefix, tree)]
+    return [pair for k, v in items for pair in _flat(v, f"{prefix}.{k}" if prefix else k)]

@@ -1,0 +1,162 @@
+"""The record of a run: `metrics.jsonl` and TensorBoard event files in the workdir."""
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from etils import epath
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
+
+from mobilellm_jax.errors import UserError
+
+# Dense bf16 peak FLOP/s per device, by a part of `device_kind`; the first that matches counts.
+PEAK_FLOPS = (
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5p", 459e12),
+    ("TPU v5", 459e12),
+    ("TPU v6", 918e12),
+    ("TPU7x", 2307e12),
+    ("A100", 312e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("B200", 2250e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bf16 peak of one device in FLOP/s, or None where it is not known (a CPU, for one)."""
+    return next((peak for part, peak in PEAK_FLOPS if part in device_kind), None)
+
+
+def per_source(totals: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+    """Loss (nats per token) and bits per byte, over all sources and for each that has tokens.
+
+    Args:
+      totals: `nll`, `tokens`, `bytes`, each [sources].
+      names: of the sources.
+    """
+    nll, tokens, size = (np.asarray(totals[key], np.float64) for key in ("nll", "tokens", "bytes"))
+    values = {}
+    for name, at in [
+        ("", slice(None)),
+        *((f"/{name}", slice(s, s + 1)) for s, name in enumerate(names)),
+    ]:
+        if tokens[at].sum() and size[at].sum():
+            values[f"loss{name}"] = nll[at].sum() / tokens[at].sum()
+            values[f"bits_per_byte{name}"] = nll[at].sum() / size[at].sum() / math.log(2)
+    return {name: float(value) for name, value in values.items()}
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl` and to a TensorBoard event file, one per program start.
+
+    In a local workdir lines are written as they come. Object stores cannot append: there each start
+    of the program has a `metrics-<time>-<step>.jsonl`, which is written anew at every `sync` from a
+    local copy. A number that is not finite, for which JSON has no word, is `null`.
+    """
+
+    def __init__(self, workdir: epath.Path, start: int) -> None:
+        """Opens the record of a program start at step `start`.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        self._workdir = workdir
+        self._copy = tempfile.TemporaryDirectory() if "://" in str(workdir) else None
+        self._local = Path(self._copy.name if self._copy else workdir)
+        name = (
+            f"metrics-{int(time.time()):011d}-{start:09d}.jsonl" if self._copy else "metrics.jsonl"
+        )
+        self._path = self._local / name
+        board = self._local / "tensorboard"
+        with self._explained():
+            board.mkdir(exist_ok=True)
+            self._file = self._path.open("ab+")
+            _cut_torn_line(self._file)
+            # Not tensorboardX's SummaryWriter: its thread would hang for ever on a full disk.
+            self._board = EventsWriter(str(board / "events"), f".{time.time_ns()}")
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Records one line; finite numbers of the kinds `train` and `heldout` also go to TensorBoard.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        line = {"kind": kind, "step": step} | {
+            k: v if _is_json(v) else None for k, v in values.items()
+        }
+        with self._explained():
+            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            self._file.flush()
+            if kind != "start":
+                self._board.write_event(_event(kind, step, line))
+
+    def sync(self) -> None:
+        """Makes what is recorded so far durable, also in an object store.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        with self._explained():
+            self._board.flush()
+            if self._copy:
+                for path in filter(Path.is_file, self._local.rglob("*")):
+                    target = self._workdir / path.relative_to(self._local).as_posix()
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(path.read_bytes())
+
+    def close(self) -> None:
+        """Writes out what is left.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        try:
+            self.sync()
+        finally:
+            for file in (self._file, self._board):
+                with contextlib.suppress(OSError):  # `sync` has told of it
+                    file.close()
+            if self._copy:
+                self._copy.cleanup()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"the metrics of this run cannot be written below {self._workdir} ({error.strerror}): "
+                "mend that and run the same command again; it goes on from the last checkpoint."
+            ) from error
+
+
+def _cut_torn_line(file: BinaryIO) -> None:
+    """Cuts off what a kill left of a line: its step is repeated, for lines come before checkpoints."""
+    end = file.seek(0, os.SEEK_END)
+    first = file.seek(max(0, end - (1 << 20)))  # longer than any line
+    tail = file.read(end - first)
+    whole = tail.rfind(b"\n") + 1
+    if whole < len(tail):
+        file.truncate(first + whole)
+
+
+def _is_json(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _event(kind: str, step: int, line: Mapping[str, Any]) -> Event:
+    numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
+    values = [Summary.Value(tag=f"{kind}/{name}", simple_value=v) for name, v in numbers.items()]
+    return Event(wall_time=time.time(), step=step, summary=Summary(value=values))

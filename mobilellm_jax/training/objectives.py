@@ -1,0 +1,73 @@
+"""Objectives: what a step minimises. `config.objective.use` names one of these or a user's own.
+
+An objective is `f(params, batch, network, **settings) -> Losses`. It says what each target costs
+and which targets count; the step sums, divides by the number of counted targets and differentiates,
+so that microbatches with unequal numbers of targets give the gradient of the whole batch.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mobilellm_jax.model import transformer
+from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.loss import token_losses
+from mobilellm_jax.model.transformer import Execution
+
+Batch = Mapping[str, jax.Array]  # "tokens" int [B, T + 1], "source" int [B]
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What an objective needs beside parameters and batch; static in a compiled step."""
+
+    model: ModelConfig
+    execution: Execution
+    bos_id: int
+    loss_chunks: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """Per target, float32 [B, T]."""
+
+    loss_BT: jax.Array  # what is minimised
+    nll_BT: jax.Array  # negative log-likelihood in nats, for the metrics
+    weight_BT: jax.Array  # 1 where the target counts, else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of T + 1 tokens as inputs and targets, [B, T]."""
+
+    inputs_BT: jax.Array
+    targets_BT: jax.Array
+    segment_ids_BT: jax.Array
+    weight_BT: jax.Array
+
+
+def split_rows(tokens: jax.Array, bos_id: int) -> Rows:
+    """Cuts rows [B, T + 1] into inputs and targets.
+
+    Every document begins with BOS, so a running count of BOS numbers the documents of a row. A
+    target that is BOS does not count: it is the next document's first token, or padding.
+    """
+    inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
+    segment_ids_BT = jnp.cumsum(inputs_BT == bos_id, axis=1)
+    return Rows(inputs_BT, targets_BT, segment_ids_BT, (targets_BT != bos_id).astype(jnp.float32))
+
+
+def next_token(params: Any, batch: Batch, network: Network, z_loss: float = 0.0) -> Losses:
+    """Cross-entropy of the next token, plus `z_loss * log(Z)**2` (PaLM, arXiv 2204.02311, section 5)."""
+    rows = split_rows(batch["tokens"], network.bos_id)
+    hidden_BTD = transformer.apply(
+        params, network.model, rows.inputs_BT, rows.segment_ids_BT, network.execution
+    )
+    unembedding_DV = transformer.unembedding(params, network.model)
+    nll_BT, log_z_BT = token_losses(
+        hidden_BTD, unembedding_DV, rows.targets_BT, network.loss_chunks
+    )
+    return Losses(nll_BT + z_loss * log_z_BT**2, nll_BT, rows.weight_BT)

@@ -1,0 +1,38 @@
+"""What is printed before the first step: parameters, FLOPs, what will be trained for how long."""
+
+from typing import Any
+
+import jax
+
+from mobilellm_jax.model.config import ModelConfig, flops_per_token, parameter_count
+from mobilellm_jax.parallel.sharding import path_name
+
+
+def parameter_table(params: Any) -> str:
+    """One line for each array of parameters: name, shape, count, and how it is sharded.
+
+    Args:
+      params: arrays or `ShapeDtypeStruct`s with `NamedSharding`s.
+    """
+    lines = [("parameter", "shape", "count", "sharding")]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        axes = ", ".join(str(axis) for axis in leaf.sharding.spec if axis is not None)
+        shape = " x ".join(str(size) for size in leaf.shape)
+        lines.append((path_name(path), shape, f"{leaf.size:,}", axes or "replicated"))
+    widths = [max(len(line[i]) for line in lines) for i in range(4)]
+    return "\n".join(
+        f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in lines
+    )
+
+
+def summary(model: ModelConfig, row_length: int, global_batch: int, steps: int) -> str:
+    """What will be trained, on how many tokens, with how many FLOPs."""
+    tokens = steps * global_batch * row_length
+    flops = flops_per_token(model, row_length)
+    distinct = sum(stack.layers for stack in model.stacks)
+    return (
+        f"model: {parameter_count(model):,} parameters, {distinct} blocks applied {model.depth} times, "
+        f"{flops / 1e6:,.1f} MFLOPs per token (forward and backward, rows of {row_length:,})\n"
+        f"run: {steps:,} steps x {global_batch:,} rows x {row_length:,} tokens = {tokens:,} tokens, "
+        f"{tokens * flops:.2e} FLOPs"
+    )

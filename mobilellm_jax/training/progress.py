@@ -1,0 +1,67 @@
+"""How a run looks while it goes: a bar with ETA on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Mapping
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Steps done, loss and speed, on standard error; held-out results on standard output."""
+
+    def __init__(self, start: int, steps: int, log_every: int) -> None:
+        """Starts to count time; `log_every` is in steps."""
+        self._steps, self._log_every = steps, log_every
+        self._terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            desc="train",
+            disable=not self._terminal,
+            dynamic_ncols=True,
+            smoothing=0.05,
+        )
+        self._recent: list[float] = []
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last call."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows a finished step; values as recorded in metrics.jsonl."""
+        text = f"loss {values['loss']:.3f}  {values['tokens_per_second'] / 1e3:,.1f}k tokens/s"
+        if "bits_per_byte" in values:
+            text += f"  {values['bits_per_byte']:.3f} bits/byte"
+        if "mfu" in values:
+            text += f"  {values['mfu']:.1%} MFU"
+        if values["skipped"]:
+            text += f"  {values['skipped']} skipped"
+        if self._terminal:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        self._recent = [*self._recent[-99:], values["step_seconds"]]
+        if step % self._log_every == 0 or step == self._steps:
+            median = sorted(self._recent)[len(self._recent) // 2]
+            left = int(median * (self._steps - step))
+            eta = f"{left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
+            print(f"step {step:,}/{self._steps:,}  {text}  ETA {eta}", file=sys.stderr, flush=True)
+
+    def heldout(self, step: int, values: Mapping[str, float]) -> None:
+        """Prints bits per byte on the held-out rows, in total and per source."""
+        parts = [
+            f"{name.partition('/')[2] or 'all'} {value:.3f}"
+            for name, value in values.items()
+            if name.startswith("bits_per_byte")
+        ]
+        tqdm.write(f"held-out bits per byte at step {step:,}: {', '.join(parts)}", file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self._bar.close()

@@ -1,0 +1,135 @@
+"""The train state and the step: pure functions from pytree to pytree."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mobilellm_jax.training.objectives import Batch, Losses, Network
+
+Objective = Callable[[Any, Batch, Network], Losses]
+MakeOptimizer = Callable[[Any], optax.GradientTransformation]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes. The rows consumed are a host integer beside it: they pass 2**31."""
+
+    step: jax.Array  # int32: steps done, skipped ones included
+    params: Any  # float32
+    opt_state: Any  # as the optimizer made it
+    skipped: jax.Array  # int32: non-finite steps so far
+    skipped_in_row: jax.Array  # int32: those since the last finite step
+
+
+def init_state(params: Any, make_optimizer: MakeOptimizer) -> TrainState:
+    """Step 0 of a run that starts at `params`."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, make_optimizer(0.0).init(params), zero, zero)
+
+
+def sums(
+    losses: Losses, batch: Batch, piece_bytes_V: jax.Array, sources: int
+) -> dict[str, jax.Array]:
+    """What metrics are made of, added up over a batch, per source: float32 [sources] each.
+
+    Keys: `nll` (nats), `tokens` (targets that count), `bytes` (of text those targets stand for),
+    `rows`.
+    """
+    targets_BT = batch["tokens"][:, 1:]
+    per_row = {
+        "nll": (losses.nll_BT * losses.weight_BT).sum(1),
+        "tokens": losses.weight_BT.sum(1),
+        "bytes": (piece_bytes_V[targets_BT] * losses.weight_BT).sum(1),
+        "rows": jnp.ones(targets_BT.shape[0]),
+    }
+    member = jax.nn.one_hot(batch["source"], sources)  # [B, sources]
+    return {name: value @ member for name, value in per_row.items()}
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    piece_bytes_V: jax.Array,
+    *,
+    network: Network,
+    objective: Objective,
+    make_optimizer: MakeOptimizer,
+    schedule: optax.Schedule,
+    sources: int,
+    microbatches: int = 1,
+) -> tuple[TrainState, dict[str, Any]]:
+    """One optimizer step.
+
+    A step whose loss or gradient is not finite changes neither weights nor moments; it is counted,
+    and it keeps its place in the schedule and in the data.
+
+    Args:
+      state: donated by the caller.
+      batch: `tokens` int32 [B, T + 1], `source` int32 [B]; B a multiple of `microbatches`.
+      piece_bytes_V: bytes of text each token stands for.
+      network: what the objective runs.
+      objective: see `training.objectives`.
+      make_optimizer: see `training.optimizer`.
+      schedule: learning rate by step.
+      sources: number of sources.
+      microbatches: parts of the batch computed one after another; gradients are added in float32.
+
+    Returns:
+      The next state, and metrics: scalars `loss` (per counted target), `gradient_norm`,
+      `learning_rate`, `skipped`, `skipped_in_row`, and the per-source sums of `sums`.
+    """
+
+    def loss_sum(params: Any, part: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        losses = objective(params, part, network)
+        total = (losses.loss_BT * losses.weight_BT).sum()
+        return total, {"loss": total, **sums(losses, part, piece_bytes_V, sources)}
+
+    gradient = jax.grad(loss_sum, has_aux=True)
+    if microbatches == 1:
+        grads, totals = gradient(state.params, batch)
+    else:
+        # Part j takes rows j, j + k, j + 2k ...: rows stay on the device that holds them.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+
+        def add(carry: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, carry, gradient(state.params, part)), None
+
+        shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        (grads, totals), _ = jax.lax.scan(add, zeros, parts)
+
+    # A batch without any target has loss 0 and gradient 0.
+    targets = jnp.maximum(totals["tokens"].sum(), 1.0)
+    grads = jax.tree.map(lambda g: g / targets, grads)
+    loss = totals.pop("loss") / targets
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+    learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
+    updates, opt_state = make_optimizer(learning_rate).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+    bad = (~finite).astype(jnp.int32)
+    new = TrainState(
+        step=state.step + 1,
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        skipped=state.skipped + bad,
+        skipped_in_row=(state.skipped_in_row + bad) * bad,
+    )
+    metrics = {
+        "loss": loss,
+        "gradient_norm": norm,
+        "learning_rate": learning_rate,
+        "skipped": new.skipped,
+        "skipped_in_row": new.skipped_in_row,
+        **totals,
+    }
+    return new, metrics
