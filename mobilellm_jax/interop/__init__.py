@@ -1,0 +1,1 @@
+"""The ways out to other programs, written without installing their packages."""
