@@ -1,0 +1,1 @@
+"""Parts of the report: reading a run's metrics, drawing curves, filling the page."""

@@ -1,0 +1,450 @@
+"""The report: counts are right, drawing keeps the extremes, and the page stands alone."""
+
+import dataclasses
+import html.parser
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from mobilellm_jax.data import baselines
+from mobilellm_jax.data.packing import BestFit
+from mobilellm_jax.data.plan import Plan, PlanSource
+from mobilellm_jax.data.rows import Batch, SourceInfo, open_rows, write_source
+from mobilellm_jax.data.tokenizers import train_tokenizer
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model import transformer
+from mobilellm_jax.model.config import ModelConfig, Stack
+from mobilellm_jax.report import report
+from mobilellm_jax.reporting import curves, page, samples, sources
+from mobilellm_jax.reporting.history import History, Series, read_history
+from mobilellm_jax.reporting.samples import Sample
+from mobilellm_jax.training.checkpoint import LoadedModel
+
+NAMES = ("code", "prose", "math")
+ORIGIN = {
+    "time": 1.7e9,
+    "parameters": 2_163_584,
+    "commit": "0123456789abcdef",
+    "devices": {"kind": "cpu", "count": 1},
+    "packages": {"jax": "0.10.2", "python": "3.11.9"},
+}
+
+
+def train_line(step, rng, names=NAMES):
+    """One line of a run as training writes it; a source without rows has no loss."""
+    rows = rng.multinomial(8, np.ones(len(names)) / len(names))
+    line = {
+        "kind": "train",
+        "step": step,
+        "loss": rng.uniform(2, 3),
+        "bits_per_byte": rng.uniform(1, 2),
+    }
+    for name, count in zip(names, rows.tolist(), strict=True):
+        line |= {f"rows/{name}": count, f"tokens/{name}": 15 * count}
+        if count:
+            line[f"bits_per_byte/{name}"] = rng.uniform(1, 2)
+    return line | {
+        "gradient_norm": rng.uniform(0.1, 1),
+        "learning_rate": 1e-3,
+        "tokens_per_second": rng.uniform(900, 1100),
+        "step_seconds": 0.1,
+        "data_wait_seconds": 0.001,
+        "skipped": 0,
+    }
+
+
+def write_run(workdir, lines, plan="gone/mixture.json", **config):
+    """A workdir with these lines (bytes as they are) and a configuration."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    texts = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    (workdir / "metrics.jsonl").write_bytes(b"".join(text + b"\n" for text in texts))
+    model = ModelConfig(64, 16, (Stack(2, 2, 1, 32, 2),), head_dim=8, max_length=64)
+    whole = {
+        "model": model.to_dict(),
+        "plan": str(plan),
+        "steps": 20,
+        "eval": {"rows": 4},
+        **config,
+    }
+    (workdir / "config.json").write_text(json.dumps(whole))
+    return workdir
+
+
+def facts(history, names=NAMES, **more):
+    """The facts of a run whose data are all there."""
+    baselines = sources.Baselines(unigram=3.0, bigram=2.5, zlib=2.7, rows=10, available=10)
+    found = [
+        dataclasses.replace(s, planned=1 / len(names), available=100, baselines=baselines)
+        for s in sources.realised(history, None)
+    ]
+    return page.Facts("runs/it", history, {"steps": len(history.train)}, found, **more)
+
+
+def long_history(steps, names):
+    """A finished run of many steps, made directly in arrays."""
+    rng = np.random.default_rng(0)
+    columns = {"loss": rng.normal(3, 0.1, steps), "bits_per_byte": rng.normal(2, 0.1, steps)}
+    for name in names:
+        columns[f"bits_per_byte/{name}"] = rng.normal(2, 0.1, steps)
+        columns[f"rows/{name}"] = columns[f"tokens/{name}"] = rng.integers(0, 9, steps).astype(
+            float
+        )
+    for name in ("gradient_norm", "learning_rate", "tokens_per_second", "step_seconds"):
+        columns[name] = rng.uniform(1, 2, steps)
+    columns["data_wait_seconds"] = rng.uniform(0, 0.01, steps)
+    heldout = {f"bits_per_byte/{name}": rng.uniform(1, 2, 200) for name in names}
+    measured = Series(np.arange(1, 201) * (steps // 200), heldout)
+    starts = [{"kind": "start", "step": i * (steps // 300), **ORIGIN} for i in range(300)]
+    return History(starts, Series(np.arange(1, steps + 1), columns), measured, 0)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Two small sources with their plan: (path of the plan, tokenizer, held-out text by source)."""
+    rng = np.random.default_rng(9)
+    directory = tmp_path_factory.mktemp("data")
+    words = {
+        "code": ["def", "self", "return", "(x):\n  "],
+        "prose": ["the", "row", "of", "a", "sea"],
+    }
+    texts = {
+        name: [" ".join(rng.choice(some, rng.integers(5, 40))) for _ in range(60)]
+        for name, some in words.items()
+    }
+    tokenizer = train_tokenizer([text for some in texts.values() for text in some], 290)
+    tokenizer.save(directory / "tokenizer.model")
+    length, bos, eos = 32, tokenizer.bos_id, tokenizer.eos_id
+    for name, some in texts.items():
+        info = SourceInfo(name, "", length, 290, bos, tokenizer.fingerprint, "best_fit", {})
+        batches = []
+        for split, part in (("train", some[:45]), ("heldout", some[45:])):
+            packer = BestFit(length, bos, eos)
+            rows = [packer.add([np.array(tokenizer.encode(text), np.int32) for text in part])]
+            batches.append(Batch(split, np.concatenate([*rows, packer.finish()]), len(part), 1, 1))
+        write_source(directory / name, info, {}, batches)
+    chosen = tuple(PlanSource(name, name, 0.5) for name in texts)
+    Plan(chosen, length, "tokenizer.model", tokenizer.fingerprint).save(directory / "mixture.json")
+    return directory / "mixture.json", tokenizer, {name: t[45:] for name, t in texts.items()}
+
+
+def write_prepared_run(workdir, plan):
+    """A finished run on prepared sources."""
+    rng = np.random.default_rng(10)
+    names = ("code", "prose")
+    lines = [{"kind": "start", "step": 0, "plan": Plan.load(plan).hash, **ORIGIN}]
+    lines += [train_line(step, rng, names) for step in range(1, 21)]
+    lines.append({"kind": "heldout", "step": 20} | {f"bits_per_byte/{n}": 0.1 for n in names})
+    return write_run(workdir, lines, plan)
+
+
+class Tags(html.parser.HTMLParser):
+    """Collects every tag with its attributes, and all text outside scripts and styles."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self._raw = [], "", False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._raw = tag in ("script", "style")
+
+    def handle_endtag(self, tag):
+        self._raw = False
+
+    def handle_data(self, data):
+        self.text += "" if self._raw else data
+
+
+def test_last_line_of_a_step_counts(tmp_path):
+    rng = np.random.default_rng(1)
+    lines = [train_line(int(step), rng) for step in rng.integers(1, 40, 200)]
+    lines += [
+        {"kind": "heldout", "step": int(s), "bits_per_byte/code": rng.uniform()} for s in (5, 9, 5)
+    ]
+    history = read_history(write_run(tmp_path / "run", lines))
+    last = {(line["kind"], line["step"]): line for line in lines}
+    for kind, series in (("train", history.train), ("heldout", history.heldout)):
+        wanted = {step: line for (k, step), line in last.items() if k == kind}
+        assert series.steps_N.tolist() == sorted(wanted)
+        for name, column in series.columns.items():
+            expected = [wanted[step].get(name, math.nan) for step in series.steps_N.tolist()]
+            np.testing.assert_array_equal(column, expected)
+
+
+def test_files_of_several_starts_are_read_in_the_order_of_their_names(tmp_path):
+    workdir = write_run(tmp_path / "run", [])
+    (workdir / "metrics.jsonl").unlink()
+    for name, loss in (("metrics-000000002-7.jsonl", 2.0), ("metrics-000000000-9.jsonl", 1.0)):
+        line = {"kind": "train", "step": 3, "loss": loss}
+        (workdir / name).write_text(json.dumps(line) + "\n")
+    assert read_history(workdir).train.column("loss").tolist() == [2.0]
+
+
+def test_torn_lines_are_left_out_and_told(tmp_path):
+    rng = np.random.default_rng(2)
+    lines = [train_line(step, rng) for step in range(1, 9)]
+    whole = json.dumps(lines[4]).encode()
+    torn = [*lines[:4], whole[:70], "é".encode()[:1], b"17", *lines[4:], whole[:-1]]
+    history = read_history(write_run(tmp_path / "run", torn))
+    assert history.train.steps_N.tolist() == list(range(1, 9)) and history.torn == 4
+    assert "4 torn lines" in report(tmp_path / "run").read_text()
+
+
+def test_realised_mixture_equals_a_count_of_the_lines_that_count(tmp_path):
+    rng = np.random.default_rng(3)
+    lines = [train_line(step, rng) for step in [*range(1, 30), *range(20, 50)]]
+    history = read_history(write_run(tmp_path / "run", lines))
+    last = {line["step"]: line for line in lines}.values()
+    rows = {name: sum(line[f"rows/{name}"] for line in last) for name in NAMES}
+    found = {source.name: source for source in sources.realised(history, None)}
+    assert {name: source.rows for name, source in found.items()} == rows
+    for name, source in found.items():
+        assert source.row_share == pytest.approx(rows[name] / (8 * 49), abs=1e-12)
+        assert source.tokens == 15 * rows[name]
+        assert dataclasses.replace(source, available=7).epochs == rows[name] / 7
+    assert history.tokens_so_far()[-1] == 15 * 8 * 49
+
+
+@pytest.mark.parametrize("n", [1, 7, 999, 1000, 1001, 12_345])
+def test_thinning_keeps_extremes(n):
+    rng = np.random.default_rng(n)
+    values = np.where(rng.uniform(size=n) < 0.3, np.nan, rng.normal(size=n))
+    values[rng.integers(n)] = 50.0
+    values[0] = math.inf if n > 1 else values[0]  # never drawn
+    along = curves.axis(np.arange(n), np.arange(n), (0, n - 1), lines=3)
+    low, high = curves.extremes(values, along.edges_C)
+    assert len(low) == min(n, curves.MAX_BINS) and (along.edges_C <= along.middle_C).all()
+    assert np.nanmax(high) == 50.0
+    for at, end, a, b in zip(along.edges_C, [*along.edges_C[1:], n], low, high, strict=True):
+        inside = values[at:end][np.isfinite(values[at:end])]
+        assert (a, b) == (inside.min(), inside.max()) if len(inside) else np.isnan([a, b]).all()
+
+
+def test_a_single_spike_of_a_long_run_is_drawn():
+    values = np.ones(1_000_000)
+    values[777_777] = 1.5
+    along = curves.axis(np.arange(1_000_000), np.arange(1_000_000), (0, 999_999), lines=1)
+    drawn = curves.chart("it", [curves.Line("it", values)], along)
+    heights = [int(y) for y in drawn["lines"][0]["raw"][1:].split()[1::2]]
+    assert max(heights) - min(heights) > 0.8 * curves.HEIGHT
+
+
+def test_smoothing_is_the_mean_of_what_is_near():
+    rng = np.random.default_rng(4)
+    values = np.where(rng.uniform(size=301) < 0.2, np.nan, rng.uniform(1, 2, 301))
+    smoothed, geometric = curves.smooth(values), curves.smooth(values, geometric=True)
+    for i in range(301):
+        near = values[max(0, i - min(i, 6)) : i + min(i, 6) + 1]
+        near = near[np.isfinite(near)]
+        if len(near):
+            assert smoothed[i] == pytest.approx(near.mean())
+            assert geometric[i] == pytest.approx(np.exp(np.log(near).mean()))
+
+
+@pytest.mark.parametrize(
+    "low, high",
+    [(0, 1), (0.002, 0.0031), (1, 1e6), (-3, 3), (2.4, 8.1), (7, 7), (1e-6, 40), (0, 0)],
+)
+def test_axes_hold_what_they_show_and_have_ticks_inside(low, high):
+    along = curves.axis(np.arange(2), np.arange(2), (0, 1), lines=1)
+    line = curves.Line("it", np.array([low, high], dtype=float))
+    for how in ({}, {"from_zero": True}) if low >= 0 else ({},):
+        drawn = curves.chart("it", [line], along, **how)
+        heights = [int(y) for y in drawn["lines"][0]["raw"][1:].split()[1::2]]
+        assert all(0 <= y <= curves.HEIGHT for y in heights)
+        assert all(-0.01 <= tick["at"] <= 100.01 for tick in drawn["y"])
+        labels = [tick["label"] for tick in drawn["y"]]
+        assert 2 <= len(labels) <= 10 and len(set(labels)) == len(labels)
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(0, "0"), (950, "950"), (9980.4, "9,980"), (12_345, "12.3k"), (999_999, "1M"),
+     (3.14159e6, "3.14M"), (4.2e12, "4.2T"), (0.00312, "0.00312"), (math.nan, "–")],
+)  # fmt: skip
+def test_compact_numbers(value, text):
+    assert curves.compact(value) == text
+
+
+def test_page_loads_nothing_from_elsewhere(tmp_path):
+    text = page.render(facts(long_history(400, NAMES)))
+    for tag, attributes in Tags(text).tags:
+        for name in ("src", "href", "srcset", "action", "data", "xlink:href"):
+            assert attributes.get(name, "data:").startswith(("data:", "#")), (tag, attributes)
+    assert "://" not in text
+    assert not re.search(r"@import|url\(", text)
+    assert "default-src 'none'" in text
+
+
+def test_text_from_outside_is_escaped():
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    history = long_history(400, [evil])
+    history.starts[-1]["devices"] = {"kind": evil, "count": 1}
+    plain = page.render(facts(long_history(400, ["it"]), samples=[Sample("it", "a", "b", "c")]))
+    text = page.render(
+        dataclasses.replace(
+            facts(history, [evil]),
+            workdir=evil,
+            config={"steps": 400, evil: {evil: evil}},
+            samples=[Sample(evil, evil, evil, evil)],
+            notes=[evil],
+        )
+    )
+    assert evil not in text
+    found, wanted = (
+        [tag for tag, _ in Tags(t).tags if tag in ("script", "img", "style")] for t in (text, plain)
+    )
+    assert found == wanted
+    assert Tags(text).text.count(evil) > 8
+
+
+def test_a_million_steps_stay_small_and_quick():
+    names = [f"source_{i}" for i in range(14)]
+    start = time.monotonic()
+    text = page.render(facts(long_history(1_000_000, names), names))
+    assert len(text.encode()) < 2_000_000
+    assert time.monotonic() - start < 15
+    many = [f"source_{i}" for i in range(60)]
+    assert len(page.render(facts(long_history(20_000, many), many)).encode()) < 2_000_000
+
+
+def test_a_young_run_without_plan_heldout_or_checkpoint_is_told_as_it_is(tmp_path, capsys):
+    rng = np.random.default_rng(5)
+    workdir = write_run(tmp_path / "run", [train_line(step, rng) for step in (1, 2)])
+    path = report(workdir)
+    text = Tags(path.read_text()).text
+    assert path == epath.Path(workdir) / "report.html"
+    assert "2 of 20 steps" in text and "there is no plan at gone/mixture.json" in text
+    assert "Nothing was measured on held-out text yet" in text and "No samples" in text
+    assert str(path) in capsys.readouterr().out
+    assert report(workdir) == path  # a report may be replaced by a newer one
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "no config", "no step"])
+def test_a_directory_that_is_no_workdir_is_refused(tmp_path, kind):
+    workdir = tmp_path / "run"
+    if kind == "empty":
+        workdir.mkdir()
+    elif kind != "missing":
+        lines = [train_line(1, np.random.default_rng(6))] if kind == "no config" else []
+        write_run(workdir, lines)
+        if kind == "no config":
+            (workdir / "config.json").unlink()
+    with pytest.raises(UserError, match=re.escape(str(workdir))):
+        report(workdir)
+    assert not (workdir / "report.html").exists()
+
+
+def test_a_file_that_is_no_report_is_not_overwritten(tmp_path):
+    workdir = write_run(tmp_path / "run", [train_line(1, np.random.default_rng(7))])
+    (tmp_path / "mine.html").write_bytes(b"\xffmy own page")
+    with pytest.raises(UserError, match="mine.html"):
+        report(workdir, tmp_path / "mine.html")
+    assert (tmp_path / "mine.html").read_bytes() == b"\xffmy own page"
+
+
+def test_resumes_and_skipped_steps_are_marked(tmp_path):
+    rng = np.random.default_rng(8)
+    lines = [{"kind": "start", "step": 0}]
+    lines += [
+        train_line(step, rng) | {"skipped": int(step >= 4) + int(step >= 6)} for step in range(1, 9)
+    ]
+    lines += [{"kind": "start", "step": 5}, *(line for line in lines if line["step"] > 5)]
+    history = read_history(write_run(tmp_path / "run", lines))
+    assert history.resumes == [5] and history.skipped == [4, 6]
+    text = report(tmp_path / "run").read_text()
+    numbers = json.loads(re.search(r'id="numbers">(.*?)</script>', text).group(1))
+    assert [(m["kind"], m["step"]) for m in numbers["marks"]] == [
+        ("resumed", 5), ("skipped", 4), ("skipped", 6)
+    ]  # fmt: skip
+
+
+def test_baselines_epochs_and_samples_are_those_of_the_rows(
+    tmp_path, prepared, monkeypatch, capsys
+):
+    plan, tokenizer, heldout = prepared
+    model = ModelConfig(290, 16, (Stack(1, 2, 1, 32, 2),), head_dim=8, max_length=64)
+    params = transformer.init(model, jax.random.key(0))
+    loaded = LoadedModel(params, model, tokenizer, 20, {})
+    monkeypatch.setattr(samples, "load_model", lambda directory: loaded)
+    workdir = write_prepared_run(tmp_path / "run", plan)
+    text = Tags(report(workdir).read_text()).text
+    printed = capsys.readouterr().out
+    for name in ("code", "prose"):
+        train, held = (open_rows(plan.parent / name, split) for split in ("train", "heldout"))
+        held_RT = held.read(np.arange(4))  # eval.rows of the configuration
+        train_RT = train.read(np.arange(len(train)))
+        known = (train_RT, held_RT, tokenizer.piece_bytes(), tokenizer.bos_id)
+        scores = [
+            baselines.bigram_bits_per_byte(*known),
+            baselines.unigram_bits_per_byte(*known),
+            baselines.zlib_bits_per_byte(held_RT, tokenizer),
+        ]
+        line = next(line for line in printed.splitlines() if line.startswith(name))
+        assert line.split()[-3:] == [f"{score:.3f}" for score in scores]
+        assert all(f"{score:.3f}" in text for score in scores)
+        lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        epochs = sum(line.get(f"rows/{name}", 0) for line in lines) / len(train)
+        assert line.split()[3] == f"{epochs:.2f}"
+    found, step = samples.sample(workdir, Plan.load(plan))
+    assert step == 20 and {sample.source for sample in found} == {"code", "prose"}
+    for sample in found:
+        assert any(sample.prompt + sample.original in whole for whole in heldout[sample.source])
+        assert sample.prompt in text and sample.continuation in text
+
+
+def test_baselines_are_computed_once_per_plan(tmp_path, prepared, monkeypatch):
+    workdir = write_prepared_run(tmp_path / "run", prepared[0])
+    calls = []
+    measure = sources.measure
+    monkeypatch.setattr(sources, "measure", lambda *a: calls.append(a) or measure(*a))
+    report(workdir)
+    report(workdir)
+    assert len(calls) == 2  # one for each source
+    (workdir / "baselines.json").write_text("{")
+    monkeypatch.setattr(sources, "COUNTED_TOKENS", 64)
+    text = Tags(report(workdir).read_text()).text
+    assert len(calls) == 4 and "Of code, prose the n-gram models count 64" in text
+
+
+def test_a_plan_or_rows_that_changed_since_are_told(tmp_path, prepared):
+    data = tmp_path / "data"
+    shutil.copytree(prepared[0].parent, data)
+    workdir = write_prepared_run(tmp_path / "run", data / "mixture.json")
+    next((data / "code").glob("*.array_record*")).unlink()
+    text = Tags(report(workdir).read_text()).text
+    assert "Some rows of code cannot be read" in text and "Some rows of prose" not in text
+    plan = Plan.load(data / "mixture.json")
+    dataclasses.replace(plan, seed=1).save(data / "mixture.json")
+    assert "now holds another plan" in Tags(report(workdir).read_text()).text
+
+
+def test_the_program_takes_the_workdir_and_tells_mistakes_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "mobilellm_jax.report", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path} is not the workdir of a run")
+
+
+def test_rows_inside_a_long_document_give_no_prompt():
+    class Inside:
+        def __len__(self):
+            return 3
+
+        def read(self, indices):
+            rows = np.full((3, 9), 5)
+            rows[2, 4] = 1
+            return rows[indices]
+
+    found = list(samples._documents(Inside(), bos_id=1, length=3))
+    assert [d.tolist() for d in found] == [[5, 5, 5]]
