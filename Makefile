@@ -1,0 +1,54 @@
+# Everything needs only Python (3.11 to 3.13) and make; the virtual environment is made on first use.
+PYTHON ?= python3
+VENV   ?= .venv
+DATA   ?= data/smoke
+RUN    ?= runs/smoke
+BIN    := $(VENV)/bin
+# Torch only checks what we export; the build for CPUs is enough, and this version is the tested one.
+TORCH  := torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-slow lint format bench clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
+
+run: $(VENV)/.installed ## text -> tokenizer -> trained, resumed, sampled, exported model and its report
+	$(BIN)/python -m mobilellm_jax.prepare --embedded --out=$(DATA) --row_length=256 --vocab_size=2048 \
+	  --weights=code=0.4,prose=0.4,math=0.2
+	$(BIN)/python -m mobilellm_jax.train --config=configs/smoke.py --config.plan=$(DATA)/mixture.json \
+	  --workdir=$(RUN) --stop_at=100
+	$(BIN)/python -m mobilellm_jax.train --config=configs/smoke.py --config.plan=$(DATA)/mixture.json \
+	  --workdir=$(RUN)
+	test -d $(RUN)/hf || $(BIN)/python -m mobilellm_jax.convert --checkpoint=$(RUN) --to=hf --out=$(RUN)/hf
+	$(BIN)/python -m mobilellm_jax.generate --checkpoint=$(RUN) --prompt="def "
+	$(BIN)/python -m mobilellm_jax.report $(RUN)
+
+test: $(VENV)/.installed-test ## the tests, in minutes
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-test ## the long tests as well: whole runs, kills, full sizes
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: $(VENV)/.installed-test ## style, types and formatting, changing nothing
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: $(VENV)/.installed-test ## mend style and formatting
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+bench: $(VENV)/.installed ## speed of the stream and of the step on this machine
+	$(BIN)/python -m benchmarks.stream
+
+clean: ## remove the environment, the prepared data and the run that `make run` made
+	rm -rf $(VENV) $(DATA) $(RUN) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+$(VENV)/.installed: setup.cfg constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,dev]'
+	touch $@
