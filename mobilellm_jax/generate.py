@@ -7,8 +7,8 @@ Text streams out as it is made. The same checkpoint, prompt, seed and settings g
 
 import dataclasses
 import functools
-import sys
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -45,11 +45,27 @@ class Sampling:
             )
 
 
+def filtered(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits at a temperature above 0, -inf where a token may not be drawn; float32 [B, V] to [B, V].
+
+    Temperature first, then top-k, then top-p (nucleus, arXiv 1904.09751) on what is left, as in Hugging Face.
+    """
+    logits_BV = logits_BV / sampling.temperature
+    if 0 < sampling.top_k < logits_BV.shape[-1]:
+        least_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    if sampling.top_p < 1:
+        sorted_BV = -jnp.sort(-logits_BV, axis=-1)
+        share_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        # A token stays if those before it fall short of the share.
+        before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV
+        least_B1 = jnp.where(before_BV < sampling.top_p, sorted_BV, jnp.inf).min(-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    return logits_BV
+
+
 def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
     """Draws one token per row, int32 [B].
-
-    Temperature first, then top-k, then top-p (nucleus, arXiv 1904.09751) on what is left, as
-    Hugging Face does.
 
     Args:
       logits_BV: float32.
@@ -58,19 +74,7 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.A
     """
     if sampling.temperature == 0:
         return logits_BV.argmax(-1).astype(jnp.int32)
-    logits_BV = logits_BV / sampling.temperature
-    if 0 < sampling.top_k < logits_BV.shape[-1]:
-        least_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    if sampling.top_p < 1:
-        sorted_BV = -jnp.sort(-logits_BV, axis=-1)
-        share_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        before_BV = (
-            jnp.cumsum(share_BV, axis=-1) - share_BV
-        )  # a token stays if those before it fall short
-        least_B1 = jnp.where(before_BV < sampling.top_p, sorted_BV, jnp.inf).min(-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys_B, filtered(logits_BV, sampling)).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="cache")
@@ -180,7 +184,26 @@ def generate(
                 drawn[row].append(int(tokens_B[row]))
         if not open_rows:
             break
-    return [tokenizer.decode(row) for row in drawn]
+    return ["".join(whole_characters(tokenizer, *pair)) for pair in zip(ids, drawn, strict=True)]
+
+
+def whole_characters(
+    tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]
+) -> Iterator[str]:
+    """The text of tokens as they come, never half a character.
+
+    It is what they add to the prompt's text: a first piece's leading space may depend on what is before it.
+    """
+    ids = list(prompt)
+    shown = len(tokenizer.decode(ids))
+    text = ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character is still incomplete
+            yield text[shown:]
+            shown = len(text)
+    yield text[shown:]
 
 
 def main() -> None:
@@ -190,20 +213,13 @@ def main() -> None:
     loaded = load_model(args.checkpoint)
     tokenizer = loaded.tokenizer
     prompt = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
-    print(args.prompt, end="", flush=True)
-    drawn: list[int] = []
-    shown = ""
     draws = stream(loaded.params, loaded.model, [prompt], args.max_new_tokens, sampling, args.seed)
-    for tokens_B in draws:
-        if tokens_B[0] in (tokenizer.eos_id, tokenizer.bos_id):
-            break
-        drawn.append(int(tokens_B[0]))
-        text = tokenizer.decode(drawn)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character is still incomplete
-            sys.stdout.write(text[len(shown) :])
-            sys.stdout.flush()
-            shown = text
-    print(tokenizer.decode(drawn)[len(shown) :])
+    ends = (tokenizer.eos_id, tokenizer.bos_id)
+    tokens = itertools.takewhile(lambda token: token not in ends, (int(row[0]) for row in draws))
+    print(args.prompt, end="", flush=True)
+    for text in whole_characters(tokenizer, prompt, tokens):
+        print(text, end="", flush=True)
+    print()
 
 
 if __name__ == "__main__":

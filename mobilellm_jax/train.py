@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,6 +78,9 @@ def train(
         )
     mixture = open_mixture(plan, config.row_length, model.vocab_size)
     heldout = open_split(plan, "heldout", model.vocab_size)
+    if len(heldout) < len(plan.sources):
+        without = [name for i, name in enumerate(plan.names) if i not in heldout]
+        print(f"data: no held-out rows of {', '.join(without)}; not evaluated.")
     workdir = epath.Path(workdir)
     claim(workdir, config)
 
@@ -209,9 +212,9 @@ def train(
                 )
 
         step, pending = start, None
-        stream = _prefetched(
-            batches(mixture, rows, config.global_batch, prefetch=config.prefetch), mesh
-        )
+        part = jax.process_index(), jax.process_count()
+        parts = batches(mixture, rows, config.global_batch, *part, prefetch=config.prefetch)
+        stream = _prefetched(parts, mesh)
         with _Signals() as signals:
             try:
                 while step < last and not signals.caught:
@@ -263,7 +266,7 @@ def evaluate(
     params: Any,
     *,
     network: Network,
-    heldout: list[Rows],
+    heldout: Mapping[int, Rows],
     names: tuple[str, ...],
     rows: int,
     batch_rows: int,
@@ -275,8 +278,8 @@ def evaluate(
     The last batch is filled up with rows of BOS alone, which hold no target.
     """
     totals: dict[str, Any] = {}
-    width = heldout[0].info.row_length + 1
-    for source, split in enumerate(heldout):
+    for source, split in heldout.items():
+        width = split.info.row_length + 1
         count = min(rows, len(split))
         for first in range(0, count, batch_rows):
             tokens = np.full((batch_rows, width), network.bos_id, np.int32)
@@ -293,7 +296,7 @@ def evaluate(
                 if totals
                 else jax.device_get(part)
             )
-    return per_source(totals, names)
+    return per_source(totals, names) if totals else {}
 
 
 @functools.partial(jax.jit, static_argnames=("network", "sources"))
@@ -386,11 +389,11 @@ class _Signals:
         return self
 
     def _catch(self, number: int, frame: Any) -> None:
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
         self.caught = signal.Signals(number)
         # Not `print`: the signal may have come in the middle of one.
         os.write(2, f"\n{self.caught.name}: saving after this step ...\n".encode())
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
 
     def __exit__(self, *_: object) -> None:
         for each, handler in self._before.items():

@@ -21,7 +21,7 @@ import grain
 import numpy as np
 
 from mobilellm_jax.data.plan import Plan
-from mobilellm_jax.data.rows import Rows, open_rows
+from mobilellm_jax.data.rows import Rows, open_rows, read_info
 from mobilellm_jax.errors import UserError
 
 BLOCK = 4096
@@ -199,19 +199,22 @@ def open_mixture(plan: Plan, row_length: int, vocab_size: int) -> Mixture:
             f"the plan in {plan.directory} has rows of {plan.row_length} tokens, the run wants "
             f"config.row_length={row_length}: set that key, or prepare the data with that length."
         )
-    return Mixture(plan, open_split(plan, "train", vocab_size))
+    sources = open_split(plan, "train", vocab_size)
+    return Mixture(plan, [sources[i] for i in range(len(plan.sources))])
 
 
-def open_split(plan: Plan, split: str, vocab_size: int) -> list[Rows]:
-    """One split of every source of a plan, checked against the plan and the model's vocabulary.
+def open_split(plan: Plan, split: str, vocab_size: int) -> dict[int, Rows]:
+    """One split of the sources that have it, by number, checked against plan and vocabulary.
+
+    Every source has rows to train on; a held-out part is the choice of who prepared it.
 
     Raises:
       UserError: see `open_mixture`.
     """
-    opened = []
-    for source in plan.sources:
-        rows = open_rows(plan.resolve(source.path), split)
-        info, where = rows.info, f"source {source.name!r} at {plan.resolve(source.path)}"
+    opened = {}
+    for number, source in enumerate(plan.sources):
+        path = plan.resolve(source.path)
+        info, where = read_info(path), f"source {source.name!r} at {path}"
         if info.tokenizer != plan.tokenizer:
             raise UserError(
                 f"{where} was tokenized by another tokenizer ({info.tokenizer[:12]}) than the plan's "
@@ -227,9 +230,8 @@ def open_split(plan: Plan, split: str, vocab_size: int) -> list[Rows]:
                 f"{where} has a vocabulary of {info.vocab_size} pieces, the model one of {vocab_size}: "
                 f"set config.model.vocab_size={info.vocab_size}."
             )
-        if split == "train" and not len(rows):
-            raise UserError(f"{where} has no training row: leave it out of the plan.")
-        opened.append(rows)
+        if split in info.splits or split == "train":
+            opened[number] = open_rows(path, split)
     return opened
 
 

@@ -33,14 +33,7 @@ _READ = "readahead_buffer_size:0,max_parallelism:0"  # random access
 
 @dataclasses.dataclass(frozen=True)
 class SplitInfo:
-    """Counts of one split.
-
-    Attributes:
-      rows: as stored.
-      documents: as read.
-      bytes: of UTF-8 text.
-      tokens: with one BOS and one EOS per document, without padding.
-    """
+    """Counts of one split; `bytes` of UTF-8, `tokens` with a BOS and an EOS per document."""
 
     rows: int
     documents: int
@@ -210,7 +203,7 @@ def write_source(
         raise UserError(f"{path} exists already: delete it, or prepare into another directory.")
     growing = path.parent / f"{path.name}.incomplete" if _is_local(path) else path
     if growing.exists():
-        growing.rmtree()
+        _clear(growing, info.name)
     growing.mkdir(parents=True)
     encoder = _Encoder(info)
     writers: dict[str, _SplitWriter] = {}
@@ -234,6 +227,15 @@ def write_source(
     return info
 
 
+def _clear(directory: epath.Path, name: str) -> None:
+    """Removes what an interrupted writer has left, and nothing else."""
+    for file in directory.iterdir():
+        shard = file.name.startswith(f"{name}-") and ".array_record-" in file.name
+        if not shard and file.name not in ("features.json", "metadata.json", "dataset_info.json"):
+            raise UserError(f"{directory} holds {file.name}, which is none of ours: move it away.")
+    directory.rmtree()
+
+
 class _Encoder:
     """Rows to serialized TF examples, without TensorFlow.
 
@@ -255,9 +257,7 @@ class _Encoder:
         row = np.arange(info.row_length + 1).astype(self._dtype)
         example = serializer.serialize_example(self.features.encode_example({"tokens": row}))
         if not example.endswith(row.tobytes()):
-            raise RuntimeError(
-                "TFDS no longer stores the bytes of a tensor at the end of its example"
-            )
+            raise RuntimeError("TFDS no longer ends an example with the bytes of its tensor")
         self._head = example[: -row.nbytes]
 
     def __call__(self, row: np.ndarray) -> bytes:

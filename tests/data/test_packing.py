@@ -1,0 +1,127 @@
+"""Packing: every token once, nothing too long, and the one rule that readers go by."""
+
+import numpy as np
+import pytest
+
+from mobilellm_jax.data.packing import PACKERS, BestFit, Concat, best_fit_decreasing
+
+BOS, EOS = 1, 2
+
+
+def random_documents(rng, count, longest):
+    return [rng.integers(3, 1000, rng.integers(1, longest + 1)) for _ in range(count)]
+
+
+def pack(packer, documents, rng):
+    """All rows, with the documents given in random portions."""
+    rows, rest = [], list(documents)
+    while rest:
+        count = rng.integers(0, 5)
+        rows.append(packer.add(rest[:count]))
+        rest = rest[count:]
+    rows.append(packer.finish())
+    return np.concatenate(rows)
+
+
+@pytest.mark.parametrize("row_length", [2, 7, 32, 101])
+@pytest.mark.parametrize("seed", range(5))
+def test_concat_makes_every_token_a_target_once_and_in_order(row_length, seed):
+    rng = np.random.default_rng(seed)
+    documents = random_documents(rng, 60, 40)
+    rows = pack(Concat(row_length, BOS, EOS), documents, rng)
+    stream = np.concatenate([[BOS, *document, EOS] for document in documents])
+    assert rows.shape[1] == row_length + 1 and rows.dtype == np.int32
+    assert (rows[1:, 0] == rows[:-1, -1]).all()  # neighbours overlap by one token
+    targets = rows[:, 1:].ravel()
+    assert (targets[: len(stream) - 1] == stream[1:]).all()
+    assert (targets[len(stream) - 1 :] == BOS).all()
+    assert len(targets) - (len(stream) - 1) < row_length  # no row of padding alone
+
+
+@pytest.mark.parametrize("name", PACKERS)
+def test_rows_do_not_depend_on_how_documents_are_handed_over(name):
+    documents = random_documents(np.random.default_rng(0), 80, 60)
+    one = pack(PACKERS[name](16, BOS, EOS), documents, np.random.default_rng(1))
+    other = pack(PACKERS[name](16, BOS, EOS), documents, np.random.default_rng(2))
+    assert (one == other).all()
+
+
+@pytest.mark.parametrize("row_length", [2, 7, 32, 101])
+@pytest.mark.parametrize("seed", range(5))
+def test_best_fit_holds_every_document_once(row_length, seed):
+    rng = np.random.default_rng(seed)
+    # Each document says in its first token who it is and in the others where they stand.
+    documents = [np.append(1000 + i, 3 + np.arange(rng.integers(0, 80))) for i in range(60)]
+    rows = pack(BestFit(row_length, BOS, EOS, window=400), documents, rng)
+    pieces = [p.tolist() for row in rows for p in np.split(row, np.flatnonzero(row == BOS))]
+    pieces = [p[1:] for p in pieces if len(p) > 1]
+    expected = []
+    for document in documents:
+        body = [*document.tolist(), EOS]
+        expected += [body[i : i + row_length] for i in range(0, len(body), row_length)]
+    assert sorted(pieces) == sorted(expected)
+    assert (rows[:, 0] == BOS).all()
+
+
+@pytest.mark.parametrize("name", PACKERS)
+def test_segments_by_the_rule_are_the_documents(name):
+    rng = np.random.default_rng(0)
+    # All tokens of document i are the number 10 + i, so a segment is right if it holds one number.
+    documents = [np.full(rng.integers(1, 60), 10 + i) for i in range(70)]
+    rows = pack(PACKERS[name](32, BOS, EOS), documents, rng)
+    for row in rows:
+        segments = np.cumsum(row == BOS)
+        for segment in np.unique(segments):
+            inside = set(row[segments == segment]) - {BOS, EOS}
+            assert len(inside) <= 1
+        # And one document of a row is in one segment.
+        for number in set(row[row >= 10]):
+            assert len(set(segments[row == number])) == 1
+
+
+def brute_force(sizes, capacity):
+    """Best fit decreasing, by looking at all bins."""
+    spaces, bins = [], []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        fitting = [b for b, space in enumerate(spaces) if space >= sizes[i]]
+        if not fitting:
+            spaces.append(capacity)
+            bins.append([])
+            fitting = [len(bins) - 1]
+        best = min(fitting, key=lambda b: spaces[b])
+        spaces[best] -= sizes[i]
+        bins[best].append(i)
+    return bins
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_best_fit_decreasing_is_as_good_as_brute_force(seed):
+    rng = np.random.default_rng(seed)
+    capacity = int(rng.integers(5, 200))
+    sizes = rng.integers(1, capacity + 1, 300).tolist()
+    bins = best_fit_decreasing(sizes, capacity)
+    assert sorted(i for members in bins for i in members) == list(range(300))
+    filled = sorted(sum(sizes[i] for i in members) for members in bins)
+    assert filled == sorted(sum(sizes[i] for i in b) for b in brute_force(sizes, capacity))
+    assert max(filled) <= capacity
+
+
+def test_a_piece_that_fits_nowhere_is_refused():
+    with pytest.raises(ValueError, match="does not fit"):
+        best_fit_decreasing([3, 9], 8)
+
+
+def test_best_fit_holds_back_no_more_than_its_window():
+    packer = BestFit(16, BOS, EOS, window=200)
+    rows = 0
+    for _ in range(100):
+        rows += len(packer.add([np.arange(3, 12)]))
+        assert packer._held < 200
+    assert rows + len(packer.finish()) == 100  # no two of these documents fit into one row
+
+
+@pytest.mark.parametrize("name", PACKERS)
+def test_nothing_gives_no_rows(name):
+    packer = PACKERS[name](16, BOS, EOS)
+    assert packer.add([]).shape == (0, 17)
+    assert packer.finish().shape == (0, 17)

@@ -1,0 +1,184 @@
+"""The row store: what was written is read, and nothing half-written is."""
+
+import concurrent.futures
+import dataclasses
+import json
+import pickle
+import time
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from mobilellm_jax.data import rows
+from mobilellm_jax.data.rows import Batch, SourceInfo, SplitInfo, open_rows, read_info, write_source
+from mobilellm_jax.errors import UserError
+
+INFO = SourceInfo("code", "", 32, 5000, 1, "f" * 64, "concat", {})
+RNG = np.random.default_rng(0)
+TRAIN = RNG.integers(0, 5000, (1000, 33)).astype(np.int32)
+HELDOUT = RNG.integers(0, 5000, (70, 33)).astype(np.int32)
+
+
+def batches():
+    """Splits in turns, in portions, one of them empty."""
+    yield Batch("train", TRAIN[:300], documents=3, bytes=40, tokens=20)
+    yield Batch("heldout", HELDOUT, documents=2, bytes=30, tokens=10)
+    yield Batch("train", TRAIN[:0])
+    yield Batch("train", TRAIN[300:], documents=4, bytes=60, tokens=25)
+
+
+@pytest.fixture
+def source(tmp_path):
+    write_source(tmp_path / "code", INFO, {"a": 1}, batches(), shard_bytes=20_000)
+    return tmp_path / "code"
+
+
+def shards(source, split="train"):
+    return sorted(source.glob(f"code-{split}.array_record-*"))
+
+
+def test_rows_come_back_in_any_order(source):
+    assert len(shards(source)) > 2
+    for split, expected in (("train", TRAIN), ("heldout", HELDOUT)):
+        stored = open_rows(source, split)
+        assert len(stored) == len(expected)
+        for indices in (
+            np.arange(len(expected)),
+            RNG.integers(0, len(expected), 500),  # unsorted, with repetitions
+            np.array([len(expected) - 1]),
+            np.array([], np.int64),
+        ):
+            read = stored.read(indices)
+            assert read.dtype == np.int32 and read.shape == (len(indices), 33)
+            assert (read == expected[indices]).all()
+
+
+def test_info_counts(source):
+    info = read_info(source)
+    assert info == open_rows(source).info
+    assert info.splits == {
+        "train": SplitInfo(1000, 7, 100, 45),
+        "heldout": SplitInfo(70, 2, 30, 10),
+    }
+    assert dataclasses.replace(info, path="", splits={}) == INFO
+    assert rows.read_settings(source) == {"a": 1}
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path):
+    info = dataclasses.replace(INFO, vocab_size=65_537)
+    data = np.array([[0, 65_536] * 16 + [65_535]], np.int32)
+    write_source(tmp_path / "code", info, {}, [Batch("train", data)])
+    assert (open_rows(tmp_path / "code").read(np.array([0])) == data).all()
+    written = tfds.builder_from_directory(tmp_path / "code").as_data_source("train")[0]["tokens"]
+    assert written.dtype == np.uint32 and (written == data[0]).all()
+
+
+def test_stock_tfds_reads_it(source):
+    builder = tfds.builder_from_directory(source)
+    for split, expected in (("train", TRAIN), ("heldout", HELDOUT)):
+        data = builder.as_data_source(split)
+        assert len(data) == len(expected)
+        assert data[0]["tokens"].dtype == np.uint16
+        assert all((data[i]["tokens"] == expected[i]).all() for i in range(0, len(expected), 17))
+
+
+def test_pickles_and_threads_share_it(source):
+    stored = open_rows(source)
+    stored.read(np.arange(5))
+    copy = pickle.loads(pickle.dumps(stored))
+    wanted = [RNG.integers(0, 1000, 100) for _ in range(50)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for indices, read in zip(wanted, pool.map(copy.read, wanted), strict=True):
+            assert (read == TRAIN[indices]).all()
+
+
+@pytest.mark.parametrize("bad", [-1, 1000])
+def test_rows_that_are_not_there(source, bad):
+    with pytest.raises(IndexError, match="from 0 to 999"):
+        open_rows(source).read(np.array([3, bad]))
+
+
+def test_missing_and_truncated_shards_are_told_at_opening(source):
+    shard = shards(source)[1]
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=f"{shard.name} has {len(content) - 1} bytes instead of"):
+        open_rows(source)
+    assert len(open_rows(source, "heldout")) == 70  # the other split is whole
+    shard.unlink()
+    with pytest.raises(UserError, match=f"{shard.name} is missing"):
+        open_rows(source)
+
+
+def test_damage_within_a_shard_is_told_at_reading(source):
+    shard = shards(source)[0]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 255
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read"):
+        open_rows(source).read(np.arange(1000))
+
+
+def test_what_is_no_source_is_refused(source, tmp_path):
+    with pytest.raises(UserError, match="no complete source"):
+        open_rows(tmp_path / "nothing")
+    with pytest.raises(UserError, match="has no split 'test', only train, heldout"):
+        open_rows(source, "test")
+    metadata = json.loads((source / "metadata.json").read_text())
+    (source / "metadata.json").write_text(json.dumps({**metadata, "version": 99}))
+    with pytest.raises(UserError, match="version 99"):
+        read_info(source)
+    (source / "metadata.json").unlink()
+    with pytest.raises(UserError, match="not written by"):
+        read_info(source)
+
+
+def test_a_failed_writer_leaves_no_source_and_the_next_one_succeeds(tmp_path):
+    def failing():
+        yield Batch("train", TRAIN)
+        raise KeyboardInterrupt
+
+    path = tmp_path / "code"
+    with pytest.raises(KeyboardInterrupt):
+        write_source(path, INFO, {}, failing(), shard_bytes=20_000)
+    for place in (path, tmp_path / "code.incomplete"):
+        with pytest.raises(UserError, match="no complete source"):
+            open_rows(place)
+    write_source(path, INFO, {}, batches())
+    assert [p.name for p in tmp_path.iterdir()] == ["code"]
+    assert (open_rows(path).read(np.arange(1000)) == TRAIN).all()
+
+
+def test_only_our_own_left_overs_are_removed(tmp_path):
+    growing = tmp_path / "code.incomplete"
+    growing.mkdir()
+    (growing / "thesis.txt").write_text("dear")
+    with pytest.raises(UserError, match="thesis.txt, which is none of ours"):
+        write_source(tmp_path / "code", INFO, {}, batches())
+    assert (growing / "thesis.txt").read_text() == "dear"
+
+
+def test_nothing_is_overwritten(source):
+    with pytest.raises(UserError, match="exists already"):
+        write_source(source, INFO, {}, batches())
+    assert len(open_rows(source)) == 1000
+
+
+def test_a_source_without_training_rows_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no text to train on"):
+        write_source(tmp_path / "code", INFO, {}, [Batch("heldout", HELDOUT)])
+
+
+def test_reading_is_fast(tmp_path):
+    data = RNG.integers(0, 5000, (4000, 2049)).astype(np.int32)
+    info = dataclasses.replace(INFO, row_length=2048)
+    write_source(tmp_path / "code", info, {}, [Batch("train", data)])
+    stored, best = open_rows(tmp_path / "code"), np.inf
+    for _ in range(3):
+        indices = RNG.integers(0, 4000, 2000)
+        start = time.perf_counter()
+        read = stored.read(indices)
+        best = min(best, time.perf_counter() - start)
+        assert (read == data[indices]).all()
+    assert read[:, 1:].size / best > 10e6  # tokens per second; some 100 million on a free core

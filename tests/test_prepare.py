@@ -1,0 +1,405 @@
+"""Preparation: whole, repeatable, never half-done, never overwriting."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from mobilellm_jax.data import encoding
+from mobilellm_jax.data.corpora import FileCorpus
+from mobilellm_jax.data.embedded import SHORTEST, embedded_corpora, squeezed
+from mobilellm_jax.data.plan import Plan
+from mobilellm_jax.data.rows import open_rows, read_info
+from mobilellm_jax.data.tokenizers import Tokenizer, train_tokenizer
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.prepare import parse_weights, prepare
+
+ROOT = pathlib.Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+WORDS = "the model reads small rows of text and learns to share its blocks naïvely 😀".split()
+
+
+def write_corpus(path, seed, count=400):
+    rng = random.Random(seed)
+    texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 60))) + f" {i}\n" for i in range(count)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return texts
+
+
+@pytest.fixture
+def corpora(tmp_path):
+    write_corpus(tmp_path / "a.jsonl", 1)
+    write_corpus(tmp_path / "b.jsonl", 2, 200)
+    return [FileCorpus(name, f"{tmp_path}/{name}.jsonl", heldout=0.1) for name in "ab"]
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def run(corpora, out, **options):
+    return prepare(corpora, out, **{"row_length": 32, "vocab_size": 320, "workers": 1, **options})
+
+
+def stream(rows):
+    """The tokens of a concatenated split, without the overlap of its rows."""
+    tokens = rows.read(np.arange(len(rows)))
+    return np.concatenate([tokens[:1, 0], tokens[:, 1:].ravel()])
+
+
+def decoded(rows, tokenizer):
+    """The documents of a concatenated split."""
+    tokens = stream(rows)
+    parts = np.split(tokens, np.flatnonzero(tokens == tokenizer.bos_id))
+    return [tokenizer.decode(part) for part in parts if len(part) > 1]
+
+
+def contents(out):
+    """Every file below a directory, with its bytes."""
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+
+
+def test_all_documents_come_back_from_the_rows(corpora, out):
+    plan = run(corpora, out)
+    assert plan == Plan.load(out / "mixture.json")
+    tokenizer = Tokenizer.load(plan.resolve(plan.tokenizer_path))
+    assert plan.tokenizer == tokenizer.fingerprint and plan.names == ("a", "b")
+    for corpus, source in zip(corpora, plan.sources, strict=True):
+        info = read_info(plan.resolve(source.path))
+        assert (info.row_length, info.vocab_size, info.bos_id) == (32, 320, 1)
+        assert info.tokenizer == tokenizer.fingerprint
+        for split in ("train", "heldout"):
+            expected = [d.text for d in corpus.documents() if d.split == split]
+            assert decoded(open_rows(info.path, split), tokenizer) == expected
+            counts = info.splits[split]
+            assert counts.documents == len(expected)
+            assert counts.bytes == sum(len(text.encode()) for text in expected)
+            assert counts.tokens == sum(len(tokenizer.encode(t)) + 2 for t in expected)
+            builder = tfds.builder_from_directory(info.path)
+            assert len(builder.as_data_source(split)) == counts.rows
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_the_number_of_workers_does_not_matter(corpora, tmp_path, monkeypatch, packing):
+    monkeypatch.setattr(encoding, "CHUNK", 3000)  # some dozen chunks
+    for workers in (1, 3):
+        run(corpora, tmp_path / str(workers), workers=workers, packing=packing)
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+
+
+def test_a_document_of_any_length_is_whole(tmp_path, out, monkeypatch):
+    monkeypatch.setattr(encoding, "LONGEST", 100)
+    texts = write_corpus(tmp_path / "x.jsonl", 3)
+    (tmp_path / "long.txt").write_text("".join(texts))
+    plan = run([FileCorpus("long", f"{tmp_path}/long.txt", heldout=0)], out)
+    tokenizer = Tokenizer.load(out / "tokenizer.model")
+    assert decoded(open_rows(plan.resolve("long")), tokenizer) == ["".join(texts)]
+    with pytest.raises(UserError, match="no split 'heldout'"):
+        open_rows(plan.resolve("long"), "heldout")
+
+
+def test_again_it_keeps_what_is_complete(corpora, out, capsys):
+    run(corpora[:1], out, tokenizer=None)
+    before = contents(out)
+    run(corpora[:1], out)
+    told = capsys.readouterr().out
+    assert contents(out) == before
+    assert "tokenizer: complete" in told and "a: complete" in told
+    # Another source joins; the plan that is there is kept and that is said.
+    run(corpora, out, tokenizer=out / "tokenizer.model")
+    assert before.items() <= contents(out).items()
+    assert len(open_rows(out / "b")) > 0
+    assert "kept as it is" in capsys.readouterr().out
+
+
+def test_what_was_made_with_other_settings_is_refused(corpora, out, tmp_path):
+    run(corpora, out)
+    before = contents(out)
+    model = out / "tokenizer.model"
+    with pytest.raises(UserError, match="row_length 32 instead of 64"):
+        run(corpora, out, row_length=64)
+    with pytest.raises(UserError, match="packing concat instead of best_fit"):
+        run(corpora, out, packing="best_fit")
+    with pytest.raises(UserError, match="other settings or from other text"):
+        run(corpora, out, vocab_size=330)
+    train_tokenizer(["some other text " + "abc" * i for i in range(50)], 275).save(
+        tmp_path / "t.model"
+    )
+    with pytest.raises(UserError, match="other settings or from other text"):
+        run(corpora, out, tokenizer=tmp_path / "t.model")
+    write_corpus(tmp_path / "a.jsonl", 5)
+    with pytest.raises(UserError, match="other settings or from other text"):
+        run(corpora, out)
+    with pytest.raises(UserError, match="/a was made with other input: delete it"):
+        run(corpora, out, tokenizer=model)
+    model.unlink()
+    with pytest.raises(UserError, match="was made with another tokenizer and other input"):
+        run(corpora, out)
+    model.write_bytes(before["tokenizer.model"])
+    (out / "tokenizer.settings.json").write_bytes(before["tokenizer.settings.json"])
+    assert contents(out) == before
+
+
+def test_a_folder_of_the_users_is_not_touched(corpora, out):
+    (out / "a").mkdir(parents=True)
+    (out / "a" / "thesis.txt").write_text("dear")
+    with pytest.raises(UserError, match="/a exists already"):
+        run(corpora, out)
+    assert (out / "a" / "thesis.txt").read_text() == "dear"
+
+
+def test_a_tokenizer_can_be_given(corpora, out, tmp_path):
+    given = train_tokenizer((d.text for d in corpora[1].documents()), 305)
+    given.save(tmp_path / "given.model")
+    for _ in range(2):
+        plan = run(corpora, out, tokenizer=tmp_path / "given.model")
+        assert (
+            plan.tokenizer
+            == given.fingerprint
+            == Tokenizer.load(out / "tokenizer.model").fingerprint
+        )
+
+
+# Interruption.
+
+KILLED = """
+import os, sys
+from mobilellm_jax.data import rows
+from mobilellm_jax.data.corpora import FileCorpus
+from mobilellm_jax.data.tokenizers import Tokenizer
+from mobilellm_jax.prepare import prepare
+from mobilellm_jax.data import encoding
+
+folder, moment = sys.argv[1:]
+def die(*_, **__):
+    os._exit(9)
+
+encoding.CHUNK = 2000
+if moment == "tokenizer":
+    Tokenizer.save = die
+elif moment == "commit":
+    rows.tfds.core.DatasetInfo.write_dataset_info_json = die
+elif moment == "plan":
+    from mobilellm_jax.data.plan import Plan
+    Plan.save = die
+else:
+    batches = rows._SplitWriter.add
+    left = int(moment)
+    def add(self, batch):
+        global left
+        left -= 1
+        if left < 0:
+            die()
+        batches(self, batch)
+    rows._SplitWriter.add = add
+corpora = [FileCorpus(name, f"{folder}/{name}.jsonl", heldout=0.1) for name in "ab"]
+prepare(corpora, f"{folder}/out", 32, vocab_size=320, workers=1)
+"""
+
+
+@pytest.mark.parametrize("moment", ["tokenizer", "0", "15", "90", "commit", "plan"])
+def test_killed_at_any_moment_it_leaves_nothing_half_and_goes_on(
+    corpora, out, tmp_path, moment, monkeypatch
+):
+    monkeypatch.setattr(encoding, "CHUNK", 2000)
+    run(corpora, tmp_path / "whole")
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), moment], env=ENVIRONMENT, capture_output=True
+    )
+    assert killed.returncode == 9, killed.stderr.decode()
+    assert not (out / "mixture.json").exists()
+    done = []
+    for name in "ab":
+        try:
+            rows = open_rows(out / name)
+            done.append(name)
+        except UserError:
+            continue
+        assert (stream(rows) == stream(open_rows(tmp_path / "whole" / name))).all()
+    expected = {"tokenizer": 0, "0": 0, "15": 0, "commit": 0, "90": 1, "plan": 2}
+    assert len(done) == expected[moment]
+    run(corpora, out)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_kill_9_ends_the_processes_that_tokenize_too(tmp_path):
+    write_corpus(tmp_path / "a.jsonl", 1, 60_000)
+    command = (
+        *(sys.executable, "-m", "mobilellm_jax.prepare", f"--source=a={tmp_path}/a.jsonl"),
+        *(f"--out={tmp_path}/out", "--row_length=32", "--vocab_size=320", "--workers=2"),
+    )
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "out").glob("a.incomplete/a-train*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        children = _children(process.pid)
+        process.send_signal(signal.SIGKILL)
+    assert children
+    with pytest.raises(UserError, match="no complete source"):
+        open_rows(tmp_path / "out" / "a")
+    while any(map(_alive, children)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _children(pid):
+    return [int(c) for c in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _alive(pid):
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+# The plan.
+
+
+def test_weights_are_by_tokens_unless_given(corpora, out, capsys):
+    plan = run(corpora, out)
+    tokens = [read_info(out / name).splits["train"].tokens for name in "ab"]
+    assert [s.weight for s in plan.sources] == pytest.approx(np.array(tokens) / sum(tokens))
+    edited = plan.hash
+    # Asked for again without weights, a plan is kept whatever a user has made of it.
+    text = (out / "mixture.json").read_text().replace('"seed": 0', '"seed": 7')
+    (out / "mixture.json").write_text(text)
+    assert run(corpora, out).seed == 7
+    assert (out / "mixture.json").read_text() == text
+    # With weights it gives way, and lies beside.
+    plan = run(corpora, out, weights={"a": 0.25, "b": 0.75})
+    assert [s.weight for s in Plan.load(out / "mixture.json").sources] == [0.25, 0.75]
+    (kept,) = out.glob("mixture.*.json")
+    assert Plan.load(kept).seed == 7 and kept.name in capsys.readouterr().out
+    assert plan.hash != edited and plan.seed == 0
+    # The same weights once more change nothing.
+    before = contents(out)
+    run(corpora, out, weights={"a": 0.25, "b": 0.75})
+    assert contents(out) == before
+
+
+def test_a_source_of_weight_zero_is_not_in_the_plan(corpora, out):
+    assert run(corpora, out, weights={"a": 1, "b": 0}).names == ("a",)
+    assert len(open_rows(out / "b"))
+
+
+def test_the_plan_of_other_rows_is_refused(corpora, out):
+    run(corpora, out)
+    text = (out / "mixture.json").read_text().replace('"row_length": 32', '"row_length": 64')
+    (out / "mixture.json").write_text(text)
+    with pytest.raises(UserError, match="rows of another length or tokenizer"):
+        run(corpora, out)
+    assert (out / "mixture.json").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"a": 0.5, "b": 0.4}, "sum to 0.9, not to 1"),
+        ({"a": 1.0}, "give every source a weight"),
+        ({"a": 0.5, "b": 0.3, "c": 0.2}, "weights are given for a, b, c"),
+        ({"a": 1.5, "b": -0.5}, "not negative"),
+        ({"a": float("nan"), "b": 1}, "not negative"),
+    ],
+)
+def test_bad_weights_are_told_before_any_work(corpora, out, weights, message):
+    with pytest.raises(UserError, match=message):
+        run(corpora, out, weights=weights)
+    assert not out.exists()
+
+
+def test_almost_one_is_renormalised_and_said(corpora, out, capsys):
+    plan = run(corpora, out, weights={"a": 0.4004, "b": 0.6})
+    assert sum(s.weight for s in plan.sources) == pytest.approx(1, abs=1e-12)
+    assert "1.0004; they are renormalised" in capsys.readouterr().out
+
+
+def test_weights_are_parsed():
+    assert parse_weights("code=0.5, prose=.5") == {"code": 0.5, "prose": 0.5}
+    for bad in ("code", "code=", "code=x", "=1", "a=1,,"):
+        with pytest.raises(UserError, match="not of the form name=number"):
+            parse_weights(bad)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"row_length": 1}, "row_length must be at least 2"),
+        ({"packing": "tetris"}, "packing is concat or best_fit"),
+        ({"tokenizer": "/nowhere/x.model"}, "no tokenizer at /nowhere/x.model"),
+        ({"vocab_size": 10}, "10 pieces cannot be trained"),
+    ],
+)
+def test_bad_requests_are_told(corpora, out, options, message):
+    with pytest.raises(UserError, match=message):
+        run(corpora, out, **options)
+
+
+def test_bad_sources_are_told(corpora, out, tmp_path):
+    with pytest.raises(UserError, match="nothing to prepare"):
+        run([], out)
+    with pytest.raises(UserError, match="two sources have one name"):
+        run([corpora[0], corpora[0]], out)
+    with pytest.raises(UserError, match="cannot be called '../a'"):
+        run([FileCorpus("../a", corpora[0].pattern)], out)
+    with pytest.raises(UserError, match="no file matches"):
+        run([FileCorpus("c", f"{tmp_path}/c.*")], out)
+    assert not out.exists()
+
+
+# The command line and the embedded data.
+
+
+def command_line(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "mobilellm_jax.prepare", *arguments],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command_line(tmp_path):
+    write_corpus(tmp_path / "a.jsonl", 1)
+    options = (f"--source=a={tmp_path}/*.jsonl", f"--out={tmp_path}/out")
+    done = command_line(*options, "--row_length=32", "--vocab_size=320")
+    assert done.returncode == 0, done.stderr
+    assert "bytes/token" in done.stdout and "a: done" in done.stderr
+    assert Plan.load(tmp_path / "out" / "mixture.json").names == ("a",)
+    refused = command_line(*options, "--row_length=16", "--vocab_size=320")
+    assert refused.returncode == 1
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
+    assert "row_length 32 instead of 16" in line and "Traceback" not in refused.stderr
+
+
+def test_no_training_row_holds_a_heldout_docstring(tmp_path):
+    corpora = embedded_corpora(0)
+    prepare(corpora, tmp_path, 256, vocab_size=2048, workers=2)
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.model")
+    training = {
+        corpus.name: decoded(open_rows(tmp_path / corpus.name), tokenizer) for corpus in corpora
+    }
+    for corpus in corpora:
+        assert training[corpus.name] == [d.text for d in corpus.documents() if d.split == "train"]
+    everything = squeezed("\n".join(text for texts in training.values() for text in texts))
+    heldout = decoded(open_rows(tmp_path / "prose", "heldout"), tokenizer)
+    docstrings = [part.partition("\n\n")[2] for text in heldout for part in text.split("\n\n\n")]
+    docstrings = [doc for doc in map(squeezed, docstrings) if len(doc) >= SHORTEST]
+    assert len(docstrings) > 100
+    assert not [doc for doc in docstrings if doc in everything]
+    problems = [
+        t.partition("\n")[0] for t in decoded(open_rows(tmp_path / "math", "heldout"), tokenizer)
+    ]
+    assert len(problems) > 500 and not [p for p in problems if f" {p} " in everything]
