@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -137,26 +136,22 @@ def stream(
     tokens_BT = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
-    cache = transformer.empty_cache(model, len(prompts), slots)
-    start = np.zeros_like(lengths)
-    tokens_B: Any = None
-    for _ in range(max_new_tokens):
-        tokens_B, cache = _advance(
-            params,
-            tokens_BT,
-            lengths,
-            start,
-            cache,
-            np.uint32(seed),
-            model=model,
-            sampling=sampling,
-        )
-        yield np.asarray(tokens_B)
-        start, lengths, tokens_BT = (
-            start + lengths,
-            np.ones_like(lengths),
-            np.asarray(tokens_B)[:, None],
-        )
+
+    advance = functools.partial(
+        _advance, params, seed=np.uint32(seed), model=model, sampling=sampling
+    )
+
+    # The checks above are made when this is called, not when the first token is asked for.
+    def draws(tokens_BT: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
+        cache = transformer.empty_cache(model, len(prompts), slots)
+        start = np.zeros_like(lengths)
+        for _ in range(max_new_tokens):
+            drawn_B, cache = advance(tokens_BT, lengths, start, cache)
+            tokens_B = np.asarray(drawn_B)
+            yield tokens_B
+            start, lengths, tokens_BT = start + lengths, np.ones_like(lengths), tokens_B[:, None]
+
+    return draws(tokens_BT, lengths)
 
 
 def generate(

@@ -17,7 +17,7 @@ def import_path(path: str, key: str) -> Any:
       UserError: the path has another form, or the module or the name does not exist.
     """
     module, colon, name = path.partition(":")
-    if not (module and colon and name):
+    if not (module and colon and name) or module.startswith("."):
         raise UserError(f"config.{key}={path!r} is not an import path: write package.module:name.")
     try:
         found = importlib.import_module(module)

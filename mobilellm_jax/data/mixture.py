@@ -19,6 +19,7 @@ from typing import Any, SupportsIndex
 
 import grain
 import numpy as np
+import numpy.typing as npt
 
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.rows import Rows, open_rows, read_info
@@ -81,7 +82,7 @@ def rows_before_blocks(shares: np.ndarray) -> np.ndarray:
     return table
 
 
-def permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
+def permute(index: npt.ArrayLike, size: npt.ArrayLike, key: npt.ArrayLike) -> np.ndarray:
     """A pseudo-random permutation of `range(size)`, evaluated at `index`; all arguments broadcast.
 
     A Feistel network over the smallest 2k-bit square that holds `size`, walked until it falls
@@ -114,7 +115,7 @@ def _feistel(x: np.ndarray, half: np.ndarray, key: np.ndarray) -> np.ndarray:
     return (left << half) | right
 
 
-def _hash(x: np.ndarray, key: np.ndarray, round_: int) -> np.ndarray:
+def _hash(x: np.ndarray, key: np.ndarray | np.uint64, round_: int) -> np.ndarray:
     """The finaliser of SplitMix64, keyed; wraps modulo 2**64."""
     z = x + key + np.uint64((0x9E3779B97F4A7C15 * (round_ + 1)) & 0xFFFFFFFFFFFFFFFF)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -159,7 +160,7 @@ class Mixture:
         index = np.asarray(index, np.int64)
         period, block = np.divmod(index // BLOCK, PERIOD)
         block_key = _hash((index // BLOCK).astype(np.uint64), np.uint64(self._block_key), 0)
-        place = permute(index % BLOCK, np.int64(BLOCK), block_key)
+        place = permute(index % BLOCK, BLOCK, block_key)
         # Inside a block, places are laid out source after source; the permutation has shuffled
         # them.
         given = self._before[block + 1] - self._before[block]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.parallel.sharding import gathered
 
 
 def token_losses(
@@ -44,6 +45,7 @@ def token_losses(
         return losses(hidden_BTD, targets_BT)
     if length % chunks:
         raise UserError(f"loss_chunks={chunks} does not divide the row length {length}.")
+    unembedding_DV = gathered(unembedding_DV)
     # Rows stay the outermost axis inside a chunk, so that a batch sharded over devices is not
     # moved.
     hidden_CBtD = hidden_BTD.reshape(rows, chunks, -1, width).swapaxes(0, 1)

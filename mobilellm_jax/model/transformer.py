@@ -19,7 +19,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.imports import import_path
 from mobilellm_jax.model.attention import attention, rope, visible
 from mobilellm_jax.model.config import ModelConfig, Stack
-from mobilellm_jax.parallel.sharding import batch_sharded
+from mobilellm_jax.parallel.sharding import batch_sharded, gathered
 
 Params = dict[str, Any]
 Cache = dict[str, Any]  # per stack: {"key", "value"}, each [L, R, B, S, K, H]
@@ -169,7 +169,7 @@ class Transformer(nn.Module):
         embedding_VD = self.param("embedding", normal, (c.vocab_size, c.width), jnp.float32)
         if not c.tied:  # read by `unembedding`; declared here so that it is created with the rest
             self.param("head", normal, (c.width, c.vocab_size), jnp.float32)
-        x_BTD = batch_sharded(embedding_VD[tokens_BT].astype(self.execution.dtype))
+        x_BTD = batch_sharded(gathered(embedding_VD)[tokens_BT].astype(self.execution.dtype))
         new_caches = {}
         for i, stack in enumerate(c.stacks):
             name = f"stack_{i}"
@@ -267,8 +267,8 @@ def apply_cached(
     slots_BS = jnp.broadcast_to(jnp.arange(length), (tokens_BT.shape[0], length))
     context = Context(positions_BT, visible(positions_BT, slots_BS, None, None))
     model = Transformer(config, execution)
-    hidden_BTD, new = model.apply({"params": params}, tokens_BT, context, cache)
-    return hidden_BTD, new
+    out: Any = model.apply({"params": params}, tokens_BT, context, cache)
+    return out
 
 
 def empty_cache(config: ModelConfig, rows: int, length: int, dtype: str = "float32") -> Cache:

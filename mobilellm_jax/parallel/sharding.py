@@ -61,6 +61,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def gathered(table: jax.Array) -> jax.Array:
+    """Pins a weight to be whole on every device, before an operation that would else move activations.
+
+    XLA gathers weights for products by itself, but not for a look-up in the embedding, and inside a
+    loop over chunks it would gather them once per chunk.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return table
+    return jax.lax.with_sharding_constraint(table, P())
+
+
 def batch_sharded(x: jax.Array) -> jax.Array:
     """Pins activations to the sharding of their rows, so that XLA gathers weights and never activations.
 

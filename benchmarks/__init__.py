@@ -1,0 +1,1 @@
+"""Speed of this project beside that of a peer, each with one command."""

@@ -1,0 +1,257 @@
+"""Generation: what the cache must not change, what sampling may draw, what reaches the screen."""
+
+import dataclasses
+import functools
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sentencepiece
+import tiny
+
+from mobilellm_jax import generate as program
+from mobilellm_jax.data.tokenizers import Tokenizer
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.generate import Sampling, filtered, generate, sample, stream, whole_characters
+from mobilellm_jax.model import transformer
+from mobilellm_jax.model.config import ModelConfig, Stack
+
+PLAIN = ModelConfig(97, 32, (Stack(3, 4, 2, 48),), head_dim=8, max_length=64, init_std=0.3)
+SHARED = dataclasses.replace(PLAIN, stacks=(Stack(2, 4, 2, 48, repeats=2),), qk_norm="unit")
+GREEDY = Sampling(temperature=0)
+PROMPTS = ([1, 5, 9], [1, 7, 8, 20, 33, 51, 60], [1], [1, 96, 2, 96, 3])
+
+
+class Numbers:
+    """A tokenizer whose text is the ids themselves; the ends of documents can be chosen."""
+
+    def __init__(self, bos_id=1, eos_id=2):
+        self.bos_id, self.eos_id = bos_id, eos_id
+
+    def encode(self, text):
+        return [int(number) for number in text.split()]
+
+    def decode(self, ids):
+        return "".join(f" {number}" for number in ids)
+
+
+@functools.cache
+def parameters(model):
+    return jax.jit(functools.partial(transformer.init, model))(jax.random.key(0))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def last_logits(model, params, tokens_T, length):
+    """Of the last of `length` tokens, without a cache; those after it are not seen."""
+    hidden_1TD = transformer.apply(params, model, tokens_T[None])
+    return transformer.logits(params, model, hidden_1TD)[0, length - 1]
+
+
+def drawn(model, prompts, count, sampling, seed=0):
+    """int [B, count]."""
+    return np.stack(list(stream(parameters(model), model, prompts, count, sampling, seed)), axis=1)
+
+
+@pytest.mark.parametrize("model", [PLAIN, SHARED], ids=["plain", "shared"])
+def test_greedy_is_the_argmax_of_the_network_without_a_cache(model):
+    (found,) = drawn(model, PROMPTS[:1], 20, GREEDY)
+    row = np.zeros(32, np.int32)
+    row[:3] = PROMPTS[0]
+    for length, token in enumerate(found, start=3):
+        assert last_logits(model, parameters(model), row, length).argmax() == token
+        row[length] = token
+    assert len(set(found.tolist())) > 5  # not one token over and over
+
+
+def test_a_prompt_does_not_feel_its_neighbours():
+    together = drawn(SHARED, PROMPTS, 12, GREEDY)
+    for row, prompt in zip(together, PROMPTS, strict=True):
+        assert (row == drawn(SHARED, [prompt], 12, GREEDY)[0]).all()
+    # Sampled, a row's randomness is its number's: its neighbours may be any, as many as they are.
+    others = [PROMPTS[0], [1, 2, 3, 4], [1, 90], [1, 11, 12, 13, 14]]
+    hot = Sampling(temperature=1.5)
+    assert (drawn(SHARED, PROMPTS, 12, hot)[0] == drawn(SHARED, others, 12, hot)[0]).all()
+    assert (drawn(SHARED, PROMPTS, 12, hot)[0] == drawn(SHARED, PROMPTS[:1], 12, hot)[0]).all()
+
+
+def brute_force(logits_V, temperature, top_k, top_p):
+    """The probabilities of one row, token by token from the most likely one."""
+    logits_V = logits_V.astype(np.float64) / temperature
+    order = sorted(range(len(logits_V)), key=lambda token: -logits_V[token])
+    order = order[: top_k or len(order)]
+    mass = {token: np.exp(logits_V[token] - logits_V[order[0]]) for token in order}
+    total, kept, share = sum(mass.values()), [], 0.0
+    for token in order:
+        if share >= top_p:
+            break
+        kept.append(token)
+        share += mass[token] / total
+    out = np.zeros(len(logits_V))
+    out[kept] = [mass[token] for token in kept]
+    return out / out.sum()
+
+
+SETTINGS = [
+    Sampling(0.7),
+    Sampling(1.0, top_k=1),
+    Sampling(1.3, top_k=5),
+    Sampling(1.0, top_k=1000),
+    Sampling(1.0, top_p=0.9),
+    Sampling(0.8, top_p=0.3),
+    Sampling(1.0, top_p=1e-6),
+    Sampling(0.6, top_k=7, top_p=0.8),
+]
+
+
+def random_logits(rows=200, tokens=40):
+    rng = np.random.default_rng(0)
+    return (rng.normal(size=(rows, tokens)) * rng.uniform(0.1, 6, (rows, 1))).astype(np.float32)
+
+
+@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+def test_filters_keep_what_a_plain_loop_keeps(sampling):
+    logits_BV = random_logits()
+    ours = np.asarray(jax.nn.softmax(filtered(jnp.asarray(logits_BV), sampling), axis=-1))
+    theirs = [
+        brute_force(row, sampling.temperature, sampling.top_k, sampling.top_p) for row in logits_BV
+    ]
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert ((ours > 0).sum(1) >= 1).all()
+
+
+@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+def test_filters_keep_what_hugging_face_keeps(sampling):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    logits_BV = random_logits()
+    theirs = transformers.TemperatureLogitsWarper(sampling.temperature)(
+        None, torch.tensor(logits_BV)
+    )
+    if sampling.top_k:
+        theirs = transformers.TopKLogitsWarper(sampling.top_k)(None, theirs)
+    if sampling.top_p < 1:
+        theirs = transformers.TopPLogitsWarper(sampling.top_p)(None, theirs)
+    ours = np.asarray(filtered(jnp.asarray(logits_BV), sampling))
+    assert (np.isfinite(ours) == np.isfinite(theirs.numpy())).all()
+
+
+@pytest.mark.parametrize("sampling", SETTINGS[:5:2] + SETTINGS[-1:], ids=str)
+def test_tokens_are_drawn_as_often_as_they_should(sampling):
+    """Chi-square over 20,000 draws; p = 1e-4 at 11 degrees of freedom is 37.4, fewer need less."""
+    logits_V = random_logits(1, 12)[0]
+    keys = jax.random.split(jax.random.key(1), 20_000)
+    logits_BV = jnp.broadcast_to(logits_V, (len(keys), 12))
+    found = np.bincount(np.asarray(sample(logits_BV, keys, sampling)), minlength=12)
+    share = brute_force(logits_V, sampling.temperature, sampling.top_k, sampling.top_p)
+    expected = share * len(keys)
+    assert (found[share == 0] == 0).all()
+    possible = share > 0
+    assert ((found - expected)[possible] ** 2 / expected[possible]).sum() < 37.4
+
+
+def test_temperature_zero_takes_the_likeliest_whatever_the_filters():
+    logits_BV = jnp.asarray(random_logits())
+    keys = jax.random.split(jax.random.key(0), len(logits_BV))
+    found = sample(logits_BV, keys, Sampling(0, top_k=3, top_p=0.5))
+    assert (found == logits_BV.argmax(-1)).all()
+
+
+def test_the_seed_decides():
+    hot = Sampling(temperature=1.5, top_k=50, top_p=0.95)
+    one, again, other = (drawn(PLAIN, PROMPTS, 16, hot, seed) for seed in (3, 3, 4))
+    assert (one == again).all()
+    assert (one != other).any(axis=1).all()
+    same_prompt = drawn(PLAIN, [PROMPTS[0]] * 3, 16, hot, 3)
+    assert len({tuple(row) for row in same_prompt.tolist()}) == 3
+
+
+def test_text_goes_on_the_same_from_any_of_its_tokens():
+    """Randomness belongs to a position, however the tokens before it came to be there."""
+    hot = Sampling(temperature=1.5)
+    (whole,) = drawn(PLAIN, PROMPTS[:1], 12, hot).tolist()
+    (rest,) = drawn(PLAIN, [PROMPTS[0] + whole[:5]], 7, hot).tolist()
+    assert rest == whole[5:]
+
+
+def test_text_ends_with_its_document():
+    params = parameters(PLAIN)
+    (found,) = drawn(PLAIN, [[1, 5, 9]], 12, GREEDY).tolist()
+    end = found.index(next(token for token in found if token != found[0]))
+    for eos_id, expected in ((-1, found), (found[end], found[:end])):
+        (text,) = generate(params, PLAIN, Numbers(eos_id=eos_id), ["5 9"], 12, GREEDY)
+        assert text == "".join(f" {token}" for token in expected)
+
+
+def test_nothing_is_drawn_after_the_last_document_has_ended(monkeypatch):
+    steps = []
+
+    def ended(*_):
+        for tokens in ([7, 2], [8, 9], [2, 9], [9, 9]):
+            steps.append(tokens)
+            yield np.array(tokens)
+
+    monkeypatch.setattr(program, "stream", ended)
+    assert generate({}, PLAIN, Numbers(), ["", ""], 4, GREEDY) == [" 7 8", ""]
+    assert len(steps) == 3
+
+
+def test_what_does_not_fit_the_context_is_refused():
+    drawn(PLAIN, [[1] * 60], 4, GREEDY)  # 64, the whole context
+    with pytest.raises(UserError, match="61 tokens and 4 new ones exceed .* 64"):
+        stream({}, PLAIN, [[1, 2], [1] * 61], 4, GREEDY)  # said before anything is printed
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}], ids=str
+)
+def test_what_is_no_distribution_is_refused(wrong):
+    with pytest.raises(UserError, match=f"--{next(iter(wrong))}"):
+        Sampling(**wrong)
+
+
+def test_prompts_of_nearly_one_length_share_their_programs():
+    before = program._advance._cache_size()
+    for length in (5, 6, 7, 8):
+        drawn(PLAIN, [[1] * length], 6, Sampling(0.9))
+    assert program._advance._cache_size() - before == 2  # one reads a prompt, one draws a token
+
+
+def test_no_half_character_is_shown():
+    tokenizer = tiny.tokenizer()
+    text = "naïve Ωmega \N{GRINNING FACE}\N{FAMILY}\u2581 日本語, the sum"
+    ids = tokenizer.encode(text)
+    assert len(ids) > len(text)  # most of it is spelt in bytes
+    shown = list(whole_characters(tokenizer, [tokenizer.bos_id], iter(ids)))
+    assert "".join(shown) == text
+    assert not any("\N{REPLACEMENT CHARACTER}" in part for part in shown)
+    assert len([part for part in shown if part]) > len(text) / 3  # as it comes, not at the end
+
+
+def test_a_character_that_never_ends_is_shown_at_the_end():
+    tokenizer = tiny.tokenizer()
+    ids = tokenizer.encode("a Ω")[:-1]
+    shown = list(whole_characters(tokenizer, [tokenizer.bos_id], iter(ids)))
+    assert "".join(shown[:-1]) == "a "
+    assert shown[-1] == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_space_between_prompt_and_continuation_survives():
+    """Most SentencePiece models drop the space of a text's first piece; the continuation is not first."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat"] * 9),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=30,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = Tokenizer(model.getvalue())
+    text = "the cat sat"
+    ids = tokenizer.encode(text)
+    for cut in range(len(ids)):
+        prompt = [tokenizer.bos_id, *ids[:cut]]
+        rest = "".join(whole_characters(tokenizer, prompt, ids[cut:]))
+        assert tokenizer.decode(prompt) + rest == text
