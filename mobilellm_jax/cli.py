@@ -2,8 +2,10 @@
 
 import errno
 import functools
+import logging as std_logging
 import re
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -27,20 +29,28 @@ def run(main: Callable[..., None], positional: str = "") -> None:
     logging.set_verbosity(
         logging.WARNING
     )  # libraries tell every detail at INFO; --verbosity=0 shows it
+    logging.get_absl_logger().addFilter(_without_traceback)
+    # Callbacks in threads of libraries stumble over a failure that is raised, and told, in this one.
+    sys.unraisablehook = lambda raised: logging.debug("%s: %s", raised.err_msg, raised.exc_value)
     parse = functools.partial(_parse, positional=positional)
     app.run(lambda argv: _guarded(functools.partial(main, *argv[1:])), flags_parser=parse)
+
+
+def _without_traceback(record: std_logging.LogRecord) -> bool:
+    """Orbax logs a failure in each of its threads before it raises it: a line of each is enough."""
+    record.exc_info = None
+    return True
 
 
 def _parse(argv: list[str], positional: str) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        _exit(str(error), 2)
+        if "config" in flags.FLAGS:
+            getattr(flags.FLAGS.config, "lock", None)  # an unreadable file is told of only here
     except UserError as error:
         _exit(str(error), 1)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # ml_collections reports a misspelt key, a wrong type or a missing file as one of these.
-        _exit(f"the configuration is not usable: {_short(error)}", 2)
+    except Exception as error:  # whatever a configuration file may raise while it runs
+        _exit(_unusable(error), 2)
     expected = 2 if positional else 1
     if len(rest) > expected:
         unexpected = rest[expected]
@@ -64,13 +74,29 @@ def _guarded(main: Callable[[], None]) -> None:
         _exit(f"{_DISK[error.errno]}{where}: free it and run the same command again.", 1)
 
 
-def _short(error: Exception) -> str:
-    """ml_collections lists every other field of a locked configuration: keep what helps."""
-    text = " ".join(str(error.args[0] if error.args else error).split())
-    text = re.sub(r" Other fields present: .*?(?=Did you mean|$)", " ", text)
-    return text[:500].strip().strip('"')
+def _unusable(error: BaseException) -> str:
+    """What is wrong with a command line or with the configuration file that it names, and where."""
+    if "Error whilst parsing config file" in str(error):
+        inner = error.__context__  # ml_collections has put a traceback into the text of this one
+        error = (inner.__context__ if inner else None) or error
+    elif isinstance(error, OSError):
+        error = error.__cause__ or error
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if f.name in ("get_config", "<module>")]
+    where = f"{own[-1].filename}:{own[-1].lineno}: " if own else ""
+    text = str(error).replace("\\n", " ").replace("\\", "")
+    # It lists every other field of a locked configuration: keep what helps.
+    text = re.sub(r"Other fields present: .*?(?=Did you mean|$)", "", text, flags=re.DOTALL)
+    text = " ".join(text.split())[:500]
+    if isinstance(error, flags.Error):
+        return text
+    if isinstance(error, KeyError | AttributeError) and not where and "get_config" not in text:
+        text = re.sub(r"^\W*(\w+)\W+", r"\1. ", text).rstrip("'\"")
+        return f"there is no such key in the configuration: {text}"
+    return f"the configuration is not usable: {where}{type(error).__name__}: {text}"
 
 
 def _exit(sentence: str, status: int) -> None:
+    std_logging.disable()  # the sentence is the last word, whatever threads of libraries still meet
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     sys.exit(status)

@@ -29,7 +29,7 @@ from mobilellm_jax.data.rows import Rows
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
-from mobilellm_jax.model.config import ModelConfig, flops_per_token, parameter_count
+from mobilellm_jax.model.config import ModelConfig, flops_per_token
 from mobilellm_jax.parallel.mesh import make_mesh
 from mobilellm_jax.parallel.sharding import batch_sharding, shardings
 from mobilellm_jax.training import overview
@@ -81,13 +81,15 @@ def train(
     if len(heldout) < len(plan.sources):
         without = [name for i, name in enumerate(plan.names) if i not in heldout]
         print(f"data: no held-out rows of {', '.join(without)}; not evaluated.")
-    workdir = epath.Path(workdir)
-    claim(workdir, config)
-
     # --- Devices, and the state of a fresh run as shapes
     # --------------------------------------------------
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    network = Network(
+        model, transformer.Execution(**config.execution), tokenizer.bos_id, config.loss_chunks
+    )
+    objective = configured(config.objective, "objective")
     make_optimizer = configured(config.optimizer, "optimizer")
+    schedule = configured(config.schedule, "schedule")(config.steps)
 
     def fresh() -> TrainState:
         params = transformer.init(model, jax.random.key(config.seed))
@@ -96,6 +98,9 @@ def train(
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(fresh)
         state_shardings = shardings(shapes, mesh)
+
+        # All is checked: from here on the workdir is this run's.
+        workdir = claim(workdir, config)
 
         # --- The state: restored, or made in place
         # --------------------------------------------------------
@@ -114,17 +119,14 @@ def train(
 
         # --- The step and the evaluation, compiled at their first call
         # ------------------------------------
-        network = Network(
-            model, transformer.Execution(**config.execution), tokenizer.bos_id, config.loss_chunks
-        )
         piece_bytes_V = jax.numpy.asarray(tokenizer.piece_bytes())
         step_function = jax.jit(
             functools.partial(
                 train_step,
                 network=network,
-                objective=configured(config.objective, "objective"),
+                objective=objective,
                 make_optimizer=make_optimizer,
-                schedule=configured(config.schedule, "schedule")(config.steps),
+                schedule=schedule,
                 sources=len(plan.sources),
                 microbatches=config.microbatches,
             ),
@@ -147,7 +149,9 @@ def train(
         print(
             overview.parameter_table(jax.tree.map(_abstract, shapes.params, state_shardings.params))
         )
-        print(overview.summary(model, config.row_length, config.global_batch, config.steps))
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+        size = config.row_length, config.global_batch, config.steps
+        print(overview.summary(model, parameters, *size))
         shares = ", ".join(f"{source.name} {source.weight:.1%}" for source in plan.sources)
         print(
             f"data: {shares}; {len(tokenizer.model_bytes):,}-byte tokenizer {tokenizer.fingerprint[:12]}"
@@ -167,7 +171,7 @@ def train(
         writer.write(
             "start",
             start,
-            {"time": time.time(), "parameters": parameter_count(model), "flops_per_token": flops}
+            {"time": time.time(), "parameters": parameters, "flops_per_token": flops}
             | {"plan": plan.hash, "tokenizer": tokenizer.fingerprint, **origin},
         )
         progress = Progress(start, config.steps, config.log_every)
@@ -202,6 +206,8 @@ def train(
                 values["mfu"] = values["tokens_per_second"] * flops / (peak * len(devices))
             values |= {"skipped": int(metrics["skipped"]), "rows": rows}
             writer.write("train", step, values)
+            if not metrics["tokens"].any():
+                print(f"step {step:,}: the objective counts no target of these rows.", flush=True)
             progress.show(step, values)
             if metrics["skipped_in_row"] >= config.max_skipped:
                 raise UserError(
@@ -306,12 +312,17 @@ def _evaluation_sums(
     return sums(next_token(params, batch, network), batch, piece_bytes_V, sources)
 
 
-def claim(workdir: epath.Path, config: ConfigDict) -> None:
+def claim(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
     """Makes the workdir this run's: writes config.json, or checks the one that is there.
 
     Raises:
       UserError: the workdir belongs to another run, or has results but no configuration.
     """
+    if not os.fspath(workdir):
+        raise UserError(
+            "the workdir has an empty name: give the directory of this run as --workdir."
+        )
+    workdir = epath.Path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"{workdir} is a file: name a directory as --workdir.")
     path = workdir / "config.json"
@@ -330,6 +341,7 @@ def claim(workdir: epath.Path, config: ConfigDict) -> None:
     unfinished = workdir / "config.json.unfinished"
     unfinished.write_text(text)
     unfinished.replace(path)
+    return workdir
 
 
 def _same_config(old: dict[str, Any], new: dict[str, Any], where: str) -> None:
@@ -377,7 +389,7 @@ def _prefetched(
 ) -> Iterator[tuple[dict[str, jax.Array], int]]:
     """Batches on the devices, with the checksum of their tokens by which runs can be compared."""
     for batch in stream:
-        yield _on_devices(batch, mesh), zlib.crc32(batch["tokens"])
+        yield _on_devices(batch, mesh), zlib.crc32(batch["tokens"].data)
 
 
 class _Signals:

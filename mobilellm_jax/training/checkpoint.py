@@ -100,8 +100,13 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Releases what saving used."""
-        self._manager.close()
+        """Releases what saving used, when all that was saved is on disk.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        with _explained(self.directory):
+            self._manager.close()
 
     def newest_meta(self) -> dict[str, Any] | None:
         """The newest checkpoint's description, or None where there is none yet."""

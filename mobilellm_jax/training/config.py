@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,12 +14,20 @@ from mobilellm_jax.model.config import ModelConfig
 
 # Keys that may differ when a run is continued: they change how it is computed or watched, not what
 # it is.
-FREE = ("plan", "mesh", "microbatches", "execution", "loss_chunks", "prefetch", "max_skipped")
-FREE += ("eval", "checkpoint", "log_every")
+FREE = (
+    *("plan", "mesh", "microbatches", "execution", "loss_chunks", "prefetch", "max_skipped"),
+    *("eval", "checkpoint", "log_every"),
+)
 
-POSITIVE = ("row_length", "steps", "global_batch", "microbatches", "loss_chunks", "prefetch")
-POSITIVE += ("eval.every", "eval.rows", "checkpoint.every", "checkpoint.keep")
-POSITIVE += ("max_skipped", "log_every")
+# Arguments that the loop itself gives to such a function, before those of the configuration.
+GIVEN = {"objective": 3, "optimizer": 1, "schedule": 1}
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+POSITIVE = (
+    *("row_length", "steps", "global_batch", "microbatches", "loss_chunks", "prefetch"),
+    *("eval.every", "eval.rows", "checkpoint.every", "checkpoint.keep"),
+    *("max_skipped", "log_every"),
+)
 
 
 def base_config(model: ModelConfig) -> ConfigDict:
@@ -85,10 +94,10 @@ def configured(section: Mapping[str, Any], key: str) -> Callable[..., Any]:
 
     Args:
       section: a part of the configuration with a key `use`.
-      key: its name in the configuration, for error messages.
+      key: its name in the configuration: objective, optimizer or schedule.
 
     Raises:
-      UserError: the import path or one of the arguments does not exist.
+      UserError: the import path or one of the arguments does not exist, or an argument is missing.
     """
     settings = dict(section)
     function = import_path(settings.pop("use"), f"{key}.use")
@@ -100,6 +109,10 @@ def configured(section: Mapping[str, Any], key: str) -> Callable[..., Any]:
                 f"config.{key}.{name} is not an argument of {section['use']}: it takes "
                 f"{', '.join(known)}."
             )
+    own = list(known.values())[GIVEN[key] :]
+    for p in own:
+        if p.default is p.empty and p.name not in settings and p.kind in _NAMED:
+            raise UserError(f"config.{key}.{p.name} is missing: {section['use']} needs it.")
     return functools.partial(function, **settings)
 
 
@@ -113,6 +126,11 @@ def check(config: ConfigDict, devices: int) -> None:
     for key in POSITIVE:
         if flat[key] < 1:
             raise UserError(f"config.{key}={flat[key]} must be at least 1.")
+    if config.checkpoint.keep_every < 0:
+        raise UserError("config.checkpoint.keep_every is negative: 0 keeps none for ever.")
+    for key, value in flat.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise UserError(f"config.{key} is not a number.")
     if not config.plan:
         raise UserError("config.plan is empty: point it at the mixture.json that `prepare` wrote.")
     if config.global_batch % (config.microbatches * devices):

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import optax
 
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel.sharding import path_name
 
 
@@ -38,11 +39,21 @@ def decayed(params: Any) -> Any:
 
 def warmup_cosine(steps: int, peak: float, warmup_steps: int, floor: float) -> optax.Schedule:
     """From 0 linearly to `peak` at `warmup_steps`, then half a cosine to `floor * peak` at `steps`."""
+    _check_warmup(warmup_steps, steps)
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, steps, floor * peak)
 
 
 def warmup_linear(steps: int, peak: float, warmup_steps: int, floor: float) -> optax.Schedule:
     """From 0 linearly to `peak` at `warmup_steps`, then linearly to `floor * peak` at `steps`."""
+    _check_warmup(warmup_steps, steps)
     up = optax.linear_schedule(0.0, peak, warmup_steps)
     down = optax.linear_schedule(peak, floor * peak, steps - warmup_steps)
     return optax.join_schedules([up, down], [warmup_steps])
+
+
+def _check_warmup(warmup_steps: int, steps: int) -> None:
+    if not 0 <= warmup_steps < steps:
+        raise UserError(
+            f"config.schedule.warmup_steps={warmup_steps} does not lie within config.steps={steps}: "
+            "lower it."
+        )

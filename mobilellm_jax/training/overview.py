@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from mobilellm_jax.model.config import ModelConfig, flops_per_token, parameter_count
+from mobilellm_jax.model.config import ModelConfig, flops_per_token
 from mobilellm_jax.parallel.sharding import path_name
 
 
@@ -25,13 +25,15 @@ def parameter_table(params: Any) -> str:
     )
 
 
-def summary(model: ModelConfig, row_length: int, global_batch: int, steps: int) -> str:
+def summary(
+    model: ModelConfig, parameters: int, row_length: int, global_batch: int, steps: int
+) -> str:
     """What will be trained, on how many tokens, with how many FLOPs."""
     tokens = steps * global_batch * row_length
     flops = flops_per_token(model, row_length)
     distinct = sum(stack.layers for stack in model.stacks)
     return (
-        f"model: {parameter_count(model):,} parameters, {distinct} blocks applied {model.depth} times, "
+        f"model: {parameters:,} parameters, {distinct} blocks applied {model.depth} times, "
         f"{flops / 1e6:,.1f} MFLOPs per token (forward and backward, rows of {row_length:,})\n"
         f"run: {steps:,} steps x {global_batch:,} rows x {row_length:,} tokens = {tokens:,} tokens, "
         f"{tokens * flops:.2e} FLOPs"

@@ -12,8 +12,10 @@ import jax
 
 import mobilellm_jax
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-PACKAGES += ("tensorflow-datasets", "array_record", "sentencepiece")
+PACKAGES = (
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"),
+    *("tensorflow-datasets", "array_record", "sentencepiece"),
+)
 
 
 def provenance(devices: Sequence[jax.Device]) -> dict[str, Any]:

@@ -1,0 +1,56 @@
+"""The programs as a user starts them."""
+
+import re
+
+import pytest
+import tiny
+from runs import config_file, finish, program, start_training
+
+PROGRAMS = {
+    "prepare": ("out", "source", "row_length"),
+    "train": ("config", "workdir", "stop_at"),
+    "generate": ("checkpoint", "prompt", "seed"),
+    "convert": ("checkpoint", "to", "out"),
+    "report": ("out",),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_says_what_the_program_does_and_names_its_flags(name):
+    ended = program(f"mobilellm_jax.{name}", "--help")
+    assert ended.status in (0, 1)
+    assert f"python -m mobilellm_jax.{name}" in ended.out
+    for flag in PROGRAMS[name]:
+        assert re.search(rf"--(\[no\])?{flag}: ", ended.out), flag
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_without_what_it_needs_a_program_says_so_and_fails(name):
+    ended = program(f"mobilellm_jax.{name}")
+    assert ended.status == 2
+    assert ended.err.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in ended.err
+
+
+def test_what_training_tells_is_complete_and_nothing_else(tmp_path):
+    """Parameters, FLOPs, data, devices, how long, held-out results, where the result is."""
+    plan = tiny.corpus(tmp_path / "data")
+    ended = finish(start_training(config_file(tmp_path, plan), tmp_path / "run"))
+    assert ended.status == 0, ended.err
+    for pattern in (
+        r"parameter +shape +count +sharding",
+        r"embedding +320 x 32 +10,240",
+        r"stack_0/mlp/down +2 x 48 x 32 +3,072",
+        r"model: 25,760 parameters, 2 blocks applied 4 times, 0\.3 MFLOPs per token",
+        r"run: 12 steps x 16 rows x 32 tokens = 6,144 tokens",
+        r"data: words 70\.0%, sums 30\.0%",
+        r"devices: 1 x cpu, mesh \{'data': 1, 'fsdp': 1\}",
+        r"held-out bits per byte at step 12: all [\d.]+, words [\d.]+, sums [\d.]+",
+        r"done: step 12, 192 rows; checkpoint in .*/run/checkpoints/12",
+    ):
+        assert re.search(pattern, ended.out), pattern
+    # On standard error the plain lines of progress, and no word of any library.
+    lines = ended.err.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert re.fullmatch(r"step \d+/12  loss .* tokens/s .* bits/byte  ETA [\d:]+", line), line

@@ -1,0 +1,164 @@
+"""Runs that are killed or told to stop, and go on as if nothing had happened."""
+
+import os
+import random
+import signal
+import threading
+import time
+
+import jax
+import pytest
+import tiny
+from runs import (
+    bits,
+    config_file,
+    finish,
+    lines,
+    rows_seen,
+    run,
+    start,
+    start_training,
+    wait_for_lines,
+)
+
+from mobilellm_jax.train import _Signals
+from mobilellm_jax.training.checkpoint import load_model
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    return tiny.corpus(tmp_path_factory.mktemp("data"))
+
+
+def trained(config, workdir, delays=()):
+    """Trains to the end in processes of its own, killed after each delay: (lines recorded, seconds).
+
+    Returns the weights, the rows seen, and how many kills left a half-written checkpoint behind.
+    """
+    torn = 0
+    for count, seconds in delays:
+        process = start_training(config, workdir)
+        wait_for_lines(process, workdir, count + 1)  # and the line of the start
+        time.sleep(seconds)
+        process.kill()
+        ended = finish(process)
+        assert ended.status == -signal.SIGKILL, ended.err or "it ended before it was killed"
+        torn += any("tmp" in path.name for path in (workdir / "checkpoints").iterdir())
+    ended = finish(start_training(config, workdir))
+    assert ended.status == 0, ended.err
+    assert not [p for p in (workdir / "checkpoints").iterdir() if "tmp" in p.name]
+    return bits(load_model(workdir).params), rows_seen(workdir), torn
+
+
+def kills(number, steps, seed):
+    """Random delays that fall inside of the training of `steps` steps."""
+    rng = random.Random(seed)
+    return [(rng.randrange(1, steps // (number + 1)), rng.uniform(0, 0.1)) for _ in range(number)]
+
+
+def test_kill_9_twice_changes_no_bit(plan, tmp_path):
+    config = config_file(tmp_path, plan, steps=60, checkpoint__every=2, eval__every=20)
+    weights, rows, _ = trained(config, tmp_path / "whole")
+    assert len(rows) == 60
+    killed, seen, _ = trained(config, tmp_path / "killed", kills(2, 60, seed=1))
+    assert killed == weights
+    assert seen == rows
+
+
+@pytest.mark.slow
+def test_kill_9_ten_times_changes_no_bit(plan, tmp_path):
+    config = config_file(tmp_path, plan, steps=300, checkpoint__every=1, eval__every=50)
+    weights, rows, _ = trained(config, tmp_path / "whole")
+    killed, seen, torn = trained(config, tmp_path / "killed", kills(10, 300, seed=2))
+    assert torn, "no kill fell into the writing of a checkpoint: the test proves too little"
+    assert killed == weights
+    assert seen == rows
+
+
+def signal_after(workdir, number, count, done):
+    """Sends this process a signal once `count` lines are recorded."""
+    path = workdir / "metrics.jsonl"
+    while not done.is_set():
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            os.kill(os.getpid(), number)
+            return
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves_and_the_next_start_goes_on(plan, tmp_path, number, status):
+    def config():
+        config = tiny.config(plan, steps=200)
+        config.eval.every = config.checkpoint.every = 1000
+        return config
+
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    done = threading.Event()
+    watcher = threading.Thread(
+        target=signal_after, args=(tmp_path / "run", number, 5, done), daemon=True
+    )
+    watcher.start()
+    with pytest.raises(SystemExit) as end:
+        run(config(), tmp_path / "run")
+    done.set()
+    watcher.join()
+    assert end.value.code == status
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
+    saved = load_model(tmp_path / "run")
+    assert 0 < saved.step < 200
+    assert list(lines(tmp_path / "run")) == list(range(1, saved.step + 1))  # each step is recorded
+    resumed = run(config(), tmp_path / "run", stop_at=saved.step + 3)
+    whole = run(config(), tmp_path / "whole", stop_at=saved.step + 3)
+    assert bits(resumed) == bits(whole)
+    assert rows_seen(tmp_path / "run") == rows_seen(tmp_path / "whole")
+
+
+def test_the_program_tells_that_a_signal_stopped_it(plan, tmp_path):
+    config = config_file(
+        tmp_path, plan, steps=100_000, eval__every=100_000, checkpoint__every=50_000
+    )
+    process = start_training(config, tmp_path / "run")
+    wait_for_lines(process, tmp_path / "run", 4)
+    process.terminate()
+    ended = finish(process)
+    assert ended.status == 143
+    assert "SIGTERM: saving after this step" in ended.err
+    assert "stopped by SIGTERM at step" in ended.out and "same command goes on" in ended.out
+    assert str(load_model(tmp_path / "run").step) in ended.out
+    assert "Traceback" not in ended.err
+
+
+def test_a_second_signal_ends_at_once():
+    waiting = (
+        "import time\nfrom mobilellm_jax.train import _Signals\n"
+        "with _Signals():\n    print('ready', flush=True)\n    time.sleep(60)\n    time.sleep(60)\n"
+    )
+    process = start("-c", waiting)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "\n"
+    assert "SIGINT: saving" in process.stderr.readline()
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert finish(process, timeout=10).status == -signal.SIGTERM
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with _Signals() as signals:
+        assert signals.caught is None and signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_a_resume_may_change_is_announced(plan, tmp_path, capsys):
+    """Other devices or packages may change the last bits; nothing else than that is let through."""
+    from mobilellm_jax.train import train
+
+    run(tiny.config(plan), tmp_path / "run", stop_at=1)
+    config = tiny.config(plan)
+    config.checkpoint.keep = 5
+    train(config, tmp_path / "run", stop_at=1, devices=jax.devices()[:2])
+    out = capsys.readouterr().out
+    assert "resume: config.checkpoint.keep was 3, is 5." in out
+    assert "devices.count: 1 -> 2; the result may differ in its last bits" in out
+    assert "resumed at step 1 of 12" in out
