@@ -7,19 +7,23 @@ BIN    := $(VENV)/bin
 # Torch only checks what we export; the build for CPUs is enough, and this version is the tested one.
 TORCH  := torch==2.13.0
 
+# On Linux with glibc, large allocations in huge pages make training on a CPU a fifth faster.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 .DEFAULT_GOAL := help
 .PHONY: help run test test-slow lint format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
 
+TRAIN = $(BIN)/python -m mobilellm_jax.train --config=configs/smoke.py \
+  --config.plan=$(DATA)/mixture.json --workdir=$(RUN)
+
 run: $(VENV)/.installed ## text -> tokenizer -> trained, resumed, sampled, exported model and its report
 	$(BIN)/python -m mobilellm_jax.prepare --embedded --out=$(DATA) --row_length=256 --vocab_size=2048 \
 	  --weights=code=0.4,prose=0.4,math=0.2
-	$(BIN)/python -m mobilellm_jax.train --config=configs/smoke.py --config.plan=$(DATA)/mixture.json \
-	  --workdir=$(RUN) --stop_at=100
-	$(BIN)/python -m mobilellm_jax.train --config=configs/smoke.py --config.plan=$(DATA)/mixture.json \
-	  --workdir=$(RUN)
+	$(TRAIN) --stop_at=300
+	$(TRAIN)
 	test -d $(RUN)/hf || $(BIN)/python -m mobilellm_jax.convert --checkpoint=$(RUN) --to=hf --out=$(RUN)/hf
 	$(BIN)/python -m mobilellm_jax.generate --checkpoint=$(RUN) --prompt="def "
 	$(BIN)/python -m mobilellm_jax.report $(RUN)
@@ -36,8 +40,9 @@ lint: $(VENV)/.installed-test ## style, types and formatting, changing nothing
 format: $(VENV)/.installed-test ## mend style and formatting
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-bench: $(VENV)/.installed ## speed of the stream and of the step on this machine
+bench: $(VENV)/.installed ## speed of the stream, and time and quality of `make run`, on this machine
 	$(BIN)/python -m benchmarks.stream
+	$(BIN)/python -m benchmarks.smoke
 
 clean: ## remove the environment, the prepared data and the run that `make run` made
 	rm -rf $(VENV) $(DATA) $(RUN) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

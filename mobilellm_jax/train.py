@@ -7,13 +7,10 @@ workdir holds config.json, metrics.jsonl, tensorboard/ and checkpoints/.
 """
 
 import functools
-import json
-import os
-import signal
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,21 +22,23 @@ from ml_collections import ConfigDict, config_flags
 from mobilellm_jax import cli
 from mobilellm_jax.data.mixture import batches, open_mixture, open_split
 from mobilellm_jax.data.plan import Plan
-from mobilellm_jax.data.rows import Rows
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, flops_per_token
 from mobilellm_jax.parallel.mesh import make_mesh
-from mobilellm_jax.parallel.sharding import batch_sharding, shardings
+from mobilellm_jax.parallel.sharding import put_rows, shardings
 from mobilellm_jax.training import overview
 from mobilellm_jax.training.checkpoint import Checkpoints
-from mobilellm_jax.training.config import FREE, check, configured, differences
-from mobilellm_jax.training.metrics import MetricsWriter, peak_flops, per_source
-from mobilellm_jax.training.objectives import Batch, Network, next_token
+from mobilellm_jax.training.config import check, configured
+from mobilellm_jax.training.evaluation import evaluate
+from mobilellm_jax.training.metrics import MetricsWriter, peak_flops, step_values
+from mobilellm_jax.training.objectives import Network
 from mobilellm_jax.training.progress import Progress
 from mobilellm_jax.training.provenance import changes, provenance
-from mobilellm_jax.training.step import TrainState, init_state, sums, train_step
+from mobilellm_jax.training.signals import Signals
+from mobilellm_jax.training.step import TrainState, init_state, train_step
+from mobilellm_jax.training.workdir import check_same_run, claim
 
 
 def train(
@@ -65,7 +64,6 @@ def train(
       SystemExit: stopped by a signal, after saving; its status is 128 + the signal's number.
     """
     # --- What is to be trained, on what
-    # -------------------------------------------------------------------
     devices = devices or jax.devices()
     check(config, len(devices))
     model = ModelConfig.from_dict(config.model)
@@ -81,8 +79,8 @@ def train(
     if len(heldout) < len(plan.sources):
         without = [name for i, name in enumerate(plan.names) if i not in heldout]
         print(f"data: no held-out rows of {', '.join(without)}; not evaluated.")
+
     # --- Devices, and the state of a fresh run as shapes
-    # --------------------------------------------------
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     network = Network(
         model, transformer.Execution(**config.execution), tokenizer.bos_id, config.loss_chunks
@@ -103,14 +101,13 @@ def train(
         workdir = claim(workdir, config)
 
         # --- The state: restored, or made in place
-        # --------------------------------------------------------
         checkpoints = Checkpoints(workdir, **config.checkpoint)
         meta = checkpoints.newest_meta()
         origin = provenance(devices)
         if meta is None:
             state, rows = jax.jit(fresh, out_shardings=state_shardings)(), 0
         else:
-            _same_run(meta, config, plan, checkpoints.directory)
+            check_same_run(meta, config, plan, checkpoints.directory)
             for change in changes(meta, origin):
                 print(f"resume: {change}; the result may differ in its last bits.")
             abstract = jax.tree.map(_abstract, shapes, state_shardings)
@@ -118,7 +115,6 @@ def train(
         start = int(state.step)
 
         # --- The step and the evaluation, compiled at their first call
-        # ------------------------------------
         piece_bytes_V = jax.numpy.asarray(tokenizer.piece_bytes())
         step_function = jax.jit(
             functools.partial(
@@ -145,7 +141,6 @@ def train(
         )
 
         # --- What the user sees before the first step
-        # -----------------------------------------------------
         print(
             overview.parameter_table(jax.tree.map(_abstract, shapes.params, state_shardings.params))
         )
@@ -162,7 +157,6 @@ def train(
         sys.stdout.flush()
 
         # --- The loop
-        # -------------------------------------------------------------------------------------
         flops = flops_per_token(model, config.row_length)
         peak = peak_flops(devices[0].device_kind)
         tokens_per_step = config.global_batch * config.row_length
@@ -190,21 +184,11 @@ def train(
             """Fetches and writes a step's metrics; called one step late, so that the device never waits."""
             metrics = jax.device_get(metrics)
             seconds = progress.lap()
-            values = per_source(metrics, plan.names) | {
-                name: float(metrics[name]) for name in ("loss", "gradient_norm", "learning_rate")
-            }
-            for key in ("rows", "tokens"):
-                values |= {
-                    f"{key}/{n}": int(v) for n, v in zip(plan.names, metrics[key], strict=True)
-                }
-            values |= {
-                "tokens_per_second": tokens_per_step / seconds,
-                "step_seconds": seconds,
-                **host,
-            }
+            speed = tokens_per_step / seconds
+            values = step_values(metrics, plan.names) | host
+            values |= {"rows": rows, "step_seconds": seconds, "tokens_per_second": speed}
             if peak:
-                values["mfu"] = values["tokens_per_second"] * flops / (peak * len(devices))
-            values |= {"skipped": int(metrics["skipped"]), "rows": rows}
+                values["mfu"] = speed * flops / (peak * len(devices))
             writer.write("train", step, values)
             if not metrics["tokens"].any():
                 print(f"step {step:,}: the objective counts no target of these rows.", flush=True)
@@ -221,7 +205,7 @@ def train(
         part = jax.process_index(), jax.process_count()
         parts = batches(mixture, rows, config.global_batch, *part, prefetch=config.prefetch)
         stream = _prefetched(parts, mesh)
-        with _Signals() as signals:
+        with Signals() as signals:
             try:
                 while step < last and not signals.caught:
                     waited = time.perf_counter()
@@ -268,120 +252,8 @@ def train(
     return state
 
 
-def evaluate(
-    params: Any,
-    *,
-    network: Network,
-    heldout: Mapping[int, Rows],
-    names: tuple[str, ...],
-    rows: int,
-    batch_rows: int,
-    piece_bytes_V: jax.Array,
-    mesh: jax.sharding.Mesh,
-) -> dict[str, float]:
-    """Loss and bits per byte on the first `rows` held-out rows of each source, overall and per source.
-
-    The last batch is filled up with rows of BOS alone, which hold no target.
-    """
-    totals: dict[str, Any] = {}
-    for source, split in heldout.items():
-        width = split.info.row_length + 1
-        count = min(rows, len(split))
-        for first in range(0, count, batch_rows):
-            tokens = np.full((batch_rows, width), network.bos_id, np.int32)
-            read = split.read(np.arange(first, min(first + batch_rows, count)))
-            tokens[: len(read)] = read
-            batch = _on_devices(
-                {"tokens": tokens, "source": np.full(batch_rows, source, np.int32)}, mesh
-            )
-            part = _evaluation_sums(
-                params, batch, piece_bytes_V, network=network, sources=len(names)
-            )
-            totals = (
-                jax.tree.map(np.add, totals, jax.device_get(part))
-                if totals
-                else jax.device_get(part)
-            )
-    return per_source(totals, names) if totals else {}
-
-
-@functools.partial(jax.jit, static_argnames=("network", "sources"))
-def _evaluation_sums(
-    params: Any, batch: Batch, piece_bytes_V: jax.Array, *, network: Network, sources: int
-) -> dict[str, jax.Array]:
-    return sums(next_token(params, batch, network), batch, piece_bytes_V, sources)
-
-
-def claim(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
-    """Makes the workdir this run's: writes config.json, or checks the one that is there.
-
-    Raises:
-      UserError: the workdir belongs to another run, or has results but no configuration.
-    """
-    if not os.fspath(workdir):
-        raise UserError(
-            "the workdir has an empty name: give the directory of this run as --workdir."
-        )
-    workdir = epath.Path(workdir)
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"{workdir} is a file: name a directory as --workdir.")
-    path = workdir / "config.json"
-    text = json.dumps(config.to_dict(), indent=2) + "\n"
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-        except ValueError:
-            raise UserError(
-                f"{path} is not JSON: if nothing in that workdir is needed, remove it, else restore the file."
-            ) from None
-        _same_config(old, config.to_dict(), str(workdir))
-    elif any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints")):
-        raise UserError(f"{workdir} holds results but no config.json: choose another --workdir.")
-    workdir.mkdir(parents=True, exist_ok=True)
-    unfinished = workdir / "config.json.unfinished"
-    unfinished.write_text(text)
-    unfinished.replace(path)
-    return workdir
-
-
-def _same_config(old: dict[str, Any], new: dict[str, Any], where: str) -> None:
-    new = json.loads(json.dumps(new))
-    found = differences(old, new)
-    fixed = {key: pair for key, pair in found.items() if key.split(".")[0] not in FREE}
-    if fixed:
-        listed = "; ".join(
-            f"config.{key}: {a!r} there, {b!r} here" for key, (a, b) in fixed.items()
-        )
-        raise UserError(f"{where} belongs to another run ({listed}): choose another --workdir.")
-    for key, (a, b) in found.items():
-        print(f"resume: config.{key} was {a!r}, is {b!r}.")
-
-
-def _same_run(meta: dict[str, Any], config: ConfigDict, plan: Plan, where: epath.Path) -> None:
-    """A checkpoint may have been copied here: it must be of this network, this configuration, this plan."""
-    if meta["config"]["model"] != json.loads(json.dumps(config.model.to_dict())):
-        found = differences(meta["config"]["model"], config.model.to_dict())
-        listed = "; ".join(f"model.{key}: {a!r} there, {b!r} here" for key, (a, b) in found.items())
-        raise UserError(f"the checkpoint in {where} is of another network ({listed}).")
-    _same_config(
-        {k: v for k, v in meta["config"].items() if k not in FREE},
-        {k: v for k, v in config.to_dict().items() if k not in FREE},
-        str(where),
-    )
-    if meta["plan_hash"] != plan.hash:
-        raise UserError(
-            f"the checkpoint in {where} was trained on another plan ({meta['plan_hash'][:12]}) than "
-            f"{plan.directory} holds now ({plan.hash[:12]}): put that plan back, or use a new --workdir."
-        )
-
-
 def _abstract(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-
-def _on_devices(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
 def _prefetched(
@@ -389,27 +261,7 @@ def _prefetched(
 ) -> Iterator[tuple[dict[str, jax.Array], int]]:
     """Batches on the devices, with the checksum of their tokens by which runs can be compared."""
     for batch in stream:
-        yield _on_devices(batch, mesh), zlib.crc32(batch["tokens"].data)
-
-
-class _Signals:
-    """Remembers the first SIGTERM or SIGINT; a second one ends the program at once."""
-
-    def __enter__(self) -> "_Signals":
-        self.caught: signal.Signals | None = None
-        self._before = {s: signal.signal(s, self._catch) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _catch(self, number: int, frame: Any) -> None:
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
-        self.caught = signal.Signals(number)
-        # Not `print`: the signal may have come in the middle of one.
-        os.write(2, f"\n{self.caught.name}: saving after this step ...\n".encode())
-
-    def __exit__(self, *_: object) -> None:
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
+        yield put_rows(batch, mesh), zlib.crc32(batch["tokens"].data)
 
 
 def main() -> None:

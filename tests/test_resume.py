@@ -21,8 +21,8 @@ from runs import (
     wait_for_lines,
 )
 
-from mobilellm_jax.train import _Signals
 from mobilellm_jax.training.checkpoint import load_model
+from mobilellm_jax.training.signals import Signals
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +130,8 @@ def test_the_program_tells_that_a_signal_stopped_it(plan, tmp_path):
 
 def test_a_second_signal_ends_at_once():
     waiting = (
-        "import time\nfrom mobilellm_jax.train import _Signals\n"
-        "with _Signals():\n    print('ready', flush=True)\n    time.sleep(60)\n    time.sleep(60)\n"
+        "import time\nfrom mobilellm_jax.training.signals import Signals\n"
+        "with Signals():\n    print('ready', flush=True)\n    time.sleep(60)\n    time.sleep(60)\n"
     )
     process = start("-c", waiting)
     assert process.stdout.readline() == "ready\n"
@@ -145,7 +145,7 @@ def test_a_second_signal_ends_at_once():
 
 def test_handlers_are_put_back():
     before = signal.getsignal(signal.SIGTERM)
-    with _Signals() as signals:
+    with Signals() as signals:
         assert signals.caught is None and signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
 

@@ -9,9 +9,11 @@ A third axis is one more name in this table.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -59,6 +61,12 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over all devices; for every array whose first axis is B."""
     return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def put_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Arrays whose first axis is B, this process's part of them, as arrays over all devices."""
+    sharding = batch_sharding(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
 def gathered(table: jax.Array) -> jax.Array:

@@ -58,6 +58,20 @@ def per_source(totals: Mapping[str, Any], names: Sequence[str]) -> dict[str, flo
     return {name: float(value) for name, value in values.items()}
 
 
+def step_values(metrics: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """What is recorded of a step's metrics: numbers by name, those of a source as `name/<source>`.
+
+    Args:
+      metrics: as `training.step.train_step` returns them, on the host.
+      names: of the sources.
+    """
+    values: dict[str, Any] = dict(per_source(metrics, names))
+    values |= {key: float(metrics[key]) for key in ("loss", "gradient_norm", "learning_rate")}
+    for key in ("rows", "tokens"):
+        values |= {f"{key}/{n}": int(v) for n, v in zip(names, metrics[key], strict=True)}
+    return values | {"skipped": int(metrics["skipped"])}
+
+
 class MetricsWriter:
     """Appends to `metrics.jsonl` and to a TensorBoard event file, one per program start.
 

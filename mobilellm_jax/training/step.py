@@ -65,7 +65,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Any]]:
     """One optimizer step.
 
-    A step whose loss or gradient is not finite changes neither weights nor moments; it is counted,
+    A step whose loss, gradient or update is not finite changes neither weights nor moments; it is counted,
     and it keeps its place in the schedule and in the data.
 
     Args:
@@ -110,11 +110,10 @@ def train_step(
     grads = jax.tree.map(lambda g: g / targets, grads)
     loss = totals.pop("loss") / targets
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-
     learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
     updates, opt_state = make_optimizer(learning_rate).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
     bad = (~finite).astype(jnp.int32)
     new = TrainState(

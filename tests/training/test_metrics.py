@@ -16,8 +16,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.reporting.history import read_history
-from mobilellm_jax.train import claim
 from mobilellm_jax.training.metrics import MetricsWriter, peak_flops, per_source
+from mobilellm_jax.training.workdir import claim
 
 
 def record(workdir, start, steps, kind="train", close=True, **values):

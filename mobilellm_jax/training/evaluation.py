@@ -1,0 +1,52 @@
+"""Bits per byte on held-out rows, the measure that compares across tokenizers."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mobilellm_jax.data.rows import Rows
+from mobilellm_jax.parallel.sharding import put_rows
+from mobilellm_jax.training.metrics import per_source
+from mobilellm_jax.training.objectives import Batch, Network, next_token
+from mobilellm_jax.training.step import sums
+
+
+def evaluate(
+    params: Any,
+    *,
+    network: Network,
+    heldout: Mapping[int, Rows],
+    names: tuple[str, ...],
+    rows: int,
+    batch_rows: int,
+    piece_bytes_V: jax.Array,
+    mesh: jax.sharding.Mesh,
+) -> dict[str, float]:
+    """Loss and bits per byte on the first `rows` held-out rows of each source, overall and per source.
+
+    The last batch is filled up with rows of BOS alone, which hold no target.
+    """
+    totals: dict[str, Any] = {}
+    for source, split in heldout.items():
+        width = split.info.row_length + 1
+        count = min(rows, len(split))
+        for first in range(0, count, batch_rows):
+            tokens = np.full((batch_rows, width), network.bos_id, np.int32)
+            read = split.read(np.arange(first, min(first + batch_rows, count)))
+            tokens[: len(read)] = read
+            numbers = np.full(batch_rows, source, np.int32)
+            batch = put_rows({"tokens": tokens, "source": numbers}, mesh)
+            part = _sums(params, batch, piece_bytes_V, network=network, sources=len(names))
+            for name, value in jax.device_get(part).items():
+                totals[name] = totals.get(name, 0.0) + value
+    return per_source(totals, names) if totals else {}
+
+
+@functools.partial(jax.jit, static_argnames=("network", "sources"))
+def _sums(
+    params: Any, batch: Batch, piece_bytes_V: jax.Array, *, network: Network, sources: int
+) -> dict[str, jax.Array]:
+    return sums(next_token(params, batch, network), batch, piece_bytes_V, sources)

@@ -1,0 +1,82 @@
+"""One workdir, one run: what may be continued, and what would be overwritten."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from mobilellm_jax.data.plan import Plan
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.training.config import FREE, differences
+
+
+def claim(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
+    """Makes the workdir this run's: writes config.json, or checks the one that is there.
+
+    Raises:
+      UserError: the workdir belongs to another run, or has results but no configuration.
+    """
+    if not os.fspath(workdir):
+        raise UserError(
+            "the workdir has an empty name: give the directory of this run as --workdir."
+        )
+    workdir = epath.Path(workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"{workdir} is a file: name a directory as --workdir.")
+    path = workdir / "config.json"
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+        except ValueError:
+            raise UserError(
+                f"{path} is not JSON: if nothing in that workdir is needed, remove it, else restore the file."
+            ) from None
+        _same_config(old, config.to_dict(), str(workdir))
+    elif any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+        raise UserError(f"{workdir} holds results but no config.json: choose another --workdir.")
+    workdir.mkdir(parents=True, exist_ok=True)
+    unfinished = workdir / "config.json.unfinished"
+    unfinished.write_text(text)
+    unfinished.replace(path)
+    return workdir
+
+
+def _same_config(old: dict[str, Any], new: dict[str, Any], where: str) -> None:
+    new = json.loads(json.dumps(new))
+    found = differences(old, new)
+    fixed = {key: pair for key, pair in found.items() if key.split(".")[0] not in FREE}
+    if fixed:
+        listed = "; ".join(
+            f"config.{key}: {a!r} there, {b!r} here" for key, (a, b) in fixed.items()
+        )
+        raise UserError(f"{where} belongs to another run ({listed}): choose another --workdir.")
+    for key, (a, b) in found.items():
+        print(f"resume: config.{key} was {a!r}, is {b!r}.")
+
+
+def check_same_run(
+    meta: Mapping[str, Any], config: ConfigDict, plan: Plan, where: epath.Path
+) -> None:
+    """A checkpoint may have been copied here: it must be of this network, configuration and plan.
+
+    Raises:
+      UserError: it is not; the sentence lists what differs.
+    """
+    if meta["config"]["model"] != json.loads(json.dumps(config.model.to_dict())):
+        found = differences(meta["config"]["model"], config.model.to_dict())
+        listed = "; ".join(f"model.{key}: {a!r} there, {b!r} here" for key, (a, b) in found.items())
+        raise UserError(f"the checkpoint in {where} is of another network ({listed}).")
+    _same_config(
+        {k: v for k, v in meta["config"].items() if k not in FREE},
+        {k: v for k, v in config.to_dict().items() if k not in FREE},
+        str(where),
+    )
+    if meta["plan_hash"] != plan.hash:
+        raise UserError(
+            f"the checkpoint in {where} was trained on another plan ({meta['plan_hash'][:12]}) than "
+            f"{plan.directory} holds now ({plan.hash[:12]}): put that plan back, or use a new --workdir."
+        )
