@@ -25,7 +25,7 @@ run: $(VENV)/.installed ## text -> tokenizer -> trained, resumed, sampled, expor
 	$(TRAIN) --stop_at=300
 	$(TRAIN)
 	test -d $(RUN)/hf || $(BIN)/python -m mobilellm_jax.convert --checkpoint=$(RUN) --to=hf --out=$(RUN)/hf
-	$(BIN)/python -m mobilellm_jax.generate --checkpoint=$(RUN) --prompt="def "
+	$(BIN)/python -m mobilellm_jax.generate --checkpoint=$(RUN) --prompt="def __init__(self,"
 	$(BIN)/python -m mobilellm_jax.report $(RUN)
 
 test: $(VENV)/.installed-test ## the tests, in minutes

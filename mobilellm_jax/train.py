@@ -161,7 +161,7 @@ def train(
         peak = peak_flops(devices[0].device_kind)
         tokens_per_step = config.global_batch * config.row_length
         last = min(config.steps, stop_at or config.steps)
-        writer = MetricsWriter(workdir, start)
+        writer = MetricsWriter(workdir, start, config.wandb)
         writer.write(
             "start",
             start,

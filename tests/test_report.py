@@ -16,6 +16,7 @@ import pytest
 from etils import epath
 
 from mobilellm_jax.data import baselines
+from mobilellm_jax.data.mixture import first_rows
 from mobilellm_jax.data.packing import BestFit
 from mobilellm_jax.data.plan import Plan, PlanSource
 from mobilellm_jax.data.rows import Batch, SourceInfo, open_rows, write_source
@@ -81,7 +82,7 @@ def write_run(workdir, lines, plan="gone/mixture.json", **config):
 
 def facts(history, names=NAMES, **more):
     """The facts of a run whose data are all there."""
-    baselines = sources.Baselines(unigram=3.0, bigram=2.5, zlib=2.7, rows=10, available=10)
+    baselines = sources.Baselines(unigram=3.0, bigram=2.5, zlib=2.7, rows=10, seen=10)
     found = [
         dataclasses.replace(s, planned=1 / len(names), available=100, baselines=baselines)
         for s in sources.realised(history, None)
@@ -383,7 +384,9 @@ def test_baselines_epochs_and_samples_are_those_of_the_rows(
     for name in ("code", "prose"):
         train, held = (open_rows(plan.parent / name, split) for split in ("train", "heldout"))
         held_RT = held.read(np.arange(4))  # eval.rows of the configuration
-        train_RT = train.read(np.arange(len(train)))
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        seen = sum(line.get(f"rows/{name}", 0) for line in lines)
+        train_RT = train.read(first_rows(Plan.load(plan), name, len(train), min(seen, len(train))))
         known = (train_RT, held_RT, tokenizer.piece_bytes(), tokenizer.bos_id)
         scores = [
             baselines.bigram_bits_per_byte(*known),
@@ -393,9 +396,7 @@ def test_baselines_epochs_and_samples_are_those_of_the_rows(
         line = next(line for line in printed.splitlines() if line.startswith(name))
         assert line.split()[-3:] == [f"{score:.3f}" for score in scores]
         assert all(f"{score:.3f}" in text for score in scores)
-        lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-        epochs = sum(line.get(f"rows/{name}", 0) for line in lines) / len(train)
-        assert line.split()[3] == f"{epochs:.2f}"
+        assert line.split()[3] == f"{seen / len(train):.2f}"
     found, step = samples.sample(workdir, Plan.load(plan))
     assert step == 20 and {sample.source for sample in found} == {"code", "prose"}
     for sample in found:
@@ -414,7 +415,7 @@ def test_baselines_are_computed_once_per_plan(tmp_path, prepared, monkeypatch):
     (workdir / "baselines.json").write_text("{")
     monkeypatch.setattr(sources, "COUNTED_TOKENS", 64)
     text = Tags(report(workdir).read_text()).text
-    assert len(calls) == 4 and "Of code, prose the n-gram models count 64" in text
+    assert len(calls) == 4 and "Of code, prose the n-gram models count the first 64" in text
 
 
 def test_a_plan_or_rows_that_changed_since_are_told(tmp_path, prepared):

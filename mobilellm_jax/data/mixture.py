@@ -137,6 +137,30 @@ class Located:
     row: np.ndarray  # row of that source's training split
 
 
+def first_rows(plan: Plan, source: str, length: int, count: int) -> np.ndarray:
+    """The first `count` rows that a source gives to the stream, as rows of its training split.
+
+    Args:
+      plan: with its seed.
+      source: name in the plan.
+      length: rows of its training split.
+      count: at most `length`, for one epoch.
+    """
+    return _order(np.arange(count), np.int64(length), _source_key(plan, source))[1]
+
+
+def _source_key(plan: Plan, source: str) -> np.uint64:
+    return np.uint64(_keys("rows", plan.seed, source))
+
+
+def _order(
+    number: np.ndarray, length: np.ndarray | np.int64, key: np.ndarray | np.uint64
+) -> tuple[np.ndarray, np.ndarray]:
+    """Epoch and row of the `number`-th row that a source gives; each epoch in an order of its own."""
+    epoch, position = np.divmod(number, length)
+    return epoch, permute(position, length, _hash(epoch.astype(np.uint64), key, 1))
+
+
 class Mixture:
     """The rows of a plan in the order of training: random access, picklable, no state."""
 
@@ -153,7 +177,7 @@ class Mixture:
         shares = fixed_point([source.weight for source in plan.sources])
         self._before = rows_before_blocks(shares)
         self._block_key = _keys("block", plan.seed)
-        self._source_keys = np.array([_keys("rows", plan.seed, n) for n in plan.names], np.uint64)
+        self._source_keys = np.array([_source_key(plan, name) for name in plan.names])
 
     def locate(self, index: np.ndarray) -> Located:
         """Source, epoch and row of the stream's rows `index` (int64 [n])."""
@@ -169,10 +193,7 @@ class Mixture:
         picked = np.arange(len(index)), source
         rank = place - (ends - given)[picked]
         number = period * self._before[-1][source] + self._before[block, source] + rank
-        length = self._lengths[source]
-        epoch, position = np.divmod(number, length)
-        epoch_key = _hash(epoch.astype(np.uint64), self._source_keys[source], 1)
-        return Located(source, epoch, permute(position, length, epoch_key))
+        return Located(source, *_order(number, self._lengths[source], self._source_keys[source]))
 
     def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
         """Rows `index` of the stream: `tokens` int32 [n, row_length + 1] and `source` int32 [n]."""

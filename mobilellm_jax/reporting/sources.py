@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from mobilellm_jax.data import baselines
+from mobilellm_jax.data.mixture import first_rows
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.rows import Rows, open_rows
 from mobilellm_jax.data.tokenizers import Tokenizer
@@ -23,14 +24,14 @@ COUNTED_TOKENS = 4_000_000  # the n-gram models need no more, and a report shoul
 class Baselines:
     """Held-out bits per byte of models that need no training run.
 
-    `rows` of the `available` training rows were counted by the unigram and bigram models.
+    `rows` of the `seen` training rows were counted by the unigram and bigram models.
     """
 
     unigram: float
     bigram: float
     zlib: float
     rows: int
-    available: int
+    seen: int
 
     @property
     def scores(self) -> dict[str, float]:
@@ -102,12 +103,13 @@ def with_data(
       sources: those of the run.
       plan: the plan of the run.
       heldout_rows: how many held-out rows of each source training evaluates.
-      cache: JSON file that keeps the baselines; they are computed anew for another plan only.
+      cache: JSON file that keeps the baselines until the run has gone on or the plan is another.
 
     Returns:
       the sources, and one sentence for each whose rows cannot be read any more.
     """
     key = {"plan": plan.hash, "heldout_rows": heldout_rows, "counted_tokens": COUNTED_TOKENS}
+    key["seen"] = {source.name: source.rows for source in sources}
     known = _read_cache(cache, key)
     paths = {source.name: plan.resolve(source.path) for source in plan.sources}
     found, notes = [], []
@@ -115,11 +117,12 @@ def with_data(
         try:
             train = open_rows(paths[source.name], "train")
             source = dataclasses.replace(source, available=len(train))
-            if source.name not in known:
+            if source.name not in known and source.rows:
                 heldout = open_rows(paths[source.name], "heldout")
-                known[source.name] = measure(train, heldout, heldout_rows, plan)
+                seen = first_rows(plan, source.name, len(train), min(source.rows, len(train)))
+                known[source.name] = measure(train, seen, heldout, heldout_rows, plan)
                 _write_cache(cache, key, known)
-            source = dataclasses.replace(source, baselines=known[source.name])
+            source = dataclasses.replace(source, baselines=known.get(source.name))
         except UserError as error:
             notes.append(f"Some rows of {source.name} cannot be read: {error}")
         found.append(source)
@@ -128,29 +131,32 @@ def with_data(
 
 def describe(sources: Sequence[Source]) -> str:
     """Which sources were too large for the n-gram models to count in full; empty when none was."""
-    part = [s for s in sources if s.baselines and s.baselines.rows < s.baselines.available]
+    part = [s for s in sources if s.baselines and s.baselines.rows < s.baselines.seen]
     if not part:
         return ""
     names = ", ".join(s.name for s in part)
-    return f"Of {names} the n-gram models count {COUNTED_TOKENS:,} evenly spread tokens."
+    return f"Of {names} the n-gram models count the first {COUNTED_TOKENS:,} tokens."
 
 
-def measure(train: Rows, heldout: Rows, heldout_rows: int, plan: Plan) -> Baselines:
+def measure(
+    train: Rows, seen: np.ndarray, heldout: Rows, heldout_rows: int, plan: Plan
+) -> Baselines:
     """Baselines of one source, in bits per byte of the held-out rows that training evaluates.
 
-    The n-gram models count all training rows, or `COUNTED_TOKENS` tokens of them, evenly spread.
+    The n-gram models count as many rows of the source as the run has `seen`, in the stream's order,
+    each once, up to `COUNTED_TOKENS` tokens.
     """
     tokenizer = Tokenizer.load(plan.resolve(plan.tokenizer_path))
-    counted = min(len(train), math.ceil(COUNTED_TOKENS / plan.row_length))
-    train_RT = train.read(np.arange(counted, dtype=np.int64) * len(train) // counted)
+    counted = seen[: math.ceil(COUNTED_TOKENS / plan.row_length)]
+    train_RT = train.read(counted)
     heldout_RT = heldout.read(np.arange(min(len(heldout), heldout_rows), dtype=np.int64))
     arguments = (train_RT, heldout_RT, tokenizer.piece_bytes(), tokenizer.bos_id)
     return Baselines(
         unigram=baselines.unigram_bits_per_byte(*arguments),
         bigram=baselines.bigram_bits_per_byte(*arguments),
         zlib=baselines.zlib_bits_per_byte(heldout_RT, tokenizer),
-        rows=counted,
-        available=len(train),
+        rows=len(counted),
+        seen=len(seen),
     )
 
 

@@ -16,7 +16,7 @@ from mobilellm_jax.model.config import ModelConfig
 # it is.
 FREE = (
     *("plan", "mesh", "microbatches", "execution", "loss_chunks", "prefetch", "max_skipped"),
-    *("eval", "checkpoint", "log_every"),
+    *("eval", "checkpoint", "log_every", "wandb"),
 )
 
 # Arguments that the loop itself gives to such a function, before those of the configuration.
@@ -85,6 +85,7 @@ def base_config(model: ModelConfig) -> ConfigDict:
     c.checkpoint.keep_every = 0  # steps between those kept for ever; 0: none
 
     c.max_skipped = 10  # non-finite steps in a row after which the run stops
+    c.wandb = ""  # Weights & Biases project to log to as well; needs the extra [wandb]
     c.log_every = 50  # steps between lines where there is no terminal for a progress bar
     return c.lock()
 

@@ -6,6 +6,7 @@ import math
 import os
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -80,12 +81,13 @@ class MetricsWriter:
     local copy. A number that is not finite, for which JSON has no word, is `null`.
     """
 
-    def __init__(self, workdir: epath.Path, start: int) -> None:
-        """Opens the record of a program start at step `start`.
+    def __init__(self, workdir: epath.Path, start: int, wandb_project: str = "") -> None:
+        """Opens the record of a program start at step `start`, in Weights & Biases too if asked.
 
         Raises:
-          UserError: it cannot be written.
+          UserError: it cannot be written, or wandb is not installed.
         """
+        self._wandb = _open_wandb(wandb_project, workdir) if wandb_project else None
         self._workdir = workdir
         self._copy = tempfile.TemporaryDirectory() if "://" in str(workdir) else None
         self._local = Path(self._copy.name if self._copy else workdir)
@@ -113,8 +115,11 @@ class MetricsWriter:
         with self._explained():
             self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
             self._file.flush()
-            if kind != "start":
-                self._board.write_event(_event(kind, step, line))
+            if kind == "start":
+                return
+            self._board.write_event(_event(kind, step, line))
+        if self._wandb:
+            self._wandb.log({f"{kind}/{k}": v for k, v in _numbers(line).items()}, step=step)
 
     def sync(self) -> None:
         """Makes what is recorded so far durable, also in an object store.
@@ -144,6 +149,8 @@ class MetricsWriter:
                     file.close()
             if self._copy:
                 self._copy.cleanup()
+            if self._wandb:
+                self._wandb.finish()
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -170,7 +177,27 @@ def _is_json(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
+
+
+def _open_wandb(project: str, workdir: epath.Path) -> Any:
+    """A run of its own for every workdir, which a resumed run goes on with."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            f"config.wandb={project!r}, but wandb is not installed: install mobilellm-jax[wandb], or "
+            "leave that key empty."
+        ) from None
+    path = workdir / "wandb_id"
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex)
+    return wandb.init(project=project, name=workdir.name, id=path.read_text(), resume="allow")
+
+
 def _event(kind: str, step: int, line: Mapping[str, Any]) -> Event:
-    numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
-    values = [Summary.Value(tag=f"{kind}/{name}", simple_value=v) for name, v in numbers.items()]
+    values = [
+        Summary.Value(tag=f"{kind}/{name}", simple_value=v) for name, v in _numbers(line).items()
+    ]
     return Event(wall_time=time.time(), step=step, summary=Summary(value=values))

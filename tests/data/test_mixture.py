@@ -149,3 +149,12 @@ def test_uneven_batches_and_vanishing_weights_are_refused():
         m.batches(make([1.0], [10]), 0, 8, 0, 3)
     with pytest.raises(UserError, match="resolution"):
         m.fixed_point([1 - 1e-8, 1e-8])
+
+
+def test_first_rows_are_those_of_the_first_block():
+    mix = make([0.75, 0.25], [3500, 1100])
+    at = mix.locate(np.arange(m.BLOCK))  # inside it, the stream shuffles them
+    for number, (name, length) in enumerate([("s0", 3500), ("s1", 1100)]):
+        read = at.row[at.source == number]
+        assert set(m.first_rows(mix.plan, name, length, len(read))) == set(read)
+        assert (np.sort(m.first_rows(mix.plan, name, length, length)) == np.arange(length)).all()

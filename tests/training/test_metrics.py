@@ -4,6 +4,8 @@ import json
 import math
 import os
 import struct
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -191,3 +193,33 @@ def test_the_peak_of_a_device_is_known_by_its_kind():
     assert peak_flops("TPU v5p") == peak_flops("TPU v5") == 459e12
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("cpu") is None
+
+
+def test_wandb_gets_what_is_recorded_and_a_resumed_run_goes_on_in_its_run(tmp_path, monkeypatch):
+    logged, runs = [], []
+
+    class Run:
+        def log(self, values, step):
+            logged.append((step, values))
+
+        def finish(self):
+            logged.append("finished")
+
+    def init(**settings):
+        runs.append(settings)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for start in (0, 1):
+        writer = MetricsWriter(epath.Path(tmp_path), start, "project")
+        writer.write("start", start, {"time": 1.0})
+        writer.write("train", start + 1, {"loss": 2.5})
+        writer.close()
+    assert logged == [(1, {"train/loss": 2.5}), "finished", (2, {"train/loss": 2.5}), "finished"]
+    assert runs[0] == runs[1] and runs[0]["project"] == "project"
+
+
+def test_wandb_that_is_not_installed_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"mobilellm-jax\[wandb\]"):
+        MetricsWriter(epath.Path(tmp_path), 0, "project")
