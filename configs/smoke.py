@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     c.global_batch = 4  # so small a run gains more from many steps than from smooth ones
     c.execution.dtype = "float32"  # CPUs have no fast bfloat16 products
     c.loss_chunks = 8  # few enough logits for the cache of a core
-    c.schedule.peak = 5e-3
+    c.schedule.peak = 4e-3
     c.schedule.warmup_steps = 50
     c.schedule.floor = 0.0
     c.eval.every = 250
