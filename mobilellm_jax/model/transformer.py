@@ -9,6 +9,7 @@ reuses the first pass's keys when its KV cache is on.)
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -76,6 +77,14 @@ class RMSNorm(nn.Module):
         return y.astype(x.dtype)
 
 
+def _matrix(
+    module: nn.Module, init_std: float, dtype: jnp.dtype, name: str, *shape: int
+) -> jax.Array:
+    """A float32 matrix of a module's parameters, in the dtype of the product that reads it."""
+    initialise = nn.initializers.normal(init_std)
+    return module.param(name, initialise, shape, jnp.float32).astype(dtype)
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention with RoPE and, if the network has it, QK-norm."""
 
@@ -89,9 +98,7 @@ class Attention(nn.Module):
         """Attends; with a cache ({"key", "value"}: [B, S, K, H]) first writes the new slots into it."""
         c, s = self.config, self.stack
 
-        def matrix(name: str, *shape: int) -> jax.Array:
-            init = nn.initializers.normal(c.init_std)
-            return self.param(name, init, shape, jnp.float32).astype(x_BTD.dtype)
+        matrix = functools.partial(_matrix, self, c.init_std, x_BTD.dtype)
 
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, matrix("query", c.width, s.heads, c.head_dim))
         k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, matrix("key", c.width, s.kv_heads, c.head_dim))
@@ -125,9 +132,7 @@ class SwiGLU(nn.Module):
         """[B, T, D] -> [B, T, D]."""
         width, hidden = self.config.width, self.stack.mlp_width
 
-        def matrix(name: str, *shape: int) -> jax.Array:
-            init = nn.initializers.normal(self.config.init_std)
-            return self.param(name, init, shape, jnp.float32).astype(x_BTD.dtype)
+        matrix = functools.partial(_matrix, self, self.config.init_std, x_BTD.dtype)
 
         gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, matrix("gate", width, hidden))
         up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, matrix("up", width, hidden))

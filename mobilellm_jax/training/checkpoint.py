@@ -12,8 +12,9 @@ Programs that use a model take such a directory, or one above it, and nothing el
 """
 
 import base64
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -206,39 +207,31 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
     return fields
 
 
-class _explained:
+@contextlib.contextmanager
+def _explained(directory: epath.Path) -> Iterator[None]:
     """Turns what fails while writing a checkpoint into one sentence."""
-
-    def __init__(self, directory: epath.Path) -> None:
-        self._directory = directory
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception):
-            raise UserError(
-                f"the checkpoint could not be written to {self._directory} "
-                f"({_first_line(error)}): free the disk or mend the permissions and start again; "
-                "the checkpoints before it are whole."
-            ) from error
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"the checkpoint could not be written to {directory} ({_first_line(error)}): "
+            "free the disk or mend the permissions and start again; "
+            "the checkpoints before it are whole."
+        ) from error
 
 
-class _damaged:
+@contextlib.contextmanager
+def _damaged(path: epath.Path) -> Iterator[None]:
     """Turns what fails while reading a checkpoint into one sentence."""
-
-    def __init__(self, path: epath.Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, UserError):
-            raise UserError(
-                f"the checkpoint {self._path} is damaged ({_first_line(error)}): "
-                "move that folder away to go on from the one before it."
-            ) from error
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the checkpoint {path} is damaged ({_first_line(error)}): "
+            "move that folder away to go on from the one before it."
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

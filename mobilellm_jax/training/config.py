@@ -23,11 +23,9 @@ FREE = (
 GIVEN = {"objective": 3, "optimizer": 1, "schedule": 1}
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
-POSITIVE = (
-    *("row_length", "steps", "global_batch", "microbatches", "loss_chunks", "prefetch"),
-    *("eval.every", "eval.rows", "checkpoint.every", "checkpoint.keep"),
-    *("max_skipped", "log_every"),
-)
+POSITIVE = ("row_length", "steps", "global_batch", "microbatches", "loss_chunks", "prefetch")
+POSITIVE += ("eval.every", "eval.rows", "checkpoint.every", "checkpoint.keep")
+POSITIVE += ("max_skipped", "log_every")
 
 
 def base_config(model: ModelConfig) -> ConfigDict:
