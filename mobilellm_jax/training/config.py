@@ -14,16 +14,15 @@ from mobilellm_jax.model.config import ModelConfig
 
 # Keys that may differ when a run is continued: they change how it is computed or watched, not what
 # it is.
-FREE = (
-    *("plan", "mesh", "microbatches", "execution", "loss_chunks", "prefetch", "max_skipped"),
-    *("eval", "checkpoint", "log_every", "wandb"),
-)
+FREE: tuple[str, ...] = ("plan", "mesh", "microbatches", "execution", "loss_chunks", "prefetch")
+FREE += ("max_skipped", "eval", "checkpoint", "log_every", "wandb")
 
 # Arguments that the loop itself gives to such a function, before those of the configuration.
 GIVEN = {"objective": 3, "optimizer": 1, "schedule": 1}
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
-POSITIVE = ("row_length", "steps", "global_batch", "microbatches", "loss_chunks", "prefetch")
+POSITIVE: tuple[str, ...] = ("row_length", "steps", "global_batch", "microbatches")
+POSITIVE += ("loss_chunks", "prefetch")
 POSITIVE += ("eval.every", "eval.rows", "checkpoint.every", "checkpoint.keep")
 POSITIVE += ("max_skipped", "log_every")
 
