@@ -26,9 +26,8 @@ def run(main: Callable[..., None], positional: str = "") -> None:
 
     Exits with status 2 for a misspelt flag or key, 1 for a `UserError` or a full disk.
     """
-    logging.set_verbosity(
-        logging.WARNING
-    )  # libraries tell every detail at INFO; --verbosity=0 shows it
+    # Libraries tell every detail at INFO; --verbosity=0 shows it.
+    logging.set_verbosity(logging.WARNING)
     logging.get_absl_logger().addFilter(_without_traceback)
     # Callbacks in threads of libraries stumble over a failure that is raised, and told, in this one.
     sys.unraisablehook = lambda raised: logging.debug("%s: %s", raised.err_msg, raised.exc_value)

@@ -123,9 +123,9 @@ def _hash(x: np.ndarray, key: np.ndarray | np.uint64, round_: int) -> np.ndarray
     return z ^ (z >> np.uint64(31))
 
 
-def _keys(*parts: Any) -> int:
+def _key(*parts: Any) -> np.uint64:
     digest = hashlib.sha256(repr(parts).encode()).digest()
-    return int.from_bytes(digest[:8], "little")
+    return np.uint64(int.from_bytes(digest[:8], "little"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,7 @@ def first_rows(plan: Plan, source: str, length: int, count: int) -> np.ndarray:
 
 
 def _source_key(plan: Plan, source: str) -> np.uint64:
-    return np.uint64(_keys("rows", plan.seed, source))
+    return _key("rows", plan.seed, source)
 
 
 def _order(
@@ -176,14 +176,14 @@ class Mixture:
         self._lengths = np.array([len(rows) for rows in self.sources], np.int64)
         shares = fixed_point([source.weight for source in plan.sources])
         self._before = rows_before_blocks(shares)
-        self._block_key = _keys("block", plan.seed)
+        self._block_key = _key("block", plan.seed)
         self._source_keys = np.array([_source_key(plan, name) for name in plan.names])
 
     def locate(self, index: np.ndarray) -> Located:
         """Source, epoch and row of the stream's rows `index` (int64 [n])."""
         index = np.asarray(index, np.int64)
         period, block = np.divmod(index // BLOCK, PERIOD)
-        block_key = _hash((index // BLOCK).astype(np.uint64), np.uint64(self._block_key), 0)
+        block_key = _hash((index // BLOCK).astype(np.uint64), self._block_key, 0)
         place = permute(index % BLOCK, BLOCK, block_key)
         # Inside a block, places are laid out source after source; the permutation has shuffled
         # them.
@@ -261,12 +261,8 @@ class _Parts:
     """Element `k` is this process's part of global batch `k` after the `start` rows already consumed."""
 
     def __init__(self, mixture: Mixture, start: int, global_batch: int, part: slice) -> None:
-        self._mixture, self._start, self._global_batch, self._part = (
-            mixture,
-            start,
-            global_batch,
-            part,
-        )
+        self._mixture, self._part = mixture, part
+        self._start, self._global_batch = start, global_batch
 
     def __len__(self) -> int:
         return np.iinfo(np.int64).max // (2 * self._global_batch)

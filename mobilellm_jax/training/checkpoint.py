@@ -4,9 +4,9 @@ A checkpoint is one directory per step, written by Orbax in the background and n
 whole:
 
     WORKDIR/checkpoints/<step>/params      the weights
-                               optimizer   the rest of the train state meta        format, step,
-                               rows consumed, configuration, plan, provenance tokenizer   the
-                               tokenizer's file
+                               optimizer   the rest of the train state
+                               meta        format, step, rows, configuration, plan, provenance
+                               tokenizer   the tokenizer's file
 
 Programs that use a model take such a directory, or one above it, and nothing else.
 """

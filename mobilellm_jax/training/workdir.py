@@ -46,7 +46,6 @@ def claim(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
 
 
 def _same_config(old: dict[str, Any], new: dict[str, Any], where: str) -> None:
-    new = json.loads(json.dumps(new))
     found = differences(old, new)
     fixed = {key: pair for key, pair in found.items() if key.split(".")[0] not in FREE}
     if fixed:
@@ -66,8 +65,7 @@ def check_same_run(
     Raises:
       UserError: it is not; the sentence lists what differs.
     """
-    if meta["config"]["model"] != json.loads(json.dumps(config.model.to_dict())):
-        found = differences(meta["config"]["model"], config.model.to_dict())
+    if found := differences(meta["config"]["model"], config.model.to_dict()):
         listed = "; ".join(f"model.{key}: {a!r} there, {b!r} here" for key, (a, b) in found.items())
         raise UserError(f"the checkpoint in {where} is of another network ({listed}).")
     _same_config(
