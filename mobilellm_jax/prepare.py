@@ -34,6 +34,7 @@ from mobilellm_jax.data.encoding import Encoder, packed
 from mobilellm_jax.data.packing import PACKERS
 from mobilellm_jax.data.tokenizers import Tokenizer, train_tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.tables import aligned
 
 SAMPLE = 64 << 20  # bytes of text that a tokenizer is trained on
 
@@ -221,8 +222,7 @@ def _is_complete(path: epath.Path, settings: Mapping[str, Any]) -> bool:
         ]
         raise UserError(
             f"the source {path} was made with {' and '.join(told)}: delete it, or prepare into "
-            "another "
-            "directory."
+            "another directory."
         )
     return True
 
@@ -235,8 +235,7 @@ def _existing_plan(out: epath.Path, row_length: int, tokenizer: Tokenizer) -> pl
     if (plan.row_length, plan.tokenizer) != (row_length, tokenizer.fingerprint):
         raise UserError(
             f"{path} is the plan of rows of another length or tokenizer: delete it, or prepare "
-            "into another "
-            "directory."
+            "into another directory."
         )
     return plan
 
@@ -252,14 +251,7 @@ def _table(infos: Sequence[rows.SourceInfo]) -> str:
         for split, n in info.splits.items():
             counts = (f"{x:,}" for x in (n.documents, n.bytes, n.tokens, n.rows))
             lines.append((info.name, split, *counts, f"{n.bytes / n.tokens:.2f}"))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return aligned(lines, "<<>>>>>")
 
 
 def _write_plan(

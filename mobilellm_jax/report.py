@@ -17,6 +17,7 @@ from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.reporting import page, samples, sources
 from mobilellm_jax.reporting.history import History, read_history
+from mobilellm_jax.tables import aligned
 
 
 def report(workdir: epath.PathLike, out: epath.PathLike | None = None) -> epath.Path:
@@ -94,12 +95,7 @@ def table(facts: page.Facts) -> str:
         beside = s.baselines.scores if s.baselines else {}
         scores = [s.heldout, *(beside.get(name) for name in ("bigram", "unigram", "zlib"))]
         lines.append([s.name, *shares, *(_text(score, ".3f") for score in scores)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = [
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(pairs))
-        for pairs in (zip(line, widths, strict=True) for line in lines)
-    ]
-    return "\n".join([page.summary(facts), *rows])
+    return f"{page.summary(facts)}\n{aligned(lines, '<>>>>>>>')}"
 
 
 def _text(value: float | None, form: str) -> str:

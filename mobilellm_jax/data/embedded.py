@@ -147,8 +147,7 @@ def _standard_library() -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, s
     if len(library) < _LEAST:
         raise UserError(
             f"this Python ({sys.executable}) came with {len(library)} source files of its standard "
-            "library "
-            f"at {sysconfig.get_path('stdlib')}, too few to learn from: use another Python or "
+            f"library at {sysconfig.get_path('stdlib')}, too few to learn from: use another Python or "
             "--source."
         )
     code = tuple((module.split, module.source) for module in library if module.source.strip())

@@ -372,8 +372,7 @@ def _read_metadata(path: epath.PathLike) -> dict[str, Any]:
     if not is_complete(path):
         raise UserError(
             f"there is no complete source at {path}: run `python -m mobilellm_jax.prepare` "
-            "(again), "
-            "it takes up what an interrupted run has left."
+            "(again), it takes up what an interrupted run has left."
         )
     try:
         metadata = json.loads((path / "metadata.json").read_text())

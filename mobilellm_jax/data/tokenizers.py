@@ -90,7 +90,8 @@ class Tokenizer:
         return sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
 
     @functools.cached_property
-    def _proto(self) -> sentencepiece_model_pb2.ModelProto:
+    def proto(self) -> sentencepiece_model_pb2.ModelProto:
+        """The model file as its protocol buffer: pieces, trainer and normaliser settings."""
         return sentencepiece_model_pb2.ModelProto.FromString(self.model_bytes)
 
     @functools.cached_property
@@ -116,9 +117,9 @@ class Tokenizer:
     @functools.cached_property
     def lossless(self) -> bool:
         """Whether `decode(encode(text)) == text` for every text, as for all models of ours."""
-        rules = self._proto.normalizer_spec
+        rules = self.proto.normalizer_spec
         return (
-            self._proto.trainer_spec.byte_fallback
+            self.proto.trainer_spec.byte_fallback
             and not rules.precompiled_charsmap
             and not rules.add_dummy_prefix
             and not rules.remove_extra_whitespaces
@@ -151,7 +152,7 @@ class Tokenizer:
         kinds = {_Piece.CONTROL: 0, _Piece.UNKNOWN: 0, _Piece.UNUSED: 0, _Piece.BYTE: 1}
         sizes = [
             kinds.get(piece.type, len(piece.piece.replace(SPACE, " ").encode()))
-            for piece in self._proto.pieces
+            for piece in self.proto.pieces
         ]
         return np.asarray(sizes, np.int32)
 

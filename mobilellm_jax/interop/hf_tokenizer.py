@@ -17,7 +17,6 @@ import json
 from typing import Any
 
 from etils import epath
-from sentencepiece import sentencepiece_model_pb2
 
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
@@ -40,7 +39,7 @@ def write_tokenizer(tokenizer: Tokenizer, directory: epath.PathLike, max_length:
       UserError: the tokenizer cannot be expressed exactly (see `tokenizer_json`).
     """
     directory = epath.Path(directory)
-    proto = _parse(tokenizer.model_bytes)
+    proto = tokenizer.proto
     special = {
         "bos_token": proto.pieces[tokenizer.bos_id].piece,
         "eos_token": proto.pieces[tokenizer.eos_id].piece,
@@ -79,7 +78,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         removed), has no byte pieces, has user-defined or unused ones, or two of its pieces have the
         same score.
     """
-    proto = _parse(tokenizer.model_bytes)
+    proto = tokenizer.proto
     _check(proto)
     pieces = [_text(piece) for piece in proto.pieces]
     bos = pieces[tokenizer.bos_id]
@@ -147,12 +146,6 @@ def _last_join(piece: str, scores: dict[str, float]) -> tuple[str, str] | None:
         best = max(candidates, key=lambda i: scores[joined[i]])  # of equals `max` takes the first
         symbols[best : best + 2] = [joined[best]]
     return symbols[0], symbols[1]
-
-
-def _parse(model_bytes: bytes) -> Proto:
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(model_bytes)
-    return proto
 
 
 def _text(piece: Proto) -> str:

@@ -1,11 +1,13 @@
 """What is printed before the first step: parameters, FLOPs, what will be trained for how long."""
 
+import textwrap
 from typing import Any
 
 import jax
 
 from mobilellm_jax.model.config import ModelConfig, flops_per_token
 from mobilellm_jax.parallel.sharding import path_name
+from mobilellm_jax.tables import aligned
 
 
 def parameter_table(params: Any) -> str:
@@ -19,10 +21,7 @@ def parameter_table(params: Any) -> str:
         axes = ", ".join(str(axis) for axis in leaf.sharding.spec if axis is not None)
         shape = " x ".join(str(size) for size in leaf.shape)
         lines.append((path_name(path), shape, f"{leaf.size:,}", axes or "replicated"))
-    widths = [max(len(line[i]) for line in lines) for i in range(4)]
-    return "\n".join(
-        f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in lines
-    )
+    return textwrap.indent(aligned(lines, "<<><"), "  ")
 
 
 def summary(

@@ -73,7 +73,7 @@ def test_control_pieces_stand_for_nothing(tokenizer):
 
 
 def test_pieces_are_words_numbers_and_indentation(tokenizer):
-    pieces = [piece.piece.replace("\u2581", " ") for piece in tokenizer._proto.pieces[259:]]
+    pieces = [piece.piece.replace("\u2581", " ") for piece in tokenizer.proto.pieces[259:]]
     assert all(tokenizers.WORDS.fullmatch(piece) or piece.isspace() for piece in pieces)
     assert not [p for p in pieces if sum(c.isdigit() for c in p) > 1]
     assert [p for p in pieces if p.startswith("\n    ")]  # a line break with its indentation
@@ -83,7 +83,7 @@ def test_hugging_face_bpe_of_the_same_merges_gives_the_same_ids(tokenizer, sourc
     hf = pytest.importorskip("tokenizers")
     pieces = [
         p.piece.replace("\u2581", " ") if p.type == p.NORMAL else p.piece
-        for p in tokenizer._proto.pieces
+        for p in tokenizer.proto.pieces
     ]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     assert len(vocabulary) == 800
@@ -124,7 +124,7 @@ def test_bad_files_are_told(tmp_path):
 
 
 def test_a_model_without_bos_is_refused(source, tmp_path):
-    proto = train_tokenizer(source, 400)._proto
+    proto = train_tokenizer(source, 400).proto
     proto.trainer_spec.bos_id = -1
     proto.trainer_spec.bos_piece = "<nothing>"
     (tmp_path / "x.model").write_bytes(proto.SerializeToString())
