@@ -2,7 +2,8 @@
 
 A network is an embedding, a tuple of `Stack`s (runs of equal blocks) and a final norm. A plain
 MobileLLM is one stack; MobileLLM-LS is one stack whose blocks run twice in a row; a pruned network
-is several stacks.
+is several stacks. The fields cover the decoders that users bring along as well: Llama, Qwen2, Qwen3
+and dense Llama 4.
 """
 
 import dataclasses
@@ -11,16 +12,22 @@ from typing import Any
 
 from mobilellm_jax.errors import UserError
 
+ORDERS = ("immediate", "repeat_all", "reverse")
 QK_NORMS = ("none", "unit", "scaled")
+MLPS = ("swiglu", "relu")
+LS_KVS = ("fresh", "first_pass")
 
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """A run of equal blocks.
+    """A run of equal blocks, each applied `repeats` times: block-wise weight sharing.
 
-    `repeats` is MobileLLM's immediate block-wise weight sharing (paper section 3.3): every block is
-    applied `repeats` times in a row, 1 1 2 2 3 3 ..., so the network is `layers * repeats` deep
-    with the weights of `layers` blocks.
+    The network is `layers * repeats` deep with the weights of `layers` blocks (MobileLLM, section
+    3.3). The order in which blocks are applied is one of figure 2's: for three blocks, twice,
+
+        immediate   1 1 2 2 3 3
+        repeat_all  1 2 3 1 2 3
+        reverse     1 2 3 3 2 1    (a third pass runs forwards again)
     """
 
     layers: int
@@ -28,6 +35,46 @@ class Stack:
     kv_heads: int
     mlp_width: int
     repeats: int = 1
+    order: str = "immediate"
+    rope: bool = True  # False: neither positions nor QK-norm (NoPE, as in Llama 4)
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        """Walks through the blocks, and applications of a block in each."""
+        return (1, self.repeats) if self.order == "immediate" else (self.repeats, 1)
+
+    def backwards(self, walk: int) -> bool:
+        """Whether this walk through the blocks starts at the last."""
+        return self.order == "reverse" and walk % 2 == 1
+
+    @property
+    def applications(self) -> tuple[int, ...]:
+        """The block of each application, in order of execution."""
+        walks, times = self.passes
+        forwards = [layer for layer in range(self.layers) for _ in range(times)]
+        return tuple(
+            layer
+            for walk in range(walks)
+            for layer in (forwards[::-1] if self.backwards(walk) else forwards)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of slow rotations to a longer context (`rope_type: llama3`)."""
+
+    factor: float  # slow rotations are slowed down by this
+    low_freq_factor: float  # slow: fewer turns than this in `original_max_length` tokens
+    high_freq_factor: float  # fast, and left as it is: more turns than this
+    original_max_length: int  # context in tokens before the stretching
+
+    def __post_init__(self) -> None:
+        """Raises `UserError` where the numbers describe no stretching."""
+        if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor):
+            raise UserError(
+                f"model.rope_scaling={self} is not usable: factor must be at least 1 and "
+                "low_freq_factor positive and below high_freq_factor."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +88,10 @@ class ModelConfig:
     tied: bool = True
     qk_norm: str = "none"  # "unit": RMS norm without weights (R1); "scaled": with weights
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    mlp: str = "swiglu"  # "relu": two matrices and no gate, as in OPT
+    qkv_bias: bool = False  # biases of query, key and value (Qwen2)
+    ls_kv: str = "fresh"  # "first_pass": a shared block's later passes read its first one's keys
     norm_eps: float = 1e-5
     max_length: int = 2048  # context in tokens
     init_std: float = 0.02
@@ -51,8 +102,15 @@ class ModelConfig:
         if not self.stacks:
             raise UserError("the model has no stack: give model.stacks at least one Stack.")
         for i, stack in enumerate(self.stacks):
-            if min(dataclasses.astuple(stack)) < 1:
+            numbers = stack.layers, stack.heads, stack.kv_heads, stack.mlp_width, stack.repeats
+            if min(numbers) < 1:
                 raise UserError(f"model.stacks[{i}] has a number below 1: {stack}.")
+            _one_of(f"model.stacks[{i}].order", stack.order, ORDERS)
+            if self.ls_kv == "first_pass" and stack.order != "immediate":
+                raise UserError(
+                    f"model.stacks[{i}].order={stack.order!r}, but model.ls_kv='first_pass' shares "
+                    "keys between passes that follow each other: make the order 'immediate'."
+                )
             if stack.heads % stack.kv_heads:
                 raise UserError(
                     f"model.stacks[{i}]: heads={stack.heads} is not a multiple of "
@@ -62,8 +120,9 @@ class ModelConfig:
             raise UserError("model: vocab_size, width, head_dim and max_length must be positive.")
         if self.head_dim % 2:
             raise UserError(f"model.head_dim={self.head_dim} is odd, but RoPE rotates pairs.")
-        if self.qk_norm not in QK_NORMS:
-            raise UserError(f"model.qk_norm={self.qk_norm!r} is not one of {', '.join(QK_NORMS)}.")
+        _one_of("model.qk_norm", self.qk_norm, QK_NORMS)
+        _one_of("model.mlp", self.mlp, MLPS)
+        _one_of("model.ls_kv", self.ls_kv, LS_KVS)
 
     @property
     def depth(self) -> int:
@@ -85,7 +144,9 @@ class ModelConfig:
         """
         try:
             stacks = tuple(Stack(**dict(stack)) for stack in raw["stacks"])
-            return cls(**{**dict(raw), "stacks": stacks})
+            scaling = raw.get("rope_scaling")
+            scaling = RopeScaling(**dict(scaling)) if scaling else None
+            return cls(**{**dict(raw), "stacks": stacks, "rope_scaling": scaling})
         except (KeyError, TypeError) as error:
             raise UserError(
                 f"the model description is not usable ({error}): its keys are those of "
@@ -93,16 +154,29 @@ class ModelConfig:
             ) from None
 
 
+def _one_of(key: str, value: str, values: tuple[str, ...]) -> None:
+    if value not in values:
+        raise UserError(f"{key}={value!r} is not one of {', '.join(values)}.")
+
+
 def _block_matrices(config: ModelConfig, stack: Stack) -> int:
-    """Matrix parameters of one block: q and out, k and v, and the three of SwiGLU."""
+    """Matrix parameters of one block: q and out, k and v, and those of the MLP."""
     attention = 2 * config.width * config.head_dim * (stack.heads + stack.kv_heads)
-    return attention + 3 * config.width * stack.mlp_width
+    return attention + (3 if config.mlp == "swiglu" else 2) * config.width * stack.mlp_width
+
+
+def _block_vectors(config: ModelConfig, stack: Stack) -> int:
+    """Norm scales and biases of one block."""
+    head_norms = 2 * config.head_dim if config.qk_norm == "scaled" and stack.rope else 0
+    biases = config.head_dim * (stack.heads + 2 * stack.kv_heads) if config.qkv_bias else 0
+    return 2 * config.width + head_norms + biases
 
 
 def parameter_count(config: ModelConfig) -> int:
     """Exact number of parameters, norm scales included (the papers' tables leave those out)."""
-    norms = 2 * config.width + (2 * config.head_dim if config.qk_norm == "scaled" else 0)
-    blocks = sum(s.layers * (_block_matrices(config, s) + norms) for s in config.stacks)
+    blocks = sum(
+        s.layers * (_block_matrices(config, s) + _block_vectors(config, s)) for s in config.stacks
+    )
     tables = config.vocab_size * config.width * (1 if config.tied else 2)
     return tables + blocks + config.width
 

@@ -1,11 +1,12 @@
 """The MobileLLM decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU, scanned stacks of blocks.
 
 Axes: B rows, T query positions, S key positions, D model width, N query heads, K KV heads, H head
-width, F MLP width, V vocabulary, L layers of a stack, R repeats of a block.
+width, F MLP width, V vocabulary, L layers of a stack, A applications of its blocks.
 
-Each stack is one `nn.scan` over weights stacked as `[L, ...]`. Its body applies a block `R` times,
-each time with keys and values of its own: the paper's layer sharing. (The released MobileLLM code
-reuses the first pass's keys when its KV cache is on.)
+A walk through a stack is one `nn.scan` over weights stacked as `[L, ...]`. Weight sharing applies
+each block several times, inside the walk's body or by walking again, each time with keys and values
+of its own. (The released MobileLLM code reuses the first pass's keys when its KV cache is on: that
+is `ls_kv="first_pass"`.)
 """
 
 import dataclasses
@@ -15,15 +16,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.imports import import_path
-from mobilellm_jax.model.attention import attention, rope, visible
+from mobilellm_jax.model.attention import attention, rope, rope_frequencies, visible
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.parallel.sharding import batch_sharded, gathered
 
 Params = dict[str, Any]
-Cache = dict[str, Any]  # per stack: {"key", "value"}, each [L, R, B, S, K, H]
+Cache = dict[str, Any]  # per stack: {"key", "value"}, each [A, B, S, K, H], in order of execution
 
 REMAT = {
     "none": None,
@@ -52,13 +54,14 @@ class Execution:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What all blocks share: where the tokens stand and which keys they may read."""
+    """What all blocks share: where the tokens stand, which keys they may read, and whose keys."""
 
     positions_BT: jax.Array
     visible_BTS: jax.Array
+    own_keys: bool = True  # False: read the keys and values in the cache and write none
 
 
-jax.tree_util.register_dataclass(Context, ["positions_BT", "visible_BTS"], [])
+jax.tree_util.register_dataclass(Context, ["positions_BT", "visible_BTS"], ["own_keys"])
 
 
 class RMSNorm(nn.Module):
@@ -100,29 +103,39 @@ class Attention(nn.Module):
 
         matrix = functools.partial(_matrix, self, c.init_std, x_BTD.dtype)
 
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, matrix("query", c.width, s.heads, c.head_dim))
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, matrix("key", c.width, s.kv_heads, c.head_dim))
-        v_BTKH = jnp.einsum(
-            "BTD,DKH->BTKH", x_BTD, matrix("value", c.width, s.kv_heads, c.head_dim)
-        )
-        if c.qk_norm != "none":
+        def heads(name: str, count: int) -> jax.Array:
+            y_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, matrix(name, c.width, count, c.head_dim))
+            if not c.qkv_bias:
+                return y_BTNH
+            zeros = nn.initializers.zeros
+            bias_NH = self.param(f"{name}_bias", zeros, (count, c.head_dim), jnp.float32)
+            return y_BTNH + bias_NH.astype(x_BTD.dtype)
+
+        q_BTNH = heads("query", s.heads)
+        k_BTKH = heads("key", s.kv_heads)
+        v_BTKH = heads("value", s.kv_heads)
+        if s.rope and c.qk_norm != "none":
             q_BTNH = RMSNorm(c.norm_eps, c.qk_norm == "scaled", name="query_norm")(q_BTNH)
             k_BTKH = RMSNorm(c.norm_eps, c.qk_norm == "scaled", name="key_norm")(k_BTKH)
-        q_BTNH = rope(q_BTNH, context.positions_BT, c.rope_theta)
-        k_BTKH = rope(k_BTKH, context.positions_BT, c.rope_theta)
+        if s.rope:
+            frequencies = rope_frequencies(c)
+            q_BTNH = rope(q_BTNH, context.positions_BT, frequencies)
+            k_BTKH = rope(k_BTKH, context.positions_BT, frequencies)
         k_BSKH, v_BSKH = k_BTKH, v_BTKH
         if cache is not None:
-            rows = jnp.arange(x_BTD.shape[0])[:, None]
-            k_BSKH = cache["key"].at[rows, context.positions_BT].set(k_BTKH)
-            v_BSKH = cache["value"].at[rows, context.positions_BT].set(v_BTKH)
-            cache = {"key": k_BSKH, "value": v_BSKH}
+            if context.own_keys:
+                rows = jnp.arange(x_BTD.shape[0])[:, None]
+                at = rows, context.positions_BT
+                new = {"key": k_BTKH, "value": v_BTKH}
+                cache = {name: cache[name].at[at].set(new[name]) for name in new}
+            k_BSKH, v_BSKH = cache["key"], cache["value"]
         y_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, context.visible_BTS)
         out_NHD = matrix("out", s.heads, c.head_dim, c.width)
         return jnp.einsum("BTNH,NHD->BTD", y_BTNH, out_NHD), cache
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x) (arXiv 2002.05202)."""
+class MLP(nn.Module):
+    """SwiGLU, down(silu(gate x) * up x) (arXiv 2002.05202), or ReLU's down(relu(up x))."""
 
     config: ModelConfig
     stack: Stack
@@ -134,9 +147,13 @@ class SwiGLU(nn.Module):
 
         matrix = functools.partial(_matrix, self, self.config.init_std, x_BTD.dtype)
 
-        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, matrix("gate", width, hidden))
         up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, matrix("up", width, hidden))
-        return jnp.einsum("BTF,FD->BTD", nn.silu(gate_BTF) * up_BTF, matrix("down", hidden, width))
+        if self.config.mlp == "swiglu":
+            gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, matrix("gate", width, hidden))
+            hidden_BTF = nn.silu(gate_BTF) * up_BTF
+        else:
+            hidden_BTF = nn.relu(up_BTF)
+        return jnp.einsum("BTF,FD->BTD", hidden_BTF, matrix("down", hidden, width))
 
 
 class Block(nn.Module):
@@ -155,7 +172,7 @@ class Block(nn.Module):
         y_BTD, cache = Attention(self.config, self.stack, name="attention")(y_BTD, context, cache)
         x_BTD = x_BTD + y_BTD
         y_BTD = RMSNorm(eps, name="mlp_norm")(x_BTD)
-        return x_BTD + SwiGLU(self.config, self.stack, name="mlp")(y_BTD), cache
+        return x_BTD + MLP(self.config, self.stack, name="mlp")(y_BTD), cache
 
 
 class Transformer(nn.Module):
@@ -186,11 +203,13 @@ class Transformer(nn.Module):
     def _run(
         self, name: str, stack: Stack, x_BTD: jax.Array, context: Context, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
-        """One stack: a scan over its layers, in which each block is applied `repeats` times."""
+        """One stack: walks through its blocks, each a scan that applies a block once or more."""
         policy = REMAT[self.execution.remat]
+        first_pass = self.config.ls_kv == "first_pass"
+        walks, times = stack.passes
 
         def apply(
-            block: nn.Module, x: jax.Array, slot: Cache | None
+            block: nn.Module, x: jax.Array, context: Context, slot: Cache | None
         ) -> tuple[jax.Array, Cache | None]:
             return block(batch_sharded(x), context, slot)
 
@@ -200,24 +219,58 @@ class Transformer(nn.Module):
         def layer(
             block: nn.Module, x: jax.Array, slots: Cache | None
         ) -> tuple[jax.Array, Cache | None]:
-            new_slots = []
-            for r in range(stack.repeats):
-                slot = None if slots is None else jax.tree.map(lambda leaf, r=r: leaf[r], slots)
-                x, slot = apply(block, x, slot)
-                new_slots.append(slot)
-            if slots is None:
+            cached = slots is not None
+            if first_pass and not cached:  # its later passes need the first one's keys all the same
+                slots = _zeros(1, self.config, stack, x.shape[0], x.shape[1], x.dtype)
+            slot, new_slots = None, []
+            for r in range(times):
+                own_keys = r == 0 or not first_pass
+                if own_keys and slots is not None:
+                    slot = jax.tree.map(lambda leaf, r=r: leaf[r], slots)
+                x, slot = apply(block, x, dataclasses.replace(context, own_keys=own_keys), slot)
+                if own_keys:
+                    new_slots.append(slot)
+            if not cached:
                 return x, None
             return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *new_slots)
 
-        scan = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=stack.layers,
-            unroll=min(self.execution.unroll, stack.layers),
-        )
         block = import_path(self.config.block, "model.block")(self.config, stack, name=name)
-        return scan(block, x_BTD, cache)
+        caches = []
+        for walk in range(walks):
+            backwards = stack.backwards(walk)
+            scan = nn.scan(
+                layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=stack.layers,
+                reverse=backwards,
+                unroll=min(self.execution.unroll, stack.layers),
+            )
+            slots = _slots_by_layer(cache, stack, walk, backwards)
+            x_BTD, slots = scan(block, x_BTD, slots)
+            caches.append(_slots_in_order(slots, backwards))
+        return x_BTD, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *caches)
+
+
+def _slots_by_layer(cache: Cache | None, stack: Stack, walk: int, backwards: bool) -> Cache | None:
+    """The slots of one walk, [A, ...], as a scan over layers wants them: [L, slots of a layer, ...]."""
+    walks, _ = stack.passes
+
+    def of_walk(leaf: jax.Array) -> jax.Array:
+        leaf = leaf.reshape(walks, stack.layers, -1, *leaf.shape[1:])[walk]
+        return leaf[::-1] if backwards else leaf
+
+    return jax.tree.map(of_walk, cache)
+
+
+def _slots_in_order(slots: Cache | None, backwards: bool) -> Cache | None:
+    """The way back: [L, slots of a layer, ...] to [A, ...], in order of execution."""
+
+    def in_order(leaf: jax.Array) -> jax.Array:
+        leaf = leaf[::-1] if backwards else leaf
+        return leaf.reshape(-1, *leaf.shape[2:])
+
+    return jax.tree.map(in_order, slots)
 
 
 def init(config: ModelConfig, key: jax.Array) -> Params:
@@ -226,6 +279,11 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
     return Transformer(config, Execution()).init(key, tokens_BT, _context(tokens_BT), None)[
         "params"
     ]
+
+
+def shapes(config: ModelConfig) -> Params:
+    """What `init` gives, as `ShapeDtypeStruct`s."""
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
 
 
 def apply(
@@ -268,7 +326,7 @@ def apply_cached(
     Returns:
       [B, T, D] hidden states and the cache with the new keys and values in it.
     """
-    length = jax.tree.leaves(cache)[0].shape[3]
+    length = jax.tree.leaves(cache)[0].shape[2]
     slots_BS = jnp.broadcast_to(jnp.arange(length), (tokens_BT.shape[0], length))
     context = Context(positions_BT, visible(positions_BT, slots_BS, None, None))
     model = Transformer(config, execution)
@@ -277,15 +335,25 @@ def apply_cached(
 
 
 def empty_cache(config: ModelConfig, rows: int, length: int, dtype: str = "float32") -> Cache:
-    """A KV cache of zeros: one slot per application of a block, in order of execution."""
+    """A KV cache of zeros: one slot per application of a block, in order of execution.
 
-    def zeros(s: Stack) -> jax.Array:
-        return jnp.zeros((s.layers, s.repeats, rows, length, s.kv_heads, config.head_dim), dtype)
-
+    With `ls_kv="first_pass"` the applications of a block share one slot.
+    """
+    per_stack = [
+        stack.layers if config.ls_kv == "first_pass" else len(stack.applications)
+        for stack in config.stacks
+    ]
     return {
-        f"stack_{i}": {"key": zeros(stack), "value": zeros(stack)}
-        for i, stack in enumerate(config.stacks)
+        f"stack_{i}": _zeros(slots, config, stack, rows, length, dtype)
+        for i, (slots, stack) in enumerate(zip(per_stack, config.stacks, strict=True))
     }
+
+
+def _zeros(
+    slots: int, config: ModelConfig, stack: Stack, rows: int, length: int, dtype: DTypeLike
+) -> Cache:
+    shape = (slots, rows, length, stack.kv_heads, config.head_dim)
+    return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
 
 
 def unembedding(params: Params, config: ModelConfig) -> jax.Array:

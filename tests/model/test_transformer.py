@@ -10,7 +10,13 @@ import pytest
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
-from mobilellm_jax.model.config import ModelConfig, Stack, flops_per_token, parameter_count
+from mobilellm_jax.model.config import (
+    ModelConfig,
+    RopeScaling,
+    Stack,
+    flops_per_token,
+    parameter_count,
+)
 from mobilellm_jax.model.presets import PRESETS, preset, shared
 from mobilellm_jax.model.transformer import Execution
 
@@ -19,14 +25,22 @@ SHARED = shared(PLAIN)
 MIXED = ModelConfig(
     97,
     48,
-    (Stack(2, 6, 3, 80, 2), Stack(1, 2, 1, 32, 3)),
+    (
+        Stack(2, 6, 3, 80, repeats=3, order="reverse"),
+        Stack(1, 2, 1, 32, rope=False),
+        Stack(2, 4, 2, 48, repeats=2, order="repeat_all"),
+    ),
     head_dim=16,
     tied=False,
     qk_norm="scaled",
+    rope_scaling=RopeScaling(4.0, 1.0, 4.0, 64),
+    mlp="relu",
+    qkv_bias=True,
 )
 NETWORKS = {  # between them every part of a network
     "mixed": MIXED,
     "unit": dataclasses.replace(SHARED, qk_norm="unit"),
+    "first pass": dataclasses.replace(SHARED, ls_kv="first_pass"),
 }
 
 
@@ -117,24 +131,79 @@ def test_nothing_crosses_the_border_of_a_document(config):
         np.testing.assert_allclose(together[:, first:last], alone, atol=2e-5, rtol=2e-5)
 
 
-def test_sharing_equals_the_unrolled_network():
-    """Block i of a shared stack is blocks 2i and 2i + 1 of a plain one; gradients add up."""
-    deep = dataclasses.replace(PLAIN, stacks=(dataclasses.replace(PLAIN.stacks[0], layers=6),))
-    params, row = random_params(SHARED), tokens(SHARED)
+ORDERS = {  # by hand, for blocks 0 and 1
+    ("immediate", 2): (0, 0, 1, 1),
+    ("immediate", 3): (0, 0, 0, 1, 1, 1),
+    ("immediate", 4): (0, 0, 0, 0, 1, 1, 1, 1),
+    ("repeat_all", 2): (0, 1, 0, 1),
+    ("repeat_all", 3): (0, 1, 0, 1, 0, 1),
+    ("repeat_all", 4): (0, 1, 0, 1, 0, 1, 0, 1),
+    ("reverse", 2): (0, 1, 1, 0),
+    ("reverse", 3): (0, 1, 1, 0, 0, 1),
+    ("reverse", 4): (0, 1, 1, 0, 0, 1, 1, 0),
+}
 
-    def unrolled(params):
-        stack = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), params["stack_0"])
-        return apply({**params, "stack_0": stack}, deep, row)
 
-    def shared_(params):
-        return apply(params, SHARED, row)
+@pytest.mark.parametrize(
+    ("order", "repeats"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (case[1] == 4)) for case in ORDERS],
+)
+def test_sharing_equals_the_unrolled_network(order, repeats):
+    """Logits within 1e-5; a shared gradient is the sum over the block's copies."""
+    applications = ORDERS[order, repeats]
+    stack = Stack(2, 4, 2, 48, repeats, order)
+    assert stack.applications == applications
+    network = dataclasses.replace(PLAIN, stacks=(stack,))
+    deep = dataclasses.replace(PLAIN, stacks=(Stack(len(applications), 4, 2, 48),))
+    params, row = random_params(network), tokens(network, 1, 8)
+    copies = jax.tree.map(lambda x: x[np.array(applications)], params["stack_0"])
+    unrolled = {**params, "stack_0": copies}
 
-    np.testing.assert_allclose(shared_(params), unrolled(params), atol=1e-5)
-    one, two = (
-        jax.jit(jax.grad(lambda p, f=f: jnp.sin(f(p)).sum()))(params) for f in (shared_, unrolled)
+    def outcome(config, params):
+        def loss(params):
+            out_BTD = transformer.apply(params, config, row)
+            return jnp.sin(out_BTD).mean(), transformer.logits(params, config, out_BTD)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    (_, logits_BTV), shared_gradient = outcome(network, params)
+    (_, unrolled_BTV), copied_gradient = outcome(deep, unrolled)
+    assert np.abs(logits_BTV - unrolled_BTV).max() <= 1e-5 * np.abs(unrolled_BTV).max()
+    summed = jax.tree.map(
+        lambda x: jnp.zeros((2, *x.shape[1:])).at[np.array(applications)].add(x),
+        copied_gradient["stack_0"],
     )
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-4)
+    pairs = zip(
+        jax.tree.leaves(shared_gradient),
+        jax.tree.leaves({**copied_gradient, "stack_0": summed}),
+        strict=True,
+    )
+    for shared_, sum_ in pairs:
+        assert jnp.linalg.norm(shared_ - sum_) <= 1e-4 * jnp.linalg.norm(sum_)
+
+
+def test_first_pass_keys_serve_every_pass():
+    """By hand: the first pass of each block, then queries of the second against the first's keys."""
+    network = dataclasses.replace(SHARED, ls_kv="first_pass")
+    params, row = random_params(network), tokens(network, 1, 8)
+    context = transformer._context(row)
+    block = transformer.Block(network, network.stacks[0])
+
+    @jax.jit
+    def by_hand(params):
+        x_BTD = params["embedding"][row]
+        for layer in range(network.stacks[0].layers):
+            weights = {"params": jax.tree.map(lambda x, i=layer: x[i], params["stack_0"])}
+            kept = transformer.empty_cache(network, 1, 8)["stack_0"]
+            slot = jax.tree.map(lambda leaf: leaf[0], kept)
+            for own_keys in (True, False):
+                where = dataclasses.replace(context, own_keys=own_keys)
+                x_BTD, slot = block.apply(weights, x_BTD, where, slot)
+        return transformer.RMSNorm(network.norm_eps).apply({"params": params["final_norm"]}, x_BTD)
+
+    out_BTD = apply(params, network, row)
+    np.testing.assert_allclose(out_BTD, by_hand(params), atol=1e-5)
+    assert jnp.abs(out_BTD - apply(params, SHARED, row)).max() > 0.1
 
 
 def test_scan_equals_a_python_loop_over_layers():
@@ -211,8 +280,25 @@ def test_cached_equals_uncached_with_rows_at_different_positions(config):
         new = row[jnp.arange(3), at][:, None]
         hidden, cache = apply_cached(params, config, new, at[:, None], cache)
         np.testing.assert_allclose(hidden[:, 0], whole[np.arange(3), at], atol=2e-5, rtol=2e-5)
-    slots = sum(leaf.shape[0] * leaf.shape[1] for leaf in jax.tree.leaves(cache)) // 2
-    assert slots == config.depth
+    slots = sum(leaf.shape[0] for leaf in jax.tree.leaves(cache)) // 2
+    assert slots == (3 if config.ls_kv == "first_pass" else config.depth)
+
+
+def test_cache_slots_lie_in_order_of_execution():
+    """The slots of the unrolled network, one after another, are those of the shared one."""
+    for order in ("immediate", "repeat_all", "reverse"):
+        stack = Stack(2, 4, 2, 48, 3, order)
+        network = dataclasses.replace(PLAIN, stacks=(stack,))
+        deep = dataclasses.replace(PLAIN, stacks=(Stack(6, 4, 2, 48),))
+        params, row = random_params(network), tokens(network, 1, 8)
+        copies = jax.tree.map(lambda x, s=stack: x[np.array(s.applications)], params["stack_0"])
+        both = {network: params, deep: {**params, "stack_0": copies}}
+        one, other = (
+            apply_cached(p, c, row, jnp.arange(8)[None], transformer.empty_cache(c, 1, 8))[1]
+            for c, p in both.items()
+        )
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_first_pass_keys_are_not_reused():
@@ -222,7 +308,7 @@ def test_first_pass_keys_are_not_reused():
     positions = jnp.arange(8)[None]
     _, cache = apply_cached(params, SHARED, row, positions, cache)
     keys = cache["stack_0"]["key"]
-    assert jnp.abs(keys[:, 0] - keys[:, 1]).max() > 0.1
+    assert jnp.abs(keys[0::2] - keys[1::2]).max() > 0.1
 
 
 def test_configurations_survive_json(config):
@@ -236,6 +322,10 @@ def test_configurations_survive_json(config):
         {"stacks": (Stack(2, 4, 3, 8),)},
         {"head_dim": 15},
         {"qk_norm": "l2"},
+        {"mlp": "gelu"},
+        {"ls_kv": "second_pass"},
+        {"stacks": (Stack(2, 4, 2, 8, order="backwards"),)},
+        {"stacks": (Stack(2, 4, 2, 8, 2, "reverse"),), "ls_kv": "first_pass"},
         {"vocab_size": 0},
         {"stacks": (Stack(0, 4, 2, 8),)},
     ],
