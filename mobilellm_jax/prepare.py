@@ -3,8 +3,9 @@
     python -m mobilellm_jax.prepare --embedded --out=DIR
     python -m mobilellm_jax.prepare --source=web='crawl/*.parquet' --source=code='**/*.py' --out=DIR
 
-writes DIR/tokenizer.model, one directory of rows per source (a TFDS dataset in ArrayRecord) and
-DIR/mixture.json, which names them with their weights. Files of JSON lines (.jsonl, .jsonl.gz),
+writes the tokenizer (DIR/tokenizer.model, or tokenizer.json where such a one is given), one
+directory of rows per source (a TFDS dataset in ArrayRecord) and DIR/mixture.json, which names them
+with their weights. Files of JSON lines (.jsonl, .jsonl.gz),
 Parquet and plain text (one document a file) are read; nothing has to fit into memory.
 
 Run again with the same options, it keeps what is complete and goes on where it was interrupted. It
@@ -32,7 +33,8 @@ from mobilellm_jax.data.corpora import Corpus, FileCorpus
 from mobilellm_jax.data.embedded import embedded_corpora
 from mobilellm_jax.data.encoding import Encoder, packed
 from mobilellm_jax.data.packing import PACKERS
-from mobilellm_jax.data.tokenizers import Tokenizer, train_tokenizer
+from mobilellm_jax.data.sentencepiece_tokenizer import train_tokenizer
+from mobilellm_jax.data.tokenizers import Tokenizer, file_of
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.tables import aligned
 
@@ -55,10 +57,10 @@ def prepare(
 
     Args:
       corpora: what to read; their names become those of the sources.
-      out: directory that gets tokenizer.model, the sources and mixture.json.
+      out: directory that gets the tokenizer, the sources and mixture.json.
       row_length: targets per row; a row holds one token more.
       vocab_size: pieces of the tokenizer to train; ignored if `tokenizer` is given.
-      tokenizer: a SentencePiece model to use instead of a trained one.
+      tokenizer: what to use instead of a trained one; see `Tokenizer.load`.
       packing: `concat` or `best_fit`, see `data/packing.py`.
       weights: share of every source in the mixture; in proportion to its training tokens by
         default. A source of weight 0 is prepared and left out of the plan.
@@ -88,7 +90,7 @@ def prepare(
     }
     complete = {name for name in names if _is_complete(out / name, settings[name])}
     existing = _existing_plan(out, row_length, model)
-    with Encoder(workers or os.cpu_count() or 1, out / "tokenizer.model") as encoder:
+    with Encoder(workers or os.cpu_count() or 1, out / model.FILE) as encoder:
         for corpus in corpora:
             if corpus.name in complete:
                 print(f"{corpus.name}: complete, kept as it is.", flush=True)
@@ -174,21 +176,22 @@ def _tokenizer(
 
     Its settings are written before it, so that a model without the right settings is never ours.
     """
-    model_path, settings_path = out / "tokenizer.model", out / "tokenizer.settings.json"
+    settings_path = out / "tokenizer.settings.json"
     given = Tokenizer.load(path) if path else None
     if given:
         settings: dict[str, Any] = {"model": given.fingerprint}
+        if given.chat_template is not None:
+            settings["chat_template"] = given.chat_template
     else:
         settings = {"vocab_size": vocab_size, "inputs": dict(inputs)}
-    if model_path.exists():
-        tokenizer = Tokenizer.load(model_path)
-        if given and tokenizer.fingerprint == given.fingerprint:
+    if there := file_of(out):
+        tokenizer = Tokenizer.load(there)
+        if given == tokenizer:
             return tokenizer
         if not settings_path.exists() or json.loads(settings_path.read_text()) != settings:
             raise UserError(
-                f"{model_path} was made with other settings or from other text: to use it as it "
-                "is, give "
-                f"--tokenizer={model_path}; else prepare into another directory."
+                f"{there} was made with other settings or from other text: to use it as it is, "
+                f"give --tokenizer={there}; else prepare into another directory."
             )
         print("tokenizer: complete, kept as it is.", flush=True)
         return tokenizer
@@ -200,7 +203,7 @@ def _tokenizer(
         texts = (text for corpus in corpora for text in corpus.sample(SAMPLE // len(corpora)))
         tokenizer = train_tokenizer(texts, vocab_size)
     settings_path.write_text(json.dumps(settings, indent=2) + "\n")
-    tokenizer.save(model_path)
+    tokenizer.write(out)
     seconds = time.monotonic() - start
     print(
         f"tokenizer: {tokenizer.vocab_size} pieces in {seconds:.1f} s.", file=sys.stderr, flush=True
@@ -273,7 +276,7 @@ def _write_plan(
             if shares[info.name] > 0
         ),
         row_length=row_length,
-        tokenizer_path="tokenizer.model",
+        tokenizer_path=tokenizer.FILE,
         tokenizer=tokenizer.fingerprint,
         seed=seed or 0,
         provenance={
@@ -338,7 +341,9 @@ if __name__ == "__main__":
     )
     flags.DEFINE_integer("row_length", 2048, "Targets per row: the length of context in training.")
     flags.DEFINE_integer("vocab_size", 32_000, "Pieces of the tokenizer that is trained.")
-    flags.DEFINE_string("tokenizer", None, "A SentencePiece .model to use instead of training one.")
+    flags.DEFINE_string(
+        "tokenizer", None, "A .model of SentencePiece, a tokenizer.json, or a folder with one."
+    )
     flags.DEFINE_enum("packing", "concat", list(PACKERS), "How documents fill rows.")
     flags.DEFINE_string(
         "weights", None, "Shares in the mixture, a=0.7,b=0.3; default: by training tokens."

@@ -12,13 +12,16 @@ import time
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+import tokenizer_files
 
 from mobilellm_jax.data import encoding
 from mobilellm_jax.data.corpora import FileCorpus
 from mobilellm_jax.data.embedded import SHORTEST, embedded_corpora, squeezed
+from mobilellm_jax.data.packing import counted
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.rows import open_rows, read_info
-from mobilellm_jax.data.tokenizers import Tokenizer, train_tokenizer
+from mobilellm_jax.data.sentencepiece_tokenizer import train_tokenizer
+from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.prepare import parse_weights, prepare
 
@@ -131,9 +134,8 @@ def test_what_was_made_with_other_settings_is_refused(corpora, out, tmp_path):
         run(corpora, out, packing="best_fit")
     with pytest.raises(UserError, match="other settings or from other text"):
         run(corpora, out, vocab_size=330)
-    train_tokenizer(["some other text " + "abc" * i for i in range(50)], 275).save(
-        tmp_path / "t.model"
-    )
+    other = train_tokenizer(["some other text " + "abc" * i for i in range(50)], 275)
+    (tmp_path / "t.model").write_bytes(other.model_bytes)
     with pytest.raises(UserError, match="other settings or from other text"):
         run(corpora, out, tokenizer=tmp_path / "t.model")
     write_corpus(tmp_path / "a.jsonl", 5)
@@ -159,7 +161,7 @@ def test_a_folder_of_the_users_is_not_touched(corpora, out):
 
 def test_a_tokenizer_can_be_given(corpora, out, tmp_path):
     given = train_tokenizer((d.text for d in corpora[1].documents()), 305)
-    given.save(tmp_path / "given.model")
+    (tmp_path / "given.model").write_bytes(given.model_bytes)
     for _ in range(2):
         plan = run(corpora, out, tokenizer=tmp_path / "given.model")
         assert (
@@ -167,6 +169,51 @@ def test_a_tokenizer_can_be_given(corpora, out, tmp_path):
             == given.fingerprint
             == Tokenizer.load(out / "tokenizer.model").fingerprint
         )
+
+
+@pytest.mark.parametrize("kind", sorted(tokenizer_files.FOLDERS))
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_a_tokenizer_of_hugging_face_can_be_given(corpora, tmp_path, kind, packing):
+    folder = tokenizer_files.FOLDERS[kind](tmp_path / kind)
+    given = Tokenizer.load(folder)
+    ways = {"folder": folder, "file": folder / "tokenizer.json", "again": folder}
+    for way, path in ways.items():
+        out = tmp_path / way.replace("again", "folder")
+        workers = 2 if way == "file" else 1
+        plan = run(corpora, out, tokenizer=path, packing=packing, workers=workers)
+    assert contents(tmp_path / "folder") == contents(tmp_path / "file")
+    out = tmp_path / "file"
+    assert (plan.tokenizer_path, plan.tokenizer) == ("tokenizer.json", given.fingerprint)
+    assert Tokenizer.load(plan.resolve(plan.tokenizer_path)) == given
+    assert not list(out.glob("tokenizer.model"))
+    for corpus in corpora:
+        info = read_info(out / corpus.name)
+        assert (info.vocab_size, info.bos_id) == (600, given.bos_id)
+        for split in ("train", "heldout"):
+            rows = open_rows(info.path, split)
+            expected = [d.text for d in corpus.documents() if d.split == split]
+            if packing == "concat":
+                assert decoded(rows, given) == expected
+            # All tokens of a document and its end are targets, whether or not BOS is EOS.
+            counts = counted(rows.read(np.arange(len(rows))), given.bos_id, given.eos_id)
+            cut = sum(len(given.encode(text)) % 32 == 0 for text in expected)
+            repeated = cut if packing == "best_fit" else 0
+            assert counts.sum() == info.splits[split].tokens - len(expected) + repeated
+
+
+def test_another_tokenizer_than_the_one_there_is_refused(corpora, out, tmp_path):
+    folder = tokenizer_files.qwen2_folder(tmp_path / "qwen2")
+    run(corpora, out, tokenizer=folder)
+    before = contents(out)
+    with pytest.raises(UserError, match="tokenizer.json was made with other settings"):
+        run(corpora, out)
+    with pytest.raises(UserError, match="tokenizer.json was made with other settings"):
+        run(corpora, out, tokenizer=tokenizer_files.llama3_folder(tmp_path / "llama3"))
+    (folder / "chat_template.jinja").write_text("another")
+    with pytest.raises(UserError, match="tokenizer.json was made with other settings"):
+        run(corpora, out, tokenizer=folder)
+    run(corpora, out, tokenizer=out)
+    assert contents(out) == before
 
 
 # Interruption.
@@ -185,7 +232,7 @@ def die(*_, **__):
 
 encoding.CHUNK = 2000
 if moment == "tokenizer":
-    Tokenizer.save = die
+    Tokenizer.write = die
 elif moment == "commit":
     rows.tfds.core.DatasetInfo.write_dataset_info_json = die
 elif moment == "plan":

@@ -20,7 +20,7 @@ from mobilellm_jax.data.mixture import first_rows
 from mobilellm_jax.data.packing import BestFit
 from mobilellm_jax.data.plan import Plan, PlanSource
 from mobilellm_jax.data.rows import Batch, SourceInfo, open_rows, write_source
-from mobilellm_jax.data.tokenizers import train_tokenizer
+from mobilellm_jax.data.sentencepiece_tokenizer import train_tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, Stack
@@ -122,7 +122,7 @@ def prepared(tmp_path_factory):
         for name, some in words.items()
     }
     tokenizer = train_tokenizer([text for some in texts.values() for text in some], 290)
-    tokenizer.save(directory / "tokenizer.model")
+    tokenizer.write(directory)
     length, bos, eos = 32, tokenizer.bos_id, tokenizer.eos_id
     for name, some in texts.items():
         info = SourceInfo(name, "", length, 290, bos, tokenizer.fingerprint, "best_fit", {})
@@ -387,7 +387,7 @@ def test_baselines_epochs_and_samples_are_those_of_the_rows(
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
         seen = sum(line.get(f"rows/{name}", 0) for line in lines)
         train_RT = train.read(first_rows(Plan.load(plan), name, len(train), min(seen, len(train))))
-        known = (train_RT, held_RT, tokenizer.piece_bytes(), tokenizer.bos_id)
+        known = (train_RT, held_RT, tokenizer.piece_bytes(), tokenizer.bos_id, tokenizer.eos_id)
         scores = [
             baselines.bigram_bits_per_byte(*known),
             baselines.unigram_bits_per_byte(*known),

@@ -1,8 +1,8 @@
 """What a small model has to beat: unigram and bigram models of the same rows, and zlib.
 
 All three are given in bits per byte of the held-out text. The two models predict the targets that a
-network is trained on: position `t + 1` from position `t` of a row, except where the target is BOS
-(which is also the padding). Their bits are summed over these targets, EOS included, and divided by
+network is trained on: position `t + 1` from position `t` of a row, where the target counts
+(`packing.counted`). Their bits are summed over these targets, EOS included, and divided by
 the bytes that the targets stand for.
 
 Nothing is tuned on held-out rows. Both models subtract an absolute discount from every count and
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from mobilellm_jax.data.packing import counted
 from mobilellm_jax.data.tokenizers import Tokenizer
 
 
@@ -27,6 +28,7 @@ def unigram_bits_per_byte(
     heldout_rows_RT: np.ndarray,
     piece_bytes_V: np.ndarray,
     bos_id: int,
+    eos_id: int,
 ) -> float:
     """Bits per byte of held-out rows under token frequencies of the training rows.
 
@@ -34,10 +36,11 @@ def unigram_bits_per_byte(
       train_rows_RT: int [rows, row_length + 1], what is counted.
       heldout_rows_RT: int [rows, row_length + 1], what is predicted.
       piece_bytes_V: int [V], `Tokenizer.piece_bytes()`.
-      bos_id: the token that is never a target.
+      bos_id: begins documents and fills rows.
+      eos_id: ends documents; may be the same.
     """
-    p_V = unigram_probabilities(train_rows_RT, len(piece_bytes_V), bos_id)
-    _, targets_M = _pairs(heldout_rows_RT, bos_id)
+    p_V = unigram_probabilities(train_rows_RT, len(piece_bytes_V), bos_id, eos_id)
+    _, targets_M = _pairs(heldout_rows_RT, bos_id, eos_id)
     return _bits_per_byte(p_V[targets_M], targets_M, piece_bytes_V)
 
 
@@ -46,6 +49,7 @@ def bigram_bits_per_byte(
     heldout_rows_RT: np.ndarray,
     piece_bytes_V: np.ndarray,
     bos_id: int,
+    eos_id: int,
 ) -> float:
     """Bits per byte of held-out rows under the interpolated Kneser-Ney bigram of the training rows.
 
@@ -53,10 +57,11 @@ def bigram_bits_per_byte(
       train_rows_RT: int [rows, row_length + 1], what is counted.
       heldout_rows_RT: int [rows, row_length + 1], what is predicted.
       piece_bytes_V: int [V], `Tokenizer.piece_bytes()`.
-      bos_id: the token that is never a target; as a context it is one like any other.
+      bos_id: begins documents and fills rows; as a context it is a token like any other.
+      eos_id: ends documents; may be the same.
     """
-    bigram = fit_bigram(train_rows_RT, len(piece_bytes_V), bos_id)
-    contexts_M, targets_M = _pairs(heldout_rows_RT, bos_id)
+    bigram = fit_bigram(train_rows_RT, len(piece_bytes_V), bos_id, eos_id)
+    contexts_M, targets_M = _pairs(heldout_rows_RT, bos_id, eos_id)
     return _bits_per_byte(bigram.probabilities(contexts_M, targets_M), targets_M, piece_bytes_V)
 
 
@@ -73,10 +78,12 @@ def zlib_bits_per_byte(heldout_rows_RT: np.ndarray, tokenizer: Tokenizer) -> flo
     return 8 * len(zlib.compress(text, 9)) / len(text)
 
 
-def unigram_probabilities(rows_RT: np.ndarray, vocab_size: int, bos_id: int) -> np.ndarray:
-    """float64 [V] that sum to 1; 0 for BOS."""
-    _, targets_M = _pairs(rows_RT, bos_id)
-    return _discounted(np.bincount(targets_M, minlength=vocab_size), bos_id)
+def unigram_probabilities(
+    rows_RT: np.ndarray, vocab_size: int, bos_id: int, eos_id: int
+) -> np.ndarray:
+    """float64 [V] that sum to 1; 0 for what is never a target."""
+    _, targets_M = _pairs(rows_RT, bos_id, eos_id)
+    return _discounted(np.bincount(targets_M, minlength=vocab_size), bos_id, eos_id)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +110,9 @@ class Bigram:
         return np.where(total_M > 0, p_M, lower_M)
 
 
-def fit_bigram(rows_RT: np.ndarray, vocab_size: int, bos_id: int) -> Bigram:
+def fit_bigram(rows_RT: np.ndarray, vocab_size: int, bos_id: int, eos_id: int) -> Bigram:
     """Counts the pairs of rows, int [rows, row_length + 1]."""
-    contexts_M, targets_M = _pairs(rows_RT, bos_id)
+    contexts_M, targets_M = _pairs(rows_RT, bos_id, eos_id)
     keys_M = contexts_M.astype(np.int64) * vocab_size + targets_M
     keys_C, counts_C = np.unique(keys_M, return_counts=True)
     contexts_C, targets_C = keys_C // vocab_size, keys_C % vocab_size
@@ -115,13 +122,13 @@ def fit_bigram(rows_RT: np.ndarray, vocab_size: int, bos_id: int) -> Bigram:
         discount=_discount(counts_C),
         context_total_V=np.bincount(contexts_M, minlength=vocab_size),
         context_types_V=np.bincount(contexts_C, minlength=vocab_size),
-        lower_V=_discounted(np.bincount(targets_C, minlength=vocab_size), bos_id),
+        lower_V=_discounted(np.bincount(targets_C, minlength=vocab_size), bos_id, eos_id),
     )
 
 
-def _pairs(rows_RT: np.ndarray, bos_id: int) -> tuple[np.ndarray, np.ndarray]:
+def _pairs(rows_RT: np.ndarray, bos_id: int, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Contexts and targets, [M] each, of all targets that are trained on."""
-    valid_RT = rows_RT[:, 1:] != bos_id
+    valid_RT = counted(rows_RT, bos_id, eos_id)
     return rows_RT[:, :-1][valid_RT], rows_RT[:, 1:][valid_RT]
 
 
@@ -130,10 +137,11 @@ def _discount(counts: np.ndarray) -> float:
     return float(once / (once + 2 * twice))
 
 
-def _discounted(counts_V: np.ndarray, bos_id: int) -> np.ndarray:
-    """Probabilities from counts, discounted towards the uniform distribution over all but BOS."""
-    uniform_V = np.full(len(counts_V), 1 / (len(counts_V) - 1))
-    uniform_V[bos_id] = 0.0
+def _discounted(counts_V: np.ndarray, bos_id: int, eos_id: int) -> np.ndarray:
+    """Probabilities from counts, discounted towards the uniform distribution over what may be a target."""
+    uniform_V = np.ones(len(counts_V))
+    uniform_V[bos_id] = bos_id == eos_id
+    uniform_V /= uniform_V.sum()
     discount = _discount(counts_V)
     freed = discount * np.sum(counts_V > 0)
     return (np.maximum(counts_V - discount, 0) + freed * uniform_V) / np.sum(counts_V)

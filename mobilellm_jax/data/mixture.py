@@ -214,7 +214,7 @@ def open_mixture(plan: Plan, row_length: int, vocab_size: int) -> Mixture:
 
     Raises:
       UserError: a source is missing, incomplete or truncated, was tokenized by another tokenizer,
-        or its rows have another length or vocabulary than the run.
+        its rows have another length than the run's, or more tokens than the model.
     """
     if plan.row_length != row_length:
         raise UserError(
@@ -240,17 +240,17 @@ def open_split(plan: Plan, split: str, vocab_size: int) -> dict[int, Rows]:
         if info.tokenizer != plan.tokenizer:
             raise UserError(
                 f"{where} was tokenized by another tokenizer ({info.tokenizer[:12]}) than the plan's "
-                f"({plan.tokenizer[:12]}): prepare it again with the plan's tokenizer.model."
+                f"({plan.tokenizer[:12]}): prepare it again with the plan's {plan.tokenizer_path}."
             )
         if info.row_length != plan.row_length:
             raise UserError(
                 f"{where} has rows of {info.row_length} tokens, the plan says {plan.row_length}: "
                 "prepare it again with that row length."
             )
-        if info.vocab_size != vocab_size:
+        if info.vocab_size > vocab_size:
             raise UserError(
-                f"{where} has a vocabulary of {info.vocab_size} pieces, the model one of {vocab_size}: "
-                f"set config.model.vocab_size={info.vocab_size}."
+                f"{where} has a vocabulary of {info.vocab_size} pieces, the model one of only "
+                f"{vocab_size}: set config.model.vocab_size={info.vocab_size} or more."
             )
         if split in info.splits or split == "train":
             opened[number] = open_rows(path, split)

@@ -2,18 +2,35 @@
 
 Nothing but tokens is stored. Readers derive the rest by one rule: segment ids are `cumsum(row ==
 BOS)`, and a target that is BOS is never trained on. So BOS begins every document and also fills
-what stays free.
+what stays free. Where BOS and EOS are one token, a target that is BOS is the end of a document if its
+input is anything else (`counted`).
 
 A packer is a small object with `add(documents)` and `finish()`, both of which give the rows that
 are ready; what it holds back between calls is bounded, whatever the size of the corpus.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 WINDOW = 1 << 23  # tokens that best-fit packing sees at once (32 MB)
+
+
+def counted(tokens: Any, bos_id: int, eos_id: int) -> Any:
+    """Which targets of rows are trained on.
+
+    Args:
+      tokens: int [..., T + 1], of NumPy or JAX.
+      bos_id: begins documents and fills rows.
+      eos_id: ends documents; may be the same.
+
+    Returns:
+      bool [..., T] of the same kind.
+    """
+    inputs, targets = tokens[..., :-1], tokens[..., 1:]
+    counts = targets != bos_id
+    return counts | (inputs != bos_id) if eos_id == bos_id else counts
 
 
 class Packer(Protocol):
@@ -62,8 +79,8 @@ class BestFit:
     """Whole documents where they fit best: best-fit-decreasing within windows of the corpus.
 
     A document longer than a row is cut; each further piece begins with BOS again and EOS stands
-    only at the real end. No piece is ever split over two rows, and no context of another document
-    precedes it.
+    only at the real end. A piece of EOS alone would be an empty document: there the last token is
+    repeated. No piece is ever split over two rows, and no context of another document precedes it.
     """
 
     def __init__(self, row_length: int, bos_id: int, eos_id: int, window: int = WINDOW) -> None:
@@ -77,9 +94,9 @@ class BestFit:
         for document in documents:
             body = np.append(document, self._eos)
             for start in range(0, len(body), self._row_length):
-                piece = np.append(self._bos, body[start : start + self._row_length]).astype(
-                    np.int32
-                )
+                start = min(start, max(len(body) - 2, 0))
+                inside = body[start : start + self._row_length]
+                piece = np.append(self._bos, inside).astype(np.int32)
                 self._pieces.append(piece)
                 self._held += len(piece)
                 if self._held >= self._window:

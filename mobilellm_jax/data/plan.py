@@ -6,11 +6,12 @@ it):
     {"version": 1,
      "seed": 0,                         order of the rows
      "row_length": 256,                 targets per row
-     "tokenizer": {"path": "tokenizer.model", "fingerprint": "<sha256 of that file>"},
+     "tokenizer": {"path": "tokenizer.model", "fingerprint": "<see Tokenizer>"},
      "sources": [{"name": "code", "path": "code", "weight": 0.5}, ...],
      "provenance": {...}}               free text for people: who wrote it, from what, how
 
-Weights are shares of the trained rows and sum to 1.
+The tokenizer is a tokenizer.model or a tokenizer.json. Weights are shares of the trained rows and
+sum to 1.
 """
 
 import dataclasses

@@ -1,208 +1,191 @@
-"""SentencePiece models: trained here, or loaded from elsewhere.
+"""The tokenizer as all programs see it, whichever library its file is for.
 
-Our models are lossless on every text and have an exact twin among Hugging Face BPE models. Both
-follow from one property: merges run over the whole raw text, with no normalisation and no splitting
-before. What keeps pieces from growing over word borders is the *training* alone: `WORDS` cuts the
-text into words, and SentencePiece learns merges from their counts.
-
-SentencePiece's own rules about white space would forbid the pieces that matter in code, a line
-break with the indentation that follows it. So space, line break and tab go through its trainer in
-the guise of private-use characters and get their own names back in the finished model.
+Two kinds exist: SentencePiece models (`sentencepiece_tokenizer.py`, where ours are trained too) and
+the tokenizer.json of Hugging Face (`huggingface_tokenizer.py`). A text is never searched for
+special tokens: the letters `<s>` get the ids of these letters, and what begins or ends a document
+or a turn is put there as an id.
 """
 
-import collections
+import abc
 import dataclasses
-import functools
-import hashlib
-import io
-import re
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
-import sentencepiece
 from etils import epath
-from sentencepiece import sentencepiece_model_pb2
 
 from mobilellm_jax.errors import UserError
 
-SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
-
-# A word of letters with the one mark before it (a space, a dot, a bracket), a digit, a run of marks
-# with the line breaks and indentation after it, a line break with its indentation, a run of spaces.
-WORDS = re.compile(
-    r"(?:[^\w\n]|_)?[^\W\d_]+ | \d | [ ]?(?:[^\w\s]|_)+(?:\n[\n ]*)? | \n[\n ]* | [ ]+ | \s | .",
-    re.VERBOSE | re.DOTALL,
-)
-_GUISE = {" ": "\ue000", "\n": "\ue001", "\t": "\ue002"}
-_PUT_ON = str.maketrans(_GUISE)
-_TAKE_OFF = str.maketrans({"\ue000": SPACE, "\ue001": "\n", "\ue002": "\t"})
-# A word with one of these cannot be learned from: our guises and what SentencePiece reserves.
-_UNLEARNABLE = re.compile(f"[\ue000-\ue002{SPACE}\u2585\0]")
-
-_Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
-
 
 @dataclasses.dataclass(frozen=True)
-class Tokenizer:
-    """A SentencePiece model with a beginning and an end of document; immutable and picklable."""
+class Tokenizer(abc.ABC):
+    """Text to ids and back, with a beginning and an end of document; immutable and picklable."""
 
-    model_bytes: bytes = dataclasses.field(repr=False)
+    FILE: ClassVar[str]  # the file of this kind that `load` takes
 
-    @classmethod
-    def load(cls, path: epath.PathLike) -> "Tokenizer":
-        """Reads a SentencePiece `.model` file.
+    chat_template: str | None = dataclasses.field(default=None, repr=False, kw_only=True)
+
+    @staticmethod
+    def load(path: epath.PathLike) -> "Tokenizer":
+        """Reads a tokenizer.
+
+        Args:
+          path: a SentencePiece `.model`; a Hugging Face `tokenizer.json`; or a folder with either.
+            In a folder with both the model is read, unless tokenizer.json knows more tokens. What
+            lies beside the file (tokenizer_config.json, special_tokens_map.json, config.json,
+            chat_template.jinja) says which tokens are BOS and EOS, where the file does not, and
+            what the chat template is.
 
         Raises:
-          UserError: the file is missing, is no SentencePiece model, or knows no BOS or EOS piece.
+          UserError: there is no such file, it is damaged or of another kind, or it has neither BOS
+            nor EOS.
         """
         path = epath.Path(path)
         if not path.exists():
             raise UserError(f"there is no tokenizer at {path}.")
-        tokenizer = cls(path.read_bytes())
-        try:
-            lacking = [
-                n for n, i in (("BOS", tokenizer.bos_id), ("EOS", tokenizer.eos_id)) if i < 0
-            ]
-        except RuntimeError:
-            raise UserError(f"{path} is not a SentencePiece model.") from None
-        if lacking:
-            raise UserError(
-                f"the tokenizer {path} has no {' and no '.join(lacking)} piece: rows cannot be "
-                "made with it."
-            )
-        return tokenizer
+        # The libraries load where they are needed: most runs need one of them.
+        if path.is_dir():
+            folder, path = path, file_of(path)
+            if path is None:
+                raise UserError(
+                    f"there is no tokenizer in {folder}: it has neither a tokenizer.model nor a "
+                    "tokenizer.json."
+                )
+        if path.suffix == ".json":
+            from mobilellm_jax.data.huggingface_tokenizer import HuggingFaceTokenizer
 
-    def save(self, path: epath.PathLike) -> None:
-        """Writes the `.model` file, whole or not at all."""
-        path = epath.Path(path)
-        half = path.parent / f"{path.name}.incomplete"
-        half.write_bytes(self.model_bytes)
-        half.replace(path)
+            return HuggingFaceTokenizer.read(path)
+        from mobilellm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
-    def __reduce__(self) -> tuple[type, tuple[bytes]]:  # the processor is rebuilt, not carried
-        """Pickles the model file alone."""
-        return type(self), (self.model_bytes,)
+        return SentencePieceTokenizer.read(path)
 
-    @functools.cached_property
-    def _processor(self) -> sentencepiece.SentencePieceProcessor:
-        if not self.model_bytes:
-            raise RuntimeError("an empty file")
-        return sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any]) -> "Tokenizer":
+        """What `to_dict` made a dictionary of."""
+        if "sentencepiece" in raw:
+            from mobilellm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
-    @functools.cached_property
-    def proto(self) -> sentencepiece_model_pb2.ModelProto:
-        """The model file as its protocol buffer: pieces, trainer and normaliser settings."""
-        return sentencepiece_model_pb2.ModelProto.FromString(self.model_bytes)
+            return SentencePieceTokenizer.unpacked(raw)
+        from mobilellm_jax.data.huggingface_tokenizer import HuggingFaceTokenizer
 
-    @functools.cached_property
+        return HuggingFaceTokenizer.unpacked(raw)
+
+    @abc.abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as values that JSON knows."""
+
+    def write(self, directory: epath.PathLike) -> None:
+        """Writes its files as they came; `load` of that folder gives the same tokenizer.
+
+        `FILE` comes last, and whole or not at all. The chat template is in chat_template.jinja.
+        """
+        files = dict(self._files())
+        if self.chat_template is not None:
+            files["chat_template.jinja"] = self.chat_template.encode()
+        for name in sorted(files, key=lambda name: name == self.FILE):
+            half = epath.Path(directory) / f"{name}.incomplete"
+            half.write_bytes(files[name])
+            half.replace(half.parent / name)
+
+    @abc.abstractmethod
+    def _files(self) -> Mapping[str, bytes]:
+        """The content of its files by name."""
+
+    @property
+    @abc.abstractmethod
     def fingerprint(self) -> str:
-        """sha256 (hex) of the model file."""
-        return hashlib.sha256(self.model_bytes).hexdigest()
+        """sha256 (hex) of what decides the ids; the chat template does not."""
 
     @property
+    @abc.abstractmethod
     def vocab_size(self) -> int:
-        """Number of pieces, control and byte pieces included."""
-        return self._processor.vocab_size()
+        """Number of ids, those of special tokens included; a network may have more embeddings."""
 
     @property
+    @abc.abstractmethod
     def bos_id(self) -> int:
-        """Beginning of document; in rows also the padding."""
-        return self._processor.bos_id()
+        """Beginning of document; in rows also the padding. May be the same token as EOS."""
 
     @property
+    @abc.abstractmethod
     def eos_id(self) -> int:
         """End of document."""
-        return self._processor.eos_id()
 
-    @functools.cached_property
+    @property
+    @abc.abstractmethod
     def lossless(self) -> bool:
         """Whether `decode(encode(text)) == text` for every text, as for all models of ours."""
-        rules = self.proto.normalizer_spec
-        return (
-            self.proto.trainer_spec.byte_fallback
-            and not rules.precompiled_charsmap
-            and not rules.add_dummy_prefix
-            and not rules.remove_extra_whitespaces
-        )
 
-    @functools.cached_property
-    def _space_sign(self) -> list[int]:
-        return [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-
+    @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without BOS and EOS.
+        """Ids of a text, without BOS and EOS and without special tokens the text may spell."""
 
-        A literal U+2581 would come back as a space, since SentencePiece writes spaces with it; a
-        lossless model spells it with its three byte pieces instead.
-        """
-        if SPACE not in text or not self.lossless:
-            return self._processor.encode(text)
-        first, *rest = (self._processor.encode(part) for part in text.split(SPACE))
-        return first + [i for part in rest for i in (*self._space_sign, *part)]
-
+    @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; control pieces (BOS, EOS, padding) stand for nothing."""
-        return self._processor.decode([int(i) for i in ids])
+        """Text of ids; special tokens and ids beyond the vocabulary stand for nothing."""
 
+    @abc.abstractmethod
     def piece_bytes(self) -> np.ndarray:
-        """How many bytes of UTF-8 each piece stands for: int32 [V], 0 for control pieces.
+        """How many bytes of UTF-8 each id stands for: int32 [V], 0 for special tokens.
 
-        Summed over `encode(text)` this is `len(text.encode())`, exactly so for a lossless model.
+        Summed over `encode(text)` this is `len(text.encode())`, exactly so for a lossless one.
         """
-        kinds = {_Piece.CONTROL: 0, _Piece.UNKNOWN: 0, _Piece.UNUSED: 0, _Piece.BYTE: 1}
-        sizes = [
-            kinds.get(piece.type, len(piece.piece.replace(SPACE, " ").encode()))
-            for piece in self.proto.pieces
-        ]
-        return np.asarray(sizes, np.int32)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # what the libraries hold is rebuilt, not carried
+        """Pickles the fields alone."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return _rebuilt, (type(self), fields)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a BPE model with byte fallback.
+def _rebuilt(kind: type[Tokenizer], fields: Mapping[str, Any]) -> Tokenizer:
+    return kind(**fields)
 
-    Ids: unk 0, BOS 1, EOS 2, the 256 bytes, merges in the order they were learned, characters.
 
-    Args:
-      texts: the text to learn from; read once, only the counts of its words are kept in memory.
-      vocab_size: number of pieces.
+def file_of(folder: epath.Path) -> epath.Path | None:
+    """The file that a folder's tokenizer is in: its model, unless tokenizer.json knows more tokens."""
+    model, other = folder / "tokenizer.model", folder / "tokenizer.json"
+    if model.exists() and other.exists():
+        from mobilellm_jax.data import huggingface_tokenizer as huggingface
+
+        tokens = huggingface.vocab_size(huggingface.parsed(other.read_bytes(), str(other)))
+        return other if tokens > Tokenizer.load(model).vocab_size else model
+    return next((file for file in (model, other) if file.exists()), None)
+
+
+def read_object(path: epath.Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none.
 
     Raises:
-      UserError: the texts are too few or too varied for so many (or so few) pieces.
+      UserError: the file holds something else.
     """
-    counts: collections.Counter[str] = collections.Counter()
-    for text in texts:
-        counts.update(WORDS.findall(text))
-    words = sorted(((n, w) for w, n in counts.items() if not _UNLEARNABLE.search(w)), reverse=True)
-    model = io.BytesIO()
+    if not path.exists():
+        return {}
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(f"{word.translate(_PUT_ON)}\t{n}" for n, word in words),
-            model_writer=model,
-            input_format="tsv",  # a word and its count
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            character_coverage=0.9999,
-            max_sentencepiece_length=24,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            split_by_whitespace=False,  # `WORDS` has done all the splitting
-            split_by_unicode_script=False,
-            split_by_number=False,
-            split_digits=False,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            minloglevel=2,
-        )
-    except (RuntimeError, OSError) as error:
-        raise UserError(
-            f"a tokenizer of {vocab_size} pieces cannot be trained on {len(words)} different words "
-            f"({' '.join(str(error).split())}): choose another vocab_size or give more text."
-        ) from None
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model.getvalue())
-    for piece in proto.pieces:
-        piece.piece = piece.piece.translate(_TAKE_OFF)
-    return Tokenizer(proto.SerializeToString(deterministic=True))
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object.")
+    return content
+
+
+def read_chat_template(folder: epath.Path) -> str | None:
+    """The Jinja template that makes one text of a conversation, None where a folder has none.
+
+    It is chat_template.jinja, or else in tokenizer_config.json, where it may be one of several: then
+    it is that of the name "default".
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    file = folder / "chat_template.jinja"
+    try:
+        if file.exists():
+            return file.read_bytes().decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is damaged: it is not UTF-8.") from None
+    found = read_object(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(found, list):
+        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    return found

@@ -1,4 +1,6 @@
-"""SentencePiece BPE models as Hugging Face tokenizer files, with the same ids for any text.
+"""Tokenizers as the files that Hugging Face loads, with the same ids for any text.
+
+A tokenizer that came as tokenizer.json goes out as it came. SentencePiece BPE models are rewritten.
 
 SentencePiece has no list of merges. It repeatedly joins the two neighbouring symbols whose
 concatenation is the piece of highest score, the leftmost pair first where scores are equal. Every
@@ -7,10 +9,12 @@ the piece standing alone, because a join across its border would have made anoth
 merge per piece, ordered by score, says all.
 
 Spaces stand in the vocabulary as spaces, not as SentencePiece's U+2581, and text reaches the merges
-unchanged: a U+2581 in the text falls back to its three bytes, as `Tokenizer.encode` has it.
+unchanged: a U+2581 in the text falls back to its three bytes, as `SentencePieceTokenizer.encode`
+has it.
 
 Special tokens are not looked for in text (`split_special_tokens`): a text that contains the letters
-`<s>` gets the ids of these letters, as in training, and BOS comes only from the post-processor.
+`<s>` gets the ids of these letters, as in training, and BOS comes only from the post-processor. Only
+where there is a chat template they are: it makes one text of a conversation, special tokens and all.
 """
 
 import json
@@ -18,20 +22,22 @@ from typing import Any
 
 from etils import epath
 
-from mobilellm_jax.data.tokenizers import Tokenizer
+from mobilellm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from mobilellm_jax.data.tokenizers import Tokenizer, read_object
 from mobilellm_jax.errors import UserError
 
 Proto = Any  # sentencepiece_model_pb2.ModelProto; generated code carries no types
 
+_CONFIG = "tokenizer_config.json"
 _SPACE = "\u2581"  # what SentencePiece writes for a space inside pieces
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # ModelProto.SentencePiece.Type
 
 
 def write_tokenizer(tokenizer: Tokenizer, directory: epath.PathLike, max_length: int) -> None:
-    """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and tokenizer.model.
+    """Writes tokenizer.json, tokenizer_config.json, what else there is, and the chat template.
 
     Args:
-      tokenizer: a SentencePiece BPE model.
+      tokenizer: one that came as tokenizer.json, or a SentencePiece BPE model.
       directory: where to write; exists.
       max_length: the network's context in tokens.
 
@@ -39,6 +45,19 @@ def write_tokenizer(tokenizer: Tokenizer, directory: epath.PathLike, max_length:
       UserError: the tokenizer cannot be expressed exactly (see `tokenizer_json`).
     """
     directory = epath.Path(directory)
+    tokenizer.write(directory)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        files = _rewritten(tokenizer, max_length)
+    else:
+        config = read_object(directory / _CONFIG)
+        complete = "model_max_length" in config
+        files = {} if complete else {_CONFIG: config | {"model_max_length": max_length}}
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _rewritten(tokenizer: SentencePieceTokenizer, max_length: int) -> dict[str, dict[str, Any]]:
+    """The content of the files that make a SentencePiece model one of Hugging Face's."""
     proto = tokenizer.proto
     special = {
         "bos_token": proto.pieces[tokenizer.bos_id].piece,
@@ -56,21 +75,18 @@ def write_tokenizer(tokenizer: Tokenizer, directory: epath.PathLike, max_length:
         "added_tokens_decoder": {
             str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added
         },
-        "split_special_tokens": True,
+        "split_special_tokens": tokenizer.chat_template is None,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    files = {
+    return {
         "tokenizer.json": tokenizer_json(tokenizer),
-        "tokenizer_config.json": config,
+        _CONFIG: config,
         "special_tokens_map.json": special,
     }
-    for name, content in files.items():
-        (directory / name).write_text(json.dumps(content, indent=1) + "\n")
-    (directory / "tokenizer.model").write_bytes(tokenizer.model_bytes)
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     """The content of tokenizer.json: `tokenizers` (0.20 or later) then gives SentencePiece's ids.
 
     Raises:

@@ -150,7 +150,8 @@ def measure(
     counted = seen[: math.ceil(COUNTED_TOKENS / plan.row_length)]
     train_RT = train.read(counted)
     heldout_RT = heldout.read(np.arange(min(len(heldout), heldout_rows), dtype=np.int64))
-    arguments = (train_RT, heldout_RT, tokenizer.piece_bytes(), tokenizer.bos_id)
+    ends = tokenizer.bos_id, tokenizer.eos_id
+    arguments = (train_RT, heldout_RT, tokenizer.piece_bytes(), *ends)
     return Baselines(
         unigram=baselines.unigram_bits_per_byte(*arguments),
         bigram=baselines.bigram_bits_per_byte(*arguments),

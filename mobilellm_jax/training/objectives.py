@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mobilellm_jax.data.packing import counted
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.loss import token_losses
@@ -27,6 +28,7 @@ class Network:
     model: ModelConfig
     execution: Execution
     bos_id: int
+    eos_id: int
     loss_chunks: int = 1
 
 
@@ -49,20 +51,22 @@ class Rows:
     weight_BT: jax.Array
 
 
-def split_rows(tokens: jax.Array, bos_id: int) -> Rows:
+def split_rows(tokens: jax.Array, bos_id: int, eos_id: int) -> Rows:
     """Cuts rows [B, T + 1] into inputs and targets.
 
     Every document begins with BOS, so a running count of BOS numbers the documents of a row. A
-    target that is BOS does not count: it is the next document's first token, or padding.
+    target that is BOS does not count: it is the next document's first token, or padding. (It is the
+    end of a document where EOS is the same token and the input is another.)
     """
     inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
     segment_ids_BT = jnp.cumsum(inputs_BT == bos_id, axis=1)
-    return Rows(inputs_BT, targets_BT, segment_ids_BT, (targets_BT != bos_id).astype(jnp.float32))
+    weight_BT = counted(tokens, bos_id, eos_id).astype(jnp.float32)
+    return Rows(inputs_BT, targets_BT, segment_ids_BT, weight_BT)
 
 
 def next_token(params: Any, batch: Batch, network: Network, z_loss: float = 0.0) -> Losses:
     """Cross-entropy of the next token, plus `z_loss * log(Z)**2` (PaLM, arXiv 2204.02311, section 5)."""
-    rows = split_rows(batch["tokens"], network.bos_id)
+    rows = split_rows(batch["tokens"], network.bos_id, network.eos_id)
     hidden_BTD = transformer.apply(
         params, network.model, rows.inputs_BT, rows.segment_ids_BT, network.execution
     )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mobilellm_jax.data.packing import PACKERS, BestFit, Concat, best_fit_decreasing
+from mobilellm_jax.data.packing import PACKERS, BestFit, Concat, best_fit_decreasing, counted
 
 BOS, EOS = 1, 2
 
@@ -58,7 +58,10 @@ def test_best_fit_holds_every_document_once(row_length, seed):
     expected = []
     for document in documents:
         body = [*document.tolist(), EOS]
-        expected += [body[i : i + row_length] for i in range(0, len(body), row_length)]
+        cuts = [body[i : i + row_length] for i in range(0, len(body), row_length)]
+        if cuts[-1] == [EOS] and len(cuts) > 1:  # would be an empty document
+            cuts[-1] = [body[-2], EOS]
+        expected += cuts
     assert sorted(pieces) == sorted(expected)
     assert (rows[:, 0] == BOS).all()
 
@@ -77,6 +80,35 @@ def test_segments_by_the_rule_are_the_documents(name):
         # And one document of a row is in one segment.
         for number in set(row[row >= 10]):
             assert len(set(segments[row == number])) == 1
+
+
+@pytest.mark.parametrize("name", PACKERS)
+@pytest.mark.parametrize("row_length", [2, 5, 16])
+@pytest.mark.parametrize("eos", [EOS, BOS])
+def test_all_of_a_document_is_counted_and_nothing_else(name, row_length, eos):
+    """Its closing token once, also where this is BOS; neither its opening nor the padding."""
+    rng = np.random.default_rng(row_length)
+    # Each document says in each token who it is and where it stands.
+    lengths = [*range(1, 3 * row_length + 2), *rng.integers(1, 4 * row_length, 60)]
+    documents = [1000 * i + 10 + np.arange(n) for i, n in enumerate(rng.permutation(lengths))]
+    rows = pack(PACKERS[name](row_length, BOS, eos), documents, rng)
+    counts = counted(rows, BOS, eos)
+    inputs, targets = rows[:, :-1][counts], rows[:, 1:][counts]
+    last = [document[-1] for document in documents]
+    assert sorted(inputs[targets == eos]) == sorted(last)
+    assert (inputs[targets == eos] != BOS).all()
+    inside, times = np.unique(targets[targets != eos], return_counts=True)
+    assert set(inside) == set(np.concatenate(documents))
+    # Where only EOS was left for another row, best-fit packing repeats the token before it.
+    again = [d[-1] for d in documents if name == "best_fit" and len(d) % row_length == 0]
+    assert sorted(inside[times > 1]) == sorted(again) and times.max() <= 2
+    if eos != BOS:
+        assert not (targets == BOS).any()
+
+
+def test_padding_alone_holds_no_target():
+    assert not counted(np.full((3, 9), BOS), BOS, BOS).any()
+    assert not counted(np.full((3, 9), BOS), BOS, EOS).any()
 
 
 def brute_force(sizes, capacity):

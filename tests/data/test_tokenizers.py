@@ -1,15 +1,23 @@
-"""Tokenizers: lossless on any text, bytes that add up, and an exact Hugging Face twin."""
+"""SentencePiece models: lossless on any text, bytes that add up, and an exact Hugging Face twin."""
 
+import base64
+import dataclasses
+import hashlib
+import json
 import pathlib
 import pickle
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from mobilellm_jax.data import tokenizers
-from mobilellm_jax.data.tokenizers import Tokenizer, train_tokenizer
+from mobilellm_jax.data import sentencepiece_tokenizer
+from mobilellm_jax.data.sentencepiece_tokenizer import train_tokenizer
+from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.interop.hf_tokenizer import write_tokenizer
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared/data/tokenizers/cc_all_32k.model"
 NASTY = (
@@ -42,7 +50,8 @@ def nasty_texts(count):
 @pytest.fixture(scope="module")
 def source():
     return [
-        path.read_text() for path in sorted(pathlib.Path(tokenizers.__file__).parent.glob("*.py"))
+        path.read_text()
+        for path in sorted(pathlib.Path(sentencepiece_tokenizer.__file__).parent.glob("*.py"))
     ]
 
 
@@ -74,7 +83,9 @@ def test_control_pieces_stand_for_nothing(tokenizer):
 
 def test_pieces_are_words_numbers_and_indentation(tokenizer):
     pieces = [piece.piece.replace("\u2581", " ") for piece in tokenizer.proto.pieces[259:]]
-    assert all(tokenizers.WORDS.fullmatch(piece) or piece.isspace() for piece in pieces)
+    assert all(
+        sentencepiece_tokenizer.WORDS.fullmatch(piece) or piece.isspace() for piece in pieces
+    )
     assert not [p for p in pieces if sum(c.isdigit() for c in p) > 1]
     assert [p for p in pieces if p.startswith("\n    ")]  # a line break with its indentation
 
@@ -95,13 +106,57 @@ def test_hugging_face_bpe_of_the_same_merges_gives_the_same_ids(tokenizer, sourc
         assert twin.encode(text).ids == tokenizer.encode(text)
 
 
-def test_it_travels_by_pickle_and_by_file(tokenizer, tmp_path):
-    tokenizer.save(tmp_path / "x.model")
+@pytest.mark.parametrize(
+    "template", [None, "{{ bos_token }}\r\n{% for m in messages %}é{% endfor %}\n"]
+)
+def test_it_travels_in_every_way(tokenizer, tmp_path, template):
+    tokenizer = dataclasses.replace(tokenizer, chat_template=template)
     tokenizer.encode("warm")
-    for copy in (pickle.loads(pickle.dumps(tokenizer)), Tokenizer.load(tmp_path / "x.model")):
-        assert copy == tokenizer and copy.fingerprint == tokenizer.fingerprint
+    tokenizer.write(tmp_path)
+    ways = {
+        "pickle": pickle.loads(pickle.dumps(tokenizer)),
+        "file": Tokenizer.load(tmp_path / "tokenizer.model"),
+        "folder": Tokenizer.load(tmp_path),
+        "checkpoint": Tokenizer.from_dict(json.loads(json.dumps(tokenizer.to_dict()))),
+    }
+    for way, copy in ways.items():
+        assert copy == tokenizer and copy.fingerprint == tokenizer.fingerprint, way
+        assert copy.chat_template == template, way
         assert copy.encode("def f(x):\n    return x") == tokenizer.encode("def f(x):\n    return x")
-    assert [path.name for path in tmp_path.iterdir()] == ["x.model"]
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert files.pop("tokenizer.model") == tokenizer.model_bytes
+    assert files == ({} if template is None else {"chat_template.jinja": template.encode()})
+
+
+def test_the_fingerprint_is_that_of_the_model_file_alone(tokenizer):
+    other = dataclasses.replace(tokenizer, chat_template="x")
+    assert other != tokenizer
+    expected = hashlib.sha256(tokenizer.model_bytes).hexdigest()
+    assert other.fingerprint == tokenizer.fingerprint == expected
+
+
+def test_it_reads_what_checkpoints_held_before_there_were_chat_templates(tokenizer):
+    packed = {"sentencepiece": base64.b64encode(tokenizer.model_bytes).decode()}
+    assert Tokenizer.from_dict(packed) == tokenizer
+
+
+def test_ids_of_padded_embeddings_stand_for_nothing(tokenizer):
+    ids = tokenizer.encode("one two")
+    assert tokenizer.decode([*ids[:2], 800, *ids[2:], 100_000]) == "one two"
+
+
+def test_the_other_library_is_not_loaded(tokenizer, tmp_path):
+    tokenizer.write(tmp_path)
+    program = (
+        "import sys\n"
+        "from mobilellm_jax.data.tokenizers import Tokenizer\n"
+        f"tokenizer = Tokenizer.load({str(tmp_path)!r})\n"
+        "Tokenizer.from_dict(tokenizer.to_dict()).encode('text')\n"
+        "print(sorted({'tokenizers', 'sentencepiece'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['sentencepiece']"
 
 
 def test_training_is_deterministic(source):
@@ -121,6 +176,32 @@ def test_bad_files_are_told(tmp_path):
         (tmp_path / "bad.model").write_bytes(content)
         with pytest.raises(UserError, match="not a SentencePiece model"):
             Tokenizer.load(tmp_path / "bad.model")
+
+
+def test_a_folder_without_tokenizer_is_told(tokenizer, tmp_path):
+    with pytest.raises(UserError, match="neither a tokenizer.model nor a tokenizer.json"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(UserError, match="there is no tokenizer at"):
+        Tokenizer.load(tmp_path / "tokenizer.json")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    tokenizer.write(tmp_path)
+    with pytest.raises(UserError, match="chat_template.jinja is damaged"):
+        Tokenizer.load(tmp_path)
+
+
+def test_of_two_files_in_a_folder_the_one_that_knows_more_counts(tokenizer, tmp_path):
+    write_tokenizer(tokenizer, tmp_path, 77)
+    file = tmp_path / "tokenizer.json"
+    assert Tokenizer.load(tmp_path) == tokenizer
+    content = json.loads(file.read_text())
+    content["added_tokens"].append(
+        {**content["added_tokens"][-1], "id": 800, "content": "<|im_start|>"}
+    )
+    file.write_text(json.dumps(content))
+    assert Tokenizer.load(tmp_path) == Tokenizer.load(file) != tokenizer
+    assert Tokenizer.load(tmp_path / "tokenizer.model") == tokenizer
+    (tmp_path / "tokenizer.model").unlink()
+    assert Tokenizer.load(tmp_path).vocab_size == 801
 
 
 def test_a_model_without_bos_is_refused(source, tmp_path):

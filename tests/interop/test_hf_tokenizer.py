@@ -1,7 +1,9 @@
-"""The exported tokenizer gives SentencePiece's ids, whatever the text."""
+"""The exported tokenizer gives our ids, whatever the text and whichever kind it was."""
 
+import dataclasses
 import io
 import itertools
+import json
 import pathlib
 import pydoc_data.topics
 import random
@@ -9,8 +11,10 @@ import re
 
 import pytest
 import sentencepiece
+import tokenizer_files
 
-from mobilellm_jax.data.tokenizers import Tokenizer, train_tokenizer
+from mobilellm_jax.data.sentencepiece_tokenizer import train_tokenizer
+from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.interop import hf_tokenizer
 
@@ -205,6 +209,81 @@ def test_what_cannot_be_exact_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=re.escape(obstacle)):
         hf_tokenizer.tokenizer_json(foreign(tmp_path, **options))
+
+
+CHAT = [{"role": "user", "content": "Hi <s>?"}, {"role": "assistant", "content": "Yes.\n"}]
+
+
+def test_a_chat_template_goes_out_with_the_model(
+    tokenizer: Tokenizer, tmp_path: pathlib.Path
+) -> None:
+    """It makes one text of a conversation, in which the special tokens must be found."""
+    transformers = pytest.importorskip("transformers")
+    template = tokenizer_files.LLAMA2_CHAT + "é"
+    chatty = dataclasses.replace(tokenizer, chat_template=template)
+    hf_tokenizer.write_tokenizer(chatty, tmp_path, max_length=77)
+    assert (tmp_path / "chat_template.jinja").read_bytes() == template.encode()
+    assert Tokenizer.load(tmp_path) == chatty
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.chat_template == template
+    ids = loaded.apply_chat_template(CHAT[1:], return_dict=False)
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    assert ids == [bos, *tokenizer.encode(" Yes.\n "), eos, *tokenizer.encode("é")]
+    assert loaded("Hi")["input_ids"] == [bos, *tokenizer.encode("Hi")]
+
+
+@pytest.mark.parametrize("kind", sorted(tokenizer_files.FOLDERS))
+def test_what_came_from_hugging_face_goes_back_as_it_came(
+    kind: str, tmp_path: pathlib.Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    came = tokenizer_files.FOLDERS[kind](tmp_path / "came")
+    (tmp_path / "goes").mkdir()
+    hf_tokenizer.write_tokenizer(Tokenizer.load(came), tmp_path / "goes", max_length=77)
+    for file in came.iterdir():
+        assert (tmp_path / "goes" / file.name).read_bytes() == file.read_bytes()
+    before, after = (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("came", "goes")
+    )
+    assert type(after) is type(before) and len(after) == len(before)
+    assert after.chat_template == before.chat_template == Tokenizer.load(came).chat_template
+    assert after.special_tokens_map == before.special_tokens_map
+    assert after.model_max_length == before.model_max_length == 4096
+    lines = texts(300)
+    assert after(lines)["input_ids"] == before(lines)["input_ids"]
+    assert after.apply_chat_template(CHAT) == before.apply_chat_template(CHAT)
+
+
+def test_what_hugging_face_needs_is_added(tmp_path: pathlib.Path) -> None:
+    """A tokenizer.json whose BOS and EOS only config.json knew, and no context length."""
+    transformers = pytest.importorskip("transformers")
+    came = tokenizer_files.llama3_folder(tmp_path / "came")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (came / name).unlink()
+    (came / "config.json").write_text('{"bos_token_id": 594, "eos_token_id": [595, 598]}')
+    tokenizer = Tokenizer.load(came)
+    (tmp_path / "goes").mkdir()
+    hf_tokenizer.write_tokenizer(tokenizer, tmp_path / "goes", max_length=77)
+    (tmp_path / "goes/config.json").write_text('{"model_type": "llama"}')
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "goes")
+    assert (loaded.bos_token_id, loaded.eos_token_id) == (594, 595)
+    assert loaded.model_max_length == 77
+    for text in texts(100):
+        assert loaded(text)["input_ids"] == [594, *tokenizer.encode(text)]
+        assert loaded.decode(tokenizer.encode(text)) == text
+
+
+def test_of_several_chat_templates_the_default_goes_out(tmp_path: pathlib.Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    came = tokenizer_files.qwen2_folder(tmp_path / "came")
+    config = json.loads((came / "tokenizer_config.json").read_text())
+    several = {"default": tokenizer_files.CHATML, "tool_use": "tools"}
+    config["chat_template"] = [{"name": k, "template": v} for k, v in several.items()]
+    (came / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "goes").mkdir()
+    hf_tokenizer.write_tokenizer(Tokenizer.load(came), tmp_path / "goes", max_length=77)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "goes")
+    assert loaded.chat_template == tokenizer_files.CHATML
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")

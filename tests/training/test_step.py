@@ -15,8 +15,8 @@ from mobilellm_jax.training import objectives, optimizer
 from mobilellm_jax.training.objectives import Losses, Network, split_rows
 from mobilellm_jax.training.step import init_state, train_step
 
-BOS = 1
-NETWORK = Network(tiny.MODEL, Execution(), BOS)
+BOS, EOS = 1, 2
+NETWORK = Network(tiny.MODEL, Execution(), BOS, EOS)
 ADAMW = functools.partial(optimizer.adamw, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)
 
 
@@ -59,11 +59,17 @@ PIECE_BYTES = jnp.arange(tiny.VOCAB) % 5
 
 
 def test_rows_become_inputs_targets_documents():
-    rows = split_rows(jnp.array([[7, 8, BOS, 5, 6, BOS, BOS, BOS]]), BOS)
+    rows = split_rows(jnp.array([[7, 8, BOS, 5, 6, BOS, BOS, BOS]]), BOS, EOS)
     assert rows.inputs_BT.tolist() == [[7, 8, BOS, 5, 6, BOS, BOS]]
     assert rows.targets_BT.tolist() == [[8, BOS, 5, 6, BOS, BOS, BOS]]
     assert rows.segment_ids_BT.tolist() == [[0, 0, 1, 1, 1, 2, 3]]
     assert rows.weight_BT.tolist() == [[1, 0, 1, 1, 0, 0, 0]]
+
+
+def test_where_bos_is_eos_the_end_of_a_document_counts():
+    rows = split_rows(jnp.array([[7, 8, BOS, BOS, 5, 6, BOS, BOS, BOS, BOS]]), BOS, BOS)
+    assert rows.segment_ids_BT.tolist() == [[0, 0, 1, 2, 2, 2, 3, 4, 5]]
+    assert rows.weight_BT.tolist() == [[1, 1, 0, 1, 1, 1, 0, 0, 0]]
 
 
 def test_loss_and_counts_equal_a_loop_over_targets():
@@ -95,7 +101,7 @@ def test_loss_and_counts_equal_a_loop_over_targets():
 @pytest.mark.parametrize("k", [2, 4])
 def test_microbatches_equal_one_batch(k):
     data = batch()
-    valid = np.asarray(split_rows(data["tokens"], BOS).weight_BT).sum(1)
+    valid = np.asarray(split_rows(data["tokens"], BOS, EOS).weight_BT).sum(1)
     assert len({valid[i::k].sum() for i in range(k)}) > 1  # unequal numbers of targets
     whole, metrics = step()(start(), data, PIECE_BYTES)
     parts, metrics_k = step(microbatches=k)(start(), data, PIECE_BYTES)
@@ -151,7 +157,7 @@ def test_z_loss_is_minimised_but_not_reported():
         start().params,
         tiny.MODEL,
         batch()["tokens"][:, :-1],
-        split_rows(batch()["tokens"], BOS).segment_ids_BT,
+        split_rows(batch()["tokens"], BOS, EOS).segment_ids_BT,
     )
     log_z = jax.nn.logsumexp(transformer.logits(start().params, tiny.MODEL, hidden), -1)
     np.testing.assert_allclose(with_z.loss_BT - with_z.nll_BT, 0.1 * log_z**2, rtol=1e-4)
