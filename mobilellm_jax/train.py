@@ -29,7 +29,7 @@ from mobilellm_jax.model.config import ModelConfig, flops_per_token
 from mobilellm_jax.parallel.mesh import make_mesh
 from mobilellm_jax.parallel.sharding import put_rows, shardings
 from mobilellm_jax.training import overview
-from mobilellm_jax.training.checkpoint import Checkpoints
+from mobilellm_jax.training.checkpoint import Checkpoints, saved
 from mobilellm_jax.training.config import check, configured
 from mobilellm_jax.training.evaluation import evaluate
 from mobilellm_jax.training.metrics import MetricsWriter, peak_flops, step_values
@@ -37,6 +37,7 @@ from mobilellm_jax.training.objectives import Network
 from mobilellm_jax.training.progress import Progress
 from mobilellm_jax.training.provenance import changes, provenance
 from mobilellm_jax.training.signals import Signals
+from mobilellm_jax.training.start import open_start
 from mobilellm_jax.training.step import TrainState, init_state, train_step
 from mobilellm_jax.training.workdir import check_same_run, claim
 
@@ -83,7 +84,11 @@ def train(
     # --- Devices, and the state of a fresh run as shapes
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     network = Network(
-        model, transformer.Execution(**config.execution), tokenizer.bos_id, config.loss_chunks
+        model,
+        transformer.Execution(**config.execution),
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        config.loss_chunks,
     )
     objective = configured(config.objective, "objective")
     make_optimizer = configured(config.optimizer, "optimizer")
@@ -97,6 +102,10 @@ def train(
         shapes = jax.eval_shape(fresh)
         state_shardings = shardings(shapes, mesh)
 
+        weights = None
+        if config.init_from and not saved(workdir):
+            weights = open_start(config.init_from, model, tokenizer)
+
         # All is checked: from here on the workdir is this run's.
         workdir = claim(workdir, config)
 
@@ -104,7 +113,13 @@ def train(
         checkpoints = Checkpoints(workdir, **config.checkpoint)
         meta = checkpoints.newest_meta()
         origin = provenance(devices)
-        if meta is None:
+        if meta is None and weights:
+            params = weights.params(state_shardings.params, np.float32)
+            begin = functools.partial(init_state, make_optimizer=make_optimizer)
+            state = jax.jit(begin, out_shardings=state_shardings, donate_argnums=0)(params)
+            rows, origin["init_from"] = 0, weights.identity
+            print(f"starting at the weights of {weights.directory} ({weights.family})")
+        elif meta is None:
             state, rows = jax.jit(fresh, out_shardings=state_shardings)(), 0
         else:
             check_same_run(meta, config, plan, checkpoints.directory)
@@ -112,6 +127,7 @@ def train(
                 print(f"resume: {change}; the result may differ in its last bits.")
             abstract = jax.tree.map(_abstract, shapes, state_shardings)
             state, rows = checkpoints.restore(abstract), int(meta["rows"])
+            origin |= {key: value for key, value in meta.items() if key == "init_from"}
         start = int(state.step)
 
         # --- The step and the evaluation, compiled at their first call
@@ -149,7 +165,7 @@ def train(
         print(overview.summary(model, parameters, *size))
         shares = ", ".join(f"{source.name} {source.weight:.1%}" for source in plan.sources)
         print(
-            f"data: {shares}; {len(tokenizer.model_bytes):,}-byte tokenizer {tokenizer.fingerprint[:12]}"
+            f"data: {shares}; tokenizer {tokenizer.fingerprint[:12]} of {tokenizer.vocab_size:,} ids"
         )
         print(f"devices: {len(devices)} x {devices[0].device_kind}, mesh {dict(mesh.shape)}")
         if start:

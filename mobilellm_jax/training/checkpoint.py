@@ -6,23 +6,26 @@ whole:
     WORKDIR/checkpoints/<step>/params      the weights
                                optimizer   the rest of the train state
                                meta        format, step, rows, configuration, plan, provenance
-                               tokenizer   the tokenizer's file
+                               tokenizer   the tokenizer's files
 
-Programs that use a model take such a directory, or one above it, and nothing else.
+Programs that use a model take such a directory, or one above it, and nothing else. Such a directory
+may also stand alone, without an optimizer: a network that was brought here from elsewhere.
 """
 
-import base64
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import new_folder
+from mobilellm_jax.leaves import Leaves, flat, place
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.training.step import TrainState
@@ -84,9 +87,7 @@ class Checkpoints:
             params=ocp.args.StandardSave(state.params),
             optimizer=ocp.args.StandardSave(_as_dict(rest)),
             meta=ocp.args.JsonSave({"format": FORMAT, **meta}),
-            tokenizer=ocp.args.JsonSave(
-                {"sentencepiece": base64.b64encode(tokenizer.model_bytes).decode()}
-            ),
+            tokenizer=ocp.args.JsonSave(tokenizer.to_dict()),
         )
         with _explained(self.directory):
             self._manager.save(step, args=args, force=True)
@@ -135,7 +136,7 @@ class Checkpoints:
 
 
 def load_model(directory: epath.PathLike) -> LoadedModel:
-    """Loads the network of a checkpoint onto the default device.
+    """Loads the network of a checkpoint onto the default device, in the dtype of its weights.
 
     Args:
       directory: a workdir, its `checkpoints` folder, or one step's folder; the newest step if there
@@ -144,18 +145,75 @@ def load_model(directory: epath.PathLike) -> LoadedModel:
     Raises:
       UserError: there is no checkpoint, it is damaged, or a later version of this program wrote it.
     """
+    opened = open_model(directory)
+    params = place(opened.leaves)
+    return LoadedModel(params, opened.model, opened.tokenizer, opened.step, opened.meta)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedModel:
+    """The network of a checkpoint, its weights still in their files."""
+
+    path: epath.Path  # of the step
+    leaves: Leaves
+    model: ModelConfig
+    tokenizer: Tokenizer
+    step: int
+    meta: Mapping[str, Any]
+
+
+def open_model(directory: epath.PathLike) -> OpenedModel:
+    """Reads all of a checkpoint but its weights, which can be read leaf by leaf.
+
+    Args:
+      directory: see `load_model`.
+
+    Raises:
+      UserError: see `load_model`.
+    """
     path = find(directory)
     meta = _read_meta(path)
     model = ModelConfig.from_dict(meta["config"]["model"])
-    abstract = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
-    )
-    with _damaged(path), ocp.StandardCheckpointer() as reader:
-        params = reader.restore(path / "params", abstract)
+    with _damaged(path):
+        shapes = flat(transformer.shapes(model))
+        leaves = {name: _open_leaf(path, name) for name in shapes}
+        for name, leaf in leaves.items():
+            if leaf.shape != shapes[name].shape:
+                raise ValueError(f"{name} has the shape {leaf.shape}, not {shapes[name].shape}")
         tokenizer = _read_tokenizer(path)
-    return LoadedModel(params, model, tokenizer, int(meta["step"]), meta)
+    return OpenedModel(path, leaves, model, tokenizer, int(meta["step"]), meta)
+
+
+def write_model(
+    leaves: Leaves,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    meta: Mapping[str, Any],
+    out: epath.PathLike,
+    dtype: Any = None,
+) -> None:
+    """Writes one step's folder without an optimizer: a network to use or to start a run at.
+
+    Args:
+      leaves: the weights.
+      model: the network.
+      tokenizer: its tokenizer.
+      meta: further description; `step` and `config` have defaults.
+      out: the folder to make; it may exist if it is empty.
+      dtype: of the weights as they are stored; None keeps their own.
+
+    Raises:
+      UserError: `out` holds something, or cannot be written.
+    """
+    meta = {"step": 0, "rows": 0, **meta, "format": FORMAT}
+    meta["config"] = {**meta.get("config", {}), "model": model.to_dict()}
+    with new_folder(epath.Path(out).resolve()) as folder, _explained(folder):
+        # Weights hardly compress, and compressing them takes half their size in memory.
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as writer:
+            writer.save(folder / "params", place(leaves, dtype=dtype))
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as json_writer:
+            json_writer.save(folder / "meta", meta)
+            json_writer.save(folder / "tokenizer", tokenizer.to_dict())
 
 
 def find(directory: epath.PathLike) -> epath.Path:
@@ -165,18 +223,28 @@ def find(directory: epath.PathLike) -> epath.Path:
       UserError: there is none.
     """
     directory = epath.Path(directory).resolve()  # Orbax refuses relative paths
-    for folder in (directory / FOLDER, directory):
-        if folder.exists() and folder.is_dir():
-            steps = [p for p in folder.iterdir() if p.name.isdigit()]
-            whole = [p for p in steps if ocp.utils.is_checkpoint_finalized(p)]
-            if whole:
-                return max(whole, key=lambda p: int(p.name))
+    if newest := _newest(directory / FOLDER) or _newest(directory):
+        return newest
     if (directory / "meta").exists():
         return directory
     raise UserError(
         f"there is no checkpoint in {directory}: name a workdir in which training has saved one, "
-        f"its {FOLDER} folder, or one step's folder."
+        f"its {FOLDER} folder, one step's folder, or a Hugging Face folder with its config.json."
     )
+
+
+def saved(workdir: epath.PathLike) -> bool:
+    """Whether a run has saved a checkpoint there."""
+    return _newest(epath.Path(workdir) / FOLDER) is not None
+
+
+def _newest(folder: epath.Path) -> epath.Path | None:
+    """The folder of the newest step that was written to its end."""
+    if not (folder.exists() and folder.is_dir()):
+        return None
+    steps = [path for path in folder.iterdir() if path.name.isdigit()]
+    whole = [path for path in steps if ocp.utils.is_checkpoint_finalized(path)]
+    return max(whole, key=lambda path: int(path.name), default=None)
 
 
 def _read_meta(path: epath.Path) -> dict[str, Any]:
@@ -192,7 +260,35 @@ def _read_meta(path: epath.Path) -> dict[str, Any]:
 
 
 def _read_tokenizer(path: epath.Path) -> Tokenizer:
-    return Tokenizer(base64.b64decode(_read_json(path / "tokenizer")["sentencepiece"]))
+    return Tokenizer.from_dict(_read_json(path / "tokenizer"))
+
+
+@dataclasses.dataclass(frozen=True)
+class _StoredLeaf:
+    """A leaf of a checkpoint; every slice reads and unpacks the stored chunks that it touches."""
+
+    path: epath.Path  # of the step
+    array: ts.TensorStore
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype.numpy_dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        with _damaged(self.path):
+            return np.asarray(self.array[index].read().result())
+
+
+def _open_leaf(path: epath.Path, name: str) -> _StoredLeaf:
+    """Opens an array as Orbax stores it, without what its own reader holds in memory."""
+    folder = f"{path / 'params'}/"
+    base = folder if "://" in folder else {"driver": "file", "path": folder}
+    store = {"driver": "ocdbt", "base": base, "path": f"{name.replace('/', '.')}/"}
+    return _StoredLeaf(path, ts.open({"driver": "zarr", "kvstore": store}, read=True).result())
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def base_config(model: ModelConfig) -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # of the initial weights; the order of the data has its seed in the plan
     c.model = model.to_dict()  # the network (mobilellm_jax/model/config.py), often a preset
+    c.init_from = ""  # checkpoint or Hugging Face folder whose weights a new run starts at
     c.plan = ""  # path of the mixture.json to train on, as `prepare` writes it
     c.row_length = 2048  # targets per row; must be that of the plan
     c.steps = 1000  # optimizer steps of the whole run

@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.training.config import FREE, differences
+from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.training.config import FREE, base_config, differences
 
 
 def claim(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
@@ -36,6 +37,11 @@ def claim(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
                 f"{path} is not JSON: if nothing in that workdir is needed, remove it, else restore the file."
             ) from None
         _same_config(old, config.to_dict(), str(workdir))
+    elif (workdir / "meta").exists():
+        raise UserError(
+            f"{workdir} is a checkpoint and no workdir: start at it with --config.init_from={workdir} "
+            "and choose another --workdir."
+        )
     elif any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints")):
         raise UserError(f"{workdir} holds results but no config.json: choose another --workdir.")
     workdir.mkdir(parents=True, exist_ok=True)
@@ -45,8 +51,8 @@ def claim(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
     return workdir
 
 
-def _same_config(old: dict[str, Any], new: dict[str, Any], where: str) -> None:
-    found = differences(old, new)
+def _same_config(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> None:
+    found = differences(_complete(old), _complete(new))
     fixed = {key: pair for key, pair in found.items() if key.split(".")[0] not in FREE}
     if fixed:
         listed = "; ".join(
@@ -57,6 +63,14 @@ def _same_config(old: dict[str, Any], new: dict[str, Any], where: str) -> None:
         print(f"resume: config.{key} was {a!r}, is {b!r}.")
 
 
+def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the keys that did not exist yet when its run began, at their defaults."""
+    if "model" not in config:  # not one of ours: everything differs
+        return dict(config)
+    model = ModelConfig.from_dict(config["model"])
+    return {**base_config(model).to_dict(), **config, "model": model.to_dict()}
+
+
 def check_same_run(
     meta: Mapping[str, Any], config: ConfigDict, plan: Plan, where: epath.Path
 ) -> None:
@@ -65,7 +79,8 @@ def check_same_run(
     Raises:
       UserError: it is not; the sentence lists what differs.
     """
-    if found := differences(meta["config"]["model"], config.model.to_dict()):
+    models = (ModelConfig.from_dict(raw) for raw in (meta["config"]["model"], config.model))
+    if found := differences(*(model.to_dict() for model in models)):
         listed = "; ".join(f"model.{key}: {a!r} there, {b!r} here" for key, (a, b) in found.items())
         raise UserError(f"the checkpoint in {where} is of another network ({listed}).")
     _same_config(

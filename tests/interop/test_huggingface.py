@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import json
-import pathlib
-import pydoc_data.topics
 import subprocess
 import sys
 
@@ -12,149 +10,151 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import tiny
+from weights import (
+    LLAMA3,
+    LLAMA4,
+    NETWORKS,
+    SMALL,
+    V,
+    assert_equal,
+    changed,
+    load_stock,
+    ours,
+    random_leaves,
+    random_tokens,
+    theirs,
+)
 
-from mobilellm_jax.data.tokenizers import Tokenizer, train_tokenizer
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.interop import huggingface
+from mobilellm_jax.interop import huggingface, safetensors_files
+from mobilellm_jax.interop.layout import default_family
+from mobilellm_jax.leaves import nested
 from mobilellm_jax.model import transformer
-from mobilellm_jax.model.config import ModelConfig, Stack, parameter_count
+from mobilellm_jax.model.config import Stack, parameter_count
+from mobilellm_jax.model.presets import preset
 
-V = 512
-
-NETWORKS = {
-    "plain": ModelConfig(V, 48, (Stack(3, 4, 2, 80),), head_dim=12, max_length=64),
-    "untied": ModelConfig(V, 32, (Stack(2, 4, 4, 48),), head_dim=8, tied=False, max_length=64),
-    "shared twice": ModelConfig(V, 36, (Stack(3, 9, 3, 64, repeats=2),), head_dim=4, max_length=64),
-    "shared three times, two stacks, wide heads, another theta": ModelConfig(
-        V,
-        24,
-        (Stack(1, 6, 2, 40, repeats=3), Stack(2, 6, 2, 40)),
-        head_dim=16,
-        rope_theta=500_000.0,
-        norm_eps=1e-3,
-        max_length=64,
-    ),
-}
+CASES = [(name, model, default_family(model)) for name, model in NETWORKS.items()]
+CASES += [(name, model, "llama4_text") for name, model in LLAMA4.items()]
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer(list(pydoc_data.topics.topics.values())[:10], V)
+def exported(model, out, **options):
+    leaves = random_leaves(model)
+    huggingface.export(leaves, model, tiny.tokenizer(), out, **options)
+    return leaves
 
 
-def random_params(model: ModelConfig) -> transformer.Params:
-    """Weights so large that a misplaced one shows, and norm scales apart from 1."""
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(functools.partial(transformer.init, model), jax.random.key(0))
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: (
-            rng.uniform(0.5, 1.5, leaf.shape)
-            if "scale" in str(path)
-            else rng.normal(0, 0.2, leaf.shape)
-        ).astype(np.float32),
-        shapes,
-    )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def our_logits(
-    model: ModelConfig,
-    params: transformer.Params,
-    tokens_BT: jax.Array,
-    segments_BT: jax.Array | None,
-) -> jax.Array:
-    hidden_BTD = transformer.apply(params, model, tokens_BT, segments_BT)
-    return transformer.logits(params, model, hidden_BTD)
-
-
-def load(directory: pathlib.Path) -> object:
-    """The stock model, with every weight found in the file and none left over."""
-    transformers = pytest.importorskip("transformers")
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, output_loading_info=True
-    )
-    assert type(model).__name__ == "LlamaForCausalLM"
-    assert not any(info.values()), info
-    return model.eval()
-
-
-def log_softmax(logits_TV: np.ndarray) -> np.ndarray:
-    return np.asarray(jax.nn.log_softmax(logits_TV))
-
-
-def torch_logits(model: object, ids: list[int]) -> np.ndarray:
-    torch = pytest.importorskip("torch")
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0].numpy()
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_logits(name: str, tokenizer: Tokenizer, tmp_path: pathlib.Path) -> None:
-    model = NETWORKS[name]
-    params = random_params(model)
-    huggingface.export(params, model, tokenizer, tmp_path / "out")
-    loaded = load(tmp_path / "out")
-    tokens_BT = np.random.default_rng(1).integers(V, size=(2, model.max_length))
-    ours_BTV = np.asarray(our_logits(model, params, tokens_BT, None))
-    theirs_BTV = np.stack([torch_logits(loaded, row) for row in tokens_BT.tolist()])
-    assert ours_BTV.std() > 0.5
-    assert np.abs(ours_BTV - theirs_BTV).max() <= 1e-4
+@pytest.mark.parametrize("name, model, family", CASES, ids=[f"{f}: {n}" for n, _, f in CASES])
+def test_logits_and_gradients(name, model, family, tmp_path):
+    leaves = exported(model, tmp_path / "out", family=family)
+    loaded = load_stock(tmp_path / "out")
+    assert loaded.config.model_type == family and loaded.config.dtype == loaded.dtype
+    tokens_BT = random_tokens(model)
+    assert_equal(ours(model, leaves, tokens_BT), theirs(loaded, model, family, tokens_BT))
     unshared = tuple(
         dataclasses.replace(s, layers=s.layers * s.repeats, repeats=1) for s in model.stacks
     )
-    assert loaded.num_parameters() == parameter_count(dataclasses.replace(model, stacks=unshared))
+    plain = dataclasses.replace(model, stacks=unshared)
+    if family == "qwen3":  # where a norm without weights has some
+        plain = dataclasses.replace(plain, qk_norm="scaled")
+    assert loaded.num_parameters() == parameter_count(plain)
 
 
-@pytest.mark.parametrize("name", ["untied", "shared twice"])
-def test_packed_documents_have_the_losses_of_each_alone(
-    name: str, tokenizer: Tokenizer, tmp_path: pathlib.Path
-) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, family",
+    [
+        ("mobilellm-125m", "llama"),
+        ("mobilellm-ls-125m", "llama"),
+        ("mobilellm-r1-140m", "qwen3"),
+        ("mobilellm-r1-140m", "llama4_text"),
+    ],
+)
+def test_full_size(name, family, tmp_path):
+    model = preset(name)
+    leaves = random_leaves(model, std=0.04)
+    huggingface.export(leaves, model, tiny.tokenizer(), tmp_path / "out", family)
+    loaded = load_stock(tmp_path / "out")
+    tokens_BT = random_tokens(model, rows=1, length=64)
+    assert_equal(ours(model, leaves, tokens_BT), theirs(loaded, model, family, tokens_BT))
+
+
+@pytest.mark.parametrize("name", ["untied", "shared twice", "unit QK-norm"])
+def test_packed_documents_have_the_losses_of_each_alone(name, tmp_path):
+    torch = pytest.importorskip("torch")
     model = NETWORKS[name]
-    params = random_params(model)
-    huggingface.export(params, model, tokenizer, tmp_path / "out")
-    loaded = load(tmp_path / "out")
+    leaves = exported(model, tmp_path / "out")
+    loaded = load_stock(tmp_path / "out")
     rng = np.random.default_rng(2)
-    documents = [[1, *rng.integers(2, V, size=n).tolist(), 2] for n in (5, 1, 20, 13, 9)]
+    documents = [[1, *rng.integers(3, V, size=n).tolist(), 2] for n in (5, 1, 20, 13, 9)]
     row_T = np.array([token for document in documents for token in document])
     segments_T = np.cumsum(row_T == 1)
-    ours_TV = log_softmax(our_logits(model, params, row_T[None], segments_T[None])[0])
+
+    @jax.jit
+    def log_probabilities(params):
+        hidden_BTD = transformer.apply(params, model, row_T[None], segments_T[None])
+        return jax.nn.log_softmax(transformer.logits(params, model, hidden_BTD)[0])
+
+    ours_TV = np.asarray(log_probabilities(nested(leaves)))
     targets_T = np.flatnonzero(row_T[1:] != 1)
-    ours = -ours_TV[targets_T, row_T[targets_T + 1]]
-    theirs = []
+    mine = -ours_TV[targets_T, row_T[targets_T + 1]]
+    alone = []
     for ids in documents:
-        alone_TV = log_softmax(torch_logits(loaded, ids))
-        theirs += (-alone_TV[np.arange(len(ids) - 1), ids[1:]]).tolist()
-    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
-    assert np.mean(ours) == pytest.approx(np.mean(theirs), rel=1e-5)
+        with torch.no_grad():
+            alone_TV = loaded(torch.tensor([ids])).logits[0].log_softmax(-1).numpy()
+        alone += (-alone_TV[np.arange(len(ids) - 1), ids[1:]]).tolist()
+    np.testing.assert_allclose(mine, alone, rtol=1e-3, atol=1e-4)
+    assert np.mean(mine) == pytest.approx(np.mean(alone), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_narrow_weights_are_the_rounded_ones(
-    dtype: str, tokenizer: Tokenizer, tmp_path: pathlib.Path
-) -> None:
+def test_narrow_weights_are_the_rounded_ones(dtype, tmp_path):
     torch = pytest.importorskip("torch")
     model = NETWORKS["untied"]
-    params = random_params(model)
-    huggingface.export(params, model, tokenizer, tmp_path / "out", dtype)
-    loaded = load(tmp_path / "out")
+    leaves = exported(model, tmp_path / "out", dtype=dtype)
+    wide = huggingface.tensors(leaves, model, "llama")
+    loaded = load_stock(tmp_path / "out")
     assert loaded.dtype == getattr(torch, dtype)
-    for key, array in huggingface.to_llama_state(params, model).items():
-        assert torch.equal(loaded.state_dict()[key], torch.tensor(array).to(loaded.dtype)), key
+    for name, tensor in wide.items():
+        expected = torch.tensor(np.ascontiguousarray(tensor[:])).to(loaded.dtype)
+        assert torch.equal(loaded.state_dict()[name], expected), name
 
 
-def test_the_folder_holds_what_runtimes_look_for(
-    tokenizer: Tokenizer, tmp_path: pathlib.Path
-) -> None:
-    model = NETWORKS["shared twice"]
+def test_without_a_dtype_each_weight_keeps_its_own(tmp_path):
+    leaves = random_leaves(SMALL, "bfloat16")
+    leaves["final_norm/scale"] = leaves["final_norm/scale"].astype(np.float32)
+    huggingface.export(leaves, SMALL, tiny.tokenizer(), tmp_path / "out")
+    found = safetensors_files.open_file(tmp_path / "out/model.safetensors")
+    for name, tensor in found.items():
+        assert tensor.dtype.name == ("float32" if name == "model.norm.weight" else "bfloat16")
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("limit, files", [(10**9, 1), (100_000, 3), (1, 29)])
+def test_shards_load_as_one(limit, files, tmp_path):
+    writer = functools.partial(safetensors_files.write_files, max_shard_bytes=limit)
+    leaves = exported(SMALL, tmp_path / "out", write_weights=writer)
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) == files
+    assert (tmp_path / "out/model.safetensors.index.json").exists() == (files > 1)
+    state = load_stock(tmp_path / "out").state_dict()
+    for name, tensor in huggingface.tensors(leaves, SMALL, "llama").items():
+        np.testing.assert_array_equal(state[name].numpy(), tensor[:])
+
+
+def test_the_folder_holds_what_runtimes_look_for(tmp_path):
+    model = dataclasses.replace(NETWORKS["shared twice"], rope_scaling=LLAMA3)
     (tmp_path / "out").mkdir()  # empty, so it may be used
-    files = huggingface.export(random_params(model), model, tokenizer, tmp_path / "out")
+    leaves = random_leaves(model)
+    files = huggingface.export(leaves, model, tiny.tokenizer(), tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
-    assert (tmp_path / "out/tokenizer.model").read_bytes() == tokenizer.model_bytes
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["num_hidden_layers"] == 6 and config["head_dim"] == 4
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10_000.0
+    assert config["rope_scaling"]["rope_type"] == config["rope_parameters"]["rope_type"] == "llama3"
     assert config["torch_dtype"] == config["dtype"] == "float32"
     assert config["tie_word_embeddings"] is True
+    assert config["mobilellm_jax"] == {"format": 1, "model": model.to_dict()}
     weights = safetensors.numpy.load_file(tmp_path / "out/model.safetensors")
     assert "lm_head.weight" not in weights
     for name, array in weights.items():
@@ -162,9 +162,36 @@ def test_the_folder_holds_what_runtimes_look_for(
             np.testing.assert_array_equal(array, weights[name.replace("layers.0.", "layers.1.")])
 
 
-def test_nothing_needs_torch_or_transformers() -> None:
+def test_the_model_card_tells_what_is_known(tmp_path):
+    meta = {
+        "step": 50,
+        "rows": 1600,
+        "config": {"row_length": 128, "init_from": "/home/me/runs/base"},
+        "origin": {"directory": "/home/me/other", "family": "llama"},
+        "plan": {"sources": [{"name": "code", "weight": 3}, {"name": "math", "weight": 1}]},
+        "heldout": {"bits_per_byte": 1.5, "bits_per_byte/code": 1.25, "loss/code": 9.0},
+    }
+    model = NETWORKS["shared twice"]
+    exported(model, tmp_path / "with", meta=meta)
+    exported(model, tmp_path / "without", family="hf_shared")
+    card = (tmp_path / "with/README.md").read_text()
+    front = card.split("---\n")[1]
+    assert "library_name" in front and "transformers" in front and "license" not in front
+    assert "in 50 steps, starting at the weights of base," in card and "/home" not in card
+    assert "Converted from other (llama)" in card
+    for text in ("204,800 tokens in 50 steps", "| code | 75.0% |", "| math | 25.0% |"):
+        assert text in card
+    assert "| all | 1.5000 |" in card and "| code | 1.2500 |" in card and "9.0" not in card
+    assert f"| {parameter_count(model):,} |" in card and "applied 2 times" in card
+    other = (tmp_path / "without/README.md").read_text()
+    assert "Training" not in other and "Held-out" not in other
+    assert "trust_remote_code=True" in other and "trust_remote_code" not in card
+
+
+def test_nothing_needs_torch_or_transformers():
     program = (
-        "import sys, mobilellm_jax.convert\n"
+        "import sys, mobilellm_jax.interop.huggingface, mobilellm_jax.interop.stored\n"
+        "import mobilellm_jax.training.start\n"
         "print(sorted({'torch', 'transformers', 'tokenizers', 'tensorflow'} & set(sys.modules)))"
     )
     done = subprocess.run(
@@ -174,53 +201,72 @@ def test_nothing_needs_torch_or_transformers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "obstacle"),
+    "changes, family, obstacle",
     [
-        ({"qk_norm": "unit"}, "QK-norm"),
-        ({"stacks": (Stack(1, 4, 2, 80), Stack(1, 4, 2, 96))}, "stacks differ"),
-        ({"stacks": (Stack(1, 4, 2, 80), Stack(1, 2, 2, 80))}, "stacks differ"),
-        ({"block": "mobilellm_jax.model.transformer:Attention"}, "its block is"),
-        ({"vocab_size": V + 1}, f"{V} pieces and the model {V + 1}"),
+        ({"qk_norm": "unit"}, "llama", r"its QK-norm is 'unit': hf-shared can"),
+        ({}, "qwen3", "its QK-norm is 'none'"),
+        ({}, "qwen2", "have no biases"),
+        ({"qkv_bias": True}, "llama", "have biases"),
+        ({"qkv_bias": True, "qk_norm": "scaled"}, None, "have biases: hf-shared can"),
+        ({"qk_norm": "scaled"}, "llama4_text", "its QK-norm is 'scaled'"),
+        ({"mlp": "relu"}, None, "its MLP is relu: hf-shared can"),
+        ({"mlp": "relu"}, "llama4_text", "its MLP is relu"),
+        ({"stacks": (Stack(1, 4, 2, 80), Stack(1, 4, 2, 96))}, None, "stacks differ"),
+        ({"stacks": (Stack(1, 4, 2, 80), Stack(1, 2, 2, 80))}, None, "stacks differ"),
+        (
+            {"qk_norm": "unit", "stacks": (Stack(2, 4, 2, 80, 2), Stack(1, 4, 2, 80, rope=False))},
+            "qwen3",
+            "layer 4 has no positional embedding",
+        ),
+        ({"stacks": (Stack(1, 4, 2, 80, 2),), "ls_kv": "first_pass"}, None, "first_pass"),
+        (
+            {"block": "mobilellm_jax.model.transformer:Attention"},
+            None,
+            r"its block is .*Attention\.",
+        ),
+        ({"block": "mobilellm_jax.model.transformer:Attention"}, "hf_shared", "its block is"),
+        ({"width": 50}, None, "50 is none of 4: hf-shared"),
+        ({"vocab_size": V - 1}, None, f"{V} pieces and the model {V - 1}"),
+        ({}, "gpt2", "family='gpt2' is not one of llama"),
     ],
 )
-def test_what_llama_cannot_express_is_refused(
-    changes: dict[str, object], obstacle: str, tokenizer: Tokenizer, tmp_path: pathlib.Path
-) -> None:
-    model = dataclasses.replace(NETWORKS["plain"], **changes)
+def test_what_a_family_cannot_express_is_refused(changes, family, obstacle, tmp_path):
+    model = changed(**changes)
+    leaves = {"embedding": np.zeros((V, 48), np.float32)}
     with pytest.raises(UserError, match=obstacle):
-        huggingface.export({}, model, tokenizer, tmp_path / "out")
+        huggingface.export(leaves, model, tiny.tokenizer(), tmp_path / "out", family)
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("value", "dtype"), [(np.nan, "float32"), (1e30, "float16")])
-def test_a_weight_that_is_not_finite_is_refused(
-    value: float, dtype: str, tokenizer: Tokenizer, tmp_path: pathlib.Path
-) -> None:
-    model = NETWORKS["plain"]
-    params = random_params(model)
-    params["stack_0"]["mlp"]["up"][1, 2, 3] = value
-    with pytest.raises(UserError, match="model.layers.1.mlp.up_proj.weight"):
-        huggingface.export(params, model, tokenizer, tmp_path / "out", dtype)
+def test_a_larger_vocabulary_than_the_tokenizers_is_padding(tmp_path):
+    model = changed(vocab_size=V + 30)
+    exported(model, tmp_path / "out")
+    assert load_stock(tmp_path / "out").get_input_embeddings().num_embeddings == V + 30
+
+
+@pytest.mark.parametrize("value, dtype", [(np.nan, None), (np.inf, "bfloat16"), (1e30, "float16")])
+def test_a_weight_that_is_not_finite_is_refused(value, dtype, tmp_path):
+    leaves = random_leaves(SMALL)
+    leaves["stack_0/mlp/up"][1, 2, 3] = value
+    with pytest.raises(UserError, match="model.layers.1.mlp.up_proj.weight is not finite"):
+        huggingface.export(leaves, SMALL, tiny.tokenizer(), tmp_path / "out", dtype=dtype)
     assert not any(tmp_path.iterdir())
 
 
-def test_nothing_is_overwritten(tokenizer: Tokenizer, tmp_path: pathlib.Path) -> None:
+def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/notes.txt").write_text("mine")
     for out in (tmp_path / "folder", tmp_path / "folder/notes.txt"):
         with pytest.raises(UserError, match="not empty"):
-            huggingface.export({}, NETWORKS["plain"], tokenizer, out)
+            exported(SMALL, out)
     assert [path.name for path in tmp_path.rglob("*")] == ["folder", "notes.txt"]
 
 
-def test_an_interrupted_export_leaves_nothing(
-    tokenizer: Tokenizer, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*_: object, **__: object) -> bytes:
+def test_an_interrupted_export_leaves_nothing(tmp_path):
+    def interrupted(folder, _):
+        assert any(folder.iterdir())
         raise KeyboardInterrupt
 
-    model = NETWORKS["plain"]
-    monkeypatch.setattr(safetensors.numpy, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        huggingface.export(random_params(model), model, tokenizer, tmp_path / "out")
+        exported(SMALL, tmp_path / "out", write_weights=interrupted)
     assert not any(tmp_path.iterdir())

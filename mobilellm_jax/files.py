@@ -1,0 +1,62 @@
+"""Results that are there whole or not at all, and never in the place of something else."""
+
+import contextlib
+import uuid
+from collections.abc import Iterator
+
+from etils import epath
+
+from mobilellm_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def new_folder(out: epath.PathLike) -> Iterator[epath.Path]:
+    """A folder to fill that becomes `out` at the end of the `with` block.
+
+    It lies beside `out` and is removed if the block does not get to its end.
+
+    Args:
+      out: the folder to make; it may exist if it is empty.
+
+    Raises:
+      UserError: `out` is a file, or holds something.
+    """
+    out = epath.Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty: name a new folder.")
+    partial = _beside(out)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except BaseException:
+        partial.rmtree(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_file(out: epath.PathLike) -> Iterator[epath.Path]:
+    """The path of a file to write that becomes `out` at the end of the `with` block.
+
+    It lies beside `out` and is removed if the block does not get to its end.
+
+    Raises:
+      UserError: `out` exists.
+    """
+    out = epath.Path(out)
+    if out.exists():
+        raise UserError(f"{out} exists: name a new file.")
+    partial = _beside(out)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        partial.rename(out)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _beside(out: epath.Path) -> epath.Path:
+    return out.parent / f"{out.name}.partial-{uuid.uuid4().hex[:8]}"

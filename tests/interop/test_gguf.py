@@ -1,0 +1,285 @@
+"""A GGUF file holds the network and says what it is."""
+
+import dataclasses
+import pathlib
+import subprocess
+import sys
+import tracemalloc
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+from gguf_networks import NETWORKS, V, leaves_of, network, stored_block, stored_tensors
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.interop.gguf import QUANTIZATIONS, export
+from mobilellm_jax.interop.gguf_reader import TENSOR_TYPES, inspect
+from mobilellm_jax.leaves import flat
+from mobilellm_jax.model import transformer
+from mobilellm_jax.model.config import ModelConfig, RopeScaling, Stack, parameter_count
+
+gguf = pytest.importorskip("gguf")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_weight_stands_where_it_belongs(name: str, tmp_path: pathlib.Path) -> None:
+    model = NETWORKS[name]
+    leaves = leaves_of(model)
+    export(leaves, model, tiny.tokenizer(), tmp_path / "out.gguf", "f32")
+    stored = stored_tensors(tmp_path / "out.gguf")
+    count = sum(tensor.size for tensor in stored.values())
+    d = 0
+    for i, stack in enumerate(model.stacks):
+        for layer in stack.applications:
+            for path, array in stored_block(stored, model, d).items():
+                np.testing.assert_array_equal(array, leaves[f"stack_{i}/{path}"][layer])
+            d += 1
+    np.testing.assert_array_equal(stored["token_embd.weight"], leaves["embedding"])
+    np.testing.assert_array_equal(stored["output_norm.weight"], leaves["final_norm/scale"])
+    if not model.tied:
+        np.testing.assert_array_equal(stored["output.weight"].T, leaves["head"])
+    if model.qk_norm == "unit":
+        ones = [stored.pop(name) for name in list(stored) if "_q_norm" in name or "_k_norm" in name]
+        assert len(ones) == 2 * model.depth and all((one == 1).all() for one in ones)
+    if model.rope_scaling:
+        factors = stored.pop("rope_freqs.weight")
+        assert factors.min() == 1 and factors.max() == model.rope_scaling.factor
+    unshared = tuple(
+        dataclasses.replace(s, layers=s.layers * s.repeats, repeats=1) for s in model.stacks
+    )
+    assert sum(tensor.size for tensor in stored.values()) == parameter_count(
+        dataclasses.replace(model, stacks=unshared)
+    )
+    assert inspect(tmp_path / "out.gguf").parameter_count == count
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_types_and_sizes(quantization: str, tied: bool, tmp_path: pathlib.Path) -> None:
+    model = dataclasses.replace(NETWORKS["untied, narrow heads"], tied=tied)
+    export(leaves_of(model), model, tiny.tokenizer(), tmp_path / "out.gguf", quantization)
+    contents = inspect(tmp_path / "out.gguf")
+    types = {tensor.name: tensor.type for tensor in contents.tensors}
+    logits = "token_embd.weight" if tied else "output.weight"
+    vectors = {name for name in types if "norm" in name}
+    assert ("output.weight" in types) != tied
+    assert {types[name] for name in vectors} == {"F32"}
+    assert types[logits] == ("Q8_0" if quantization == "q4_0" else quantization.upper())
+    assert {types[n] for n in types.keys() - vectors - {logits}} == {quantization.upper()}
+    bits = {"F32": 32, "BF16": 16, "F16": 16, "Q8_0": 8.5, "Q4_0": 4.5}
+    expected = sum(np.prod(tensor.shape) * bits[tensor.type] / 8 for tensor in contents.tensors)
+    header = (tmp_path / "out.gguf").stat().st_size - expected
+    assert 0 < header < 32_000  # the tokenizer
+    assert ("general.quantization_version" in contents.keys) == quantization.startswith("q")
+
+
+@pytest.mark.parametrize(("quantization", "steps"), [("q8_0", 127), ("q4_0", 8)])
+def test_quantised_weights_are_the_nearest(
+    quantization: str, steps: int, tmp_path: pathlib.Path
+) -> None:
+    model = NETWORKS["untied, narrow heads"]
+    leaves = leaves_of(model)
+    export(leaves, model, tiny.tokenizer(), tmp_path / "out.gguf", quantization)
+    stored = stored_block(stored_tensors(tmp_path / "out.gguf"), model, 1)["mlp/down"]
+    blocks = leaves["stack_0/mlp/down"][1].T.reshape(-1, 32)
+    step = np.abs(blocks).max(axis=1, keepdims=True) / steps
+    error = np.abs(stored.T.reshape(-1, 32) - blocks)
+    half = 0.5 + steps * 2**-11  # the scale is rounded as well
+    assert (error <= half * step).mean() > (0.99999 if quantization == "q8_0" else 0.95)
+    assert (error <= 2 * half * step).all()  # one side of zero has only 7 of q4_0's 16 values
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_header(name: str, tmp_path: pathlib.Path) -> None:
+    model = NETWORKS[name]
+    meta = {"name": "Ours", "author": "us", "license": "apache-2.0"}
+    export(leaves_of(model), model, tiny.tokenizer(), tmp_path / "out.gguf", meta=meta)
+    contents = inspect(tmp_path / "out.gguf")
+    reader = gguf.GGUFReader(tmp_path / "out.gguf")
+    assert contents.keys == {
+        key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")
+    }
+    assert [(t.name, t.shape, t.type) for t in contents.tensors] == [
+        (t.name, tuple(reversed(t.shape.tolist())), t.tensor_type.name) for t in reader.tensors
+    ]
+    architecture = "qwen2" if model.qkv_bias else "llama" if model.qk_norm == "none" else "qwen3"
+    stack = model.stacks[0]
+    expected = {
+        "context_length": 512,
+        "embedding_length": model.width,
+        "block_count": model.depth,
+        "feed_forward_length": stack.mlp_width,
+        "attention.head_count": stack.heads,
+        "attention.head_count_kv": stack.kv_heads,
+        "attention.key_length": model.head_dim,
+        "attention.value_length": model.head_dim,
+        "attention.layer_norm_rms_epsilon": pytest.approx(model.norm_eps),
+        "rope.dimension_count": model.head_dim,
+        "rope.freq_base": model.rope_theta,
+        "vocab_size": V + 5,
+    }
+    assert contents.architecture == architecture
+    assert {key: contents.keys[f"{architecture}.{key}"] for key in expected} == expected
+    assert {key: contents.keys[f"general.{key}"] for key in meta} == meta
+    assert contents.keys["general.file_type"] == gguf.LlamaFileType.MOSTLY_F16
+    assert contents.keys["general.size_label"].endswith(("K", "M"))
+    assert contents.tokenizer_model == "llama"
+
+
+def test_types_of_tensors_have_the_names_of_the_package() -> None:
+    assert TENSOR_TYPES == {n: gguf.GGMLQuantizationType(n).name for n in TENSOR_TYPES}
+
+
+def test_any_floating_dtype_is_read(tmp_path: pathlib.Path) -> None:
+    model = NETWORKS["untied, narrow heads"]
+    narrow = leaves_of(model, ml_dtypes.bfloat16)
+    wide = {path: leaf.astype(np.float32) for path, leaf in narrow.items()}
+    for name, leaves in (("narrow", narrow), ("wide", wide)):
+        export(leaves, model, tiny.tokenizer(), tmp_path / name, "bf16", {"name": "same"})
+    assert (tmp_path / "narrow").read_bytes() == (tmp_path / "wide").read_bytes()
+    np.testing.assert_array_equal(
+        stored_tensors(tmp_path / "narrow")["token_embd.weight"], wide["embedding"]
+    )
+
+
+class Drawn:
+    """A leaf that is made anew whenever it is read, and so takes no memory between."""
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+    def __getitem__(self, index: slice) -> np.ndarray:
+        return np.full(self.shape, 0.5, np.float32)[index]
+
+
+def test_one_leaf_after_another_is_in_memory(tmp_path: pathlib.Path) -> None:
+    model = network(Stack(12, 4, 4, 1024), width=256)
+    leaves = {path: Drawn(leaf.shape) for path, leaf in flat(transformer.shapes(model)).items()}
+    small = network(Stack(1, 4, 4, 256), width=256)
+    export(leaves_of(small), small, tiny.tokenizer(), tmp_path / "imports.gguf", "q8_0")
+    tracemalloc.start()
+    export(leaves, model, tiny.tokenizer(), tmp_path / "out.gguf", "q8_0")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    largest = 4 * max(np.prod(leaf.shape) for leaf in leaves.values())
+    assert peak < 1.6 * largest < 0.5 * 4 * parameter_count(model)
+
+
+def test_rows_that_k_quants_cannot_take_are_told_of(tmp_path: pathlib.Path) -> None:
+    for name, told in (("MobileLLM", True), ("untied, narrow heads", True)):
+        notes = export(leaves_of(NETWORKS[name]), NETWORKS[name], tiny.tokenizer(), tmp_path / name)
+        assert any("K-quants" in note for note in notes) == told
+    model = network(Stack(1, 4, 4, 512), width=256)
+    assert export(leaves_of(model), model, tiny.tokenizer(), tmp_path / "out.gguf") == []
+
+
+PLAIN = Stack(2, 4, 2, 256)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "obstacle"),
+    [
+        (network(dataclasses.replace(PLAIN, rope=False)), {}, "NoPE"),
+        (network(PLAIN, mlp="relu"), {}, "its MLP is relu"),
+        (network(dataclasses.replace(PLAIN, repeats=2), ls_kv="first_pass"), {}, "first_pass"),
+        (network(PLAIN, dataclasses.replace(PLAIN, mlp_width=128)), {}, "its stacks differ"),
+        (network(PLAIN, qk_norm="unit", qkv_bias=True), {}, "qwen3 cannot .* biases"),
+        (network(PLAIN, qkv_bias=True), {}, "qwen2 cannot .* 4 heads of 64"),
+        (
+            network(PLAIN, qk_norm="unit", rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64)),
+            {},
+            "qwen3 cannot .* RoPE is scaled",
+        ),
+        (
+            network(Stack(1, 4, 2, 40)),
+            {"quantization": "q8_0"},
+            r"blk.0.ffn_down.weight has rows of 40 .* q8_0",
+        ),
+        (network(PLAIN), {"quantization": "q4_k_m"}, "'q4_k_m' is not one of"),
+        (network(PLAIN), {"out": "gs://bucket/model.gguf"}, "name a local file"),
+        (dataclasses.replace(network(PLAIN), vocab_size=V - 1), {}, f"{V} tokens and the model"),
+    ],
+)
+def test_what_llama_cpp_cannot_express_is_refused(
+    model: ModelConfig, options: dict[str, str], obstacle: str, tmp_path: pathlib.Path
+) -> None:
+    with pytest.raises(UserError, match=obstacle):
+        export(
+            leaves_of(model), model, tiny.tokenizer(), **{"out": tmp_path / "out.gguf", **options}
+        )
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("value", "quantization", "path", "tensor"),
+    [
+        (np.nan, "f32", "stack_0/mlp/up", "blk.1.ffn_up.weight is not finite in F32"),
+        (np.inf, "bf16", "stack_0/mlp/up", "blk.1.ffn_up.weight is not finite in BF16"),
+        (-1e5, "f16", "stack_0/mlp/up", "blk.1.ffn_up.weight is not finite in F16"),
+        (1e7, "q8_0", "stack_0/mlp/up", "blk.1.ffn_up.weight is not finite in Q8_0"),
+        (np.nan, "q4_0", "stack_0/mlp_norm/scale", "blk.1.ffn_norm.weight is not finite in F32"),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_refused(
+    value: float, quantization: str, path: str, tensor: str, tmp_path: pathlib.Path
+) -> None:
+    model = network(PLAIN)
+    leaves = leaves_of(model)
+    leaves[path][1, 2] = value
+    with pytest.raises(UserError, match=tensor):
+        export(leaves, model, tiny.tokenizer(), tmp_path / "out.gguf", quantization)
+    assert not any(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "out.gguf").write_text("mine")
+    with pytest.raises(UserError, match=r"out\.gguf exists"):
+        export(leaves_of(network(PLAIN)), network(PLAIN), tiny.tokenizer(), tmp_path / "out.gguf")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_without_the_package_a_sentence_says_how_to_get_it(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r"mobilellm-jax\[gguf\]"):
+        export(leaves_of(network(PLAIN)), network(PLAIN), tiny.tokenizer(), tmp_path / "out.gguf")
+
+
+def test_a_header_is_read_without_the_package(tmp_path: pathlib.Path) -> None:
+    model = network(PLAIN)
+    export(leaves_of(model), model, tiny.tokenizer(), tmp_path / "out.gguf")
+    program = (
+        "import sys\n"
+        "from mobilellm_jax.interop import gguf, gguf_reader\n"
+        "print(gguf_reader.inspect(sys.argv[1]).architecture)\n"
+        "print(sorted({'gguf', 'torch', 'transformers', 'tokenizers'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "out.gguf")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["llama", "[]"]
+
+
+def test_a_damaged_file_is_named(tmp_path: pathlib.Path) -> None:
+    model = network(PLAIN)
+    export(leaves_of(model), model, tiny.tokenizer(), tmp_path / "out.gguf")
+    whole = (tmp_path / "out.gguf").read_bytes()
+    damaged = tmp_path / "damaged.gguf"
+    rng = np.random.default_rng(0)
+    for length in [*range(24), *rng.integers(24, 9000, 100)]:
+        damaged.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"damaged\.gguf is"):
+            inspect(damaged)
+    for _ in range(300):  # may be read, may be refused, but neither crashes nor takes all memory
+        garbled = np.frombuffer(whole[:9000], np.uint8).copy()
+        garbled[rng.integers(4, 400, 3)] = rng.integers(256, size=3)
+        damaged.write_bytes(garbled.tobytes())
+        try:
+            inspect(damaged)
+        except UserError as error:
+            assert "damaged" in str(error)
+    with pytest.raises(UserError, match="there is no file"):
+        inspect(tmp_path / "absent.gguf")
