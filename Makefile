@@ -11,22 +11,28 @@ TORCH  := torch==2.13.0
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lint format bench clean
+.PHONY: help run ladder test test-slow lint format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
+
+PREPARE = $(BIN)/python -m mobilellm_jax.prepare --embedded --row_length=256 \
+  --weights=code=0.4,prose=0.4,math=0.2
 
 TRAIN = $(BIN)/python -m mobilellm_jax.train --config=configs/smoke.py \
   --config.plan=$(DATA)/mixture.json --workdir=$(RUN)
 
 run: $(VENV)/.installed ## text -> tokenizer -> trained, resumed, sampled, exported model and its report
-	$(BIN)/python -m mobilellm_jax.prepare --embedded --out=$(DATA) --row_length=256 --vocab_size=2048 \
-	  --weights=code=0.4,prose=0.4,math=0.2
+	$(PREPARE) --out=$(DATA) --vocab_size=2048
 	$(TRAIN) --stop_at=300
 	$(TRAIN)
 	test -d $(RUN)/hf || $(BIN)/python -m mobilellm_jax.convert --checkpoint=$(RUN) --to=hf --out=$(RUN)/hf
 	$(BIN)/python -m mobilellm_jax.generate --checkpoint=$(RUN) --prompt="def __init__(self,"
 	$(BIN)/python -m mobilellm_jax.report $(RUN)
+
+ladder: $(VENV)/.installed ## MobileLLM's architecture ladder at small scale: 57 runs, 80 minutes on 2 cores
+	$(PREPARE) --out=data/ladder --vocab_size=512
+	$(BIN)/python -m mobilellm_jax.sweep --sweep=configs/ladder.py --workdir=runs/ladder --parallel=2
 
 test: $(VENV)/.installed-test ## the tests, in minutes
 	$(BIN)/python -m pytest
@@ -55,5 +61,5 @@ $(VENV)/.installed: setup.cfg constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,gguf,dev]'
 	touch $@

@@ -17,7 +17,7 @@ from mobilellm_jax.model.config import (
     flops_per_token,
     parameter_count,
 )
-from mobilellm_jax.model.presets import PRESETS, preset, shared
+from mobilellm_jax.model.presets import preset, shared
 from mobilellm_jax.model.transformer import Execution
 
 PLAIN = ModelConfig(97, 48, (Stack(3, 4, 2, 80),), head_dim=16, max_length=64)
@@ -64,29 +64,6 @@ def random_params(config, seed=0):
 
 def tokens(config, rows=2, length=12, seed=0):
     return jax.random.randint(jax.random.key(seed), (rows, length), 3, config.vocab_size)
-
-
-# MobileLLM: research tables count without norm scales; these are exact, norms included.
-EXACT = {
-    "mobilellm-125m": 124_635_456,
-    "mobilellm-350m": 345_355_200,
-    "mobilellm-600m": 603_188_352,
-    "mobilellm-1b": 1_005_461_760,
-    "mobilellm-1.5b": 1_511_188_800,
-    "mobilellm-ls-125m": 124_635_456,
-    "mobilellm-ls-350m": 345_355_200,
-    "mobilellm-r1-140m": 140_248_512,
-    "mobilellm-r1-360m": 359_431_168,
-    "mobilellm-r1-950m": 949_685_760,
-}
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_have_the_published_parameter_counts(name):
-    config = preset(name)
-    shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == EXACT[name]
-    assert parameter_count(config) == EXACT[name]
 
 
 def test_parameter_count_of_every_kind_of_network(config):

@@ -1,0 +1,80 @@
+"""What became of a cell, read from the record of its run."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+from etils import epath
+
+from mobilellm_jax.data.plan import Plan
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.reporting.history import read_history
+from mobilellm_jax.sweeps.description import Cell
+from mobilellm_jax.training.checkpoint import FOLDER
+from mobilellm_jax.training.config import FREE, differences
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A complete cell in numbers; bits per byte are those of the held-out rows at the last step."""
+
+    row: str
+    seed: int
+    bits_per_byte: float
+    bits_per_byte_of: dict[str, float]  # by source
+    parameters: int
+    flops_per_token: int
+    tokens: int  # targets, padding included
+    seconds: float  # of training steps, the first one's compilation included, evaluation not
+    devices: dict[str, Any]  # kind, count, processes, cpu_threads: on these the last bits depend
+    commit: str
+    plan: str  # hash of what decided the data and their order
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+def read_outcome(cell: Cell, directory: epath.Path) -> Outcome | None:
+    """The outcome of a cell, or None while there is something left for training to do, or to refuse.
+
+    Raises:
+      UserError: the cell is complete, but nothing finite was measured.
+    """
+    steps = cell.config.steps
+    if not (directory / FOLDER / str(steps)).exists() or not _is_run_of(cell, directory):
+        return None
+    history = read_history(directory)
+    start = history.starts[-1]
+    if start["plan"] != Plan.load(cell.config.plan).hash or steps not in history.heldout.steps_N:
+        return None
+    bits = history.heldout.last("bits_per_byte")
+    if not math.isfinite(bits):
+        raise UserError(
+            f"{directory} has no held-out bits per byte at its last step: prepare sources with "
+            "held-out rows, or see in metrics.jsonl where the loss left the finite numbers."
+        )
+    of = history.heldout.per_source("bits_per_byte")
+    return Outcome(
+        row=cell.row,
+        seed=cell.seed,
+        bits_per_byte=bits,
+        bits_per_byte_of={source: float(values_N[-1]) for source, values_N in of.items()},
+        parameters=start["parameters"],
+        flops_per_token=start["flops_per_token"],
+        tokens=int(history.train.last("rows")) * cell.config.row_length,
+        seconds=float(history.train.column("step_seconds").sum()),
+        devices=start["devices"],
+        commit=start["commit"],
+        plan=start["plan"],
+    )
+
+
+def _is_run_of(cell: Cell, directory: epath.Path) -> bool:
+    try:
+        old = json.loads((directory / "config.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    changed = differences(old, cell.config.to_dict())
+    return all(key.split(".")[0] in FREE for key in changed)

@@ -1,0 +1,128 @@
+"""Every configuration with every argument: it builds, fits together and has the published network."""
+
+import importlib.util
+import itertools
+from pathlib import Path
+
+import jax
+import pytest
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model import transformer
+from mobilellm_jax.model.config import ModelConfig, flops_per_token, parameter_count
+from mobilellm_jax.model.presets import COMPARED, PRESETS, preset
+from mobilellm_jax.sweeps.description import load_sweep
+from mobilellm_jax.training.config import check, configured
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SIZES = {"125m": 124_635_456, "350m": 345_355_200, "600m": 603_188_352}
+SIZES |= {"1b": 1_005_461_760, "1.5b": 1_511_188_800}
+R1_SIZES = {"140m": 140_248_512, "360m": 359_431_168, "950m": 949_685_760}
+
+
+def module(name):
+    spec = importlib.util.spec_from_file_location(f"configs_{name}", CONFIGS / f"{name}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def parameters(config):
+    """Of the network that training would make."""
+    model = ModelConfig.from_dict(config.model)
+    shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def whole(config, devices=1):
+    """Checks what training checks before it builds anything; the schedule."""
+    check(config, devices)
+    for key in ("objective", "optimizer"):
+        configured(config[key], key)
+    return configured(config.schedule, "schedule")(config.steps)
+
+
+def test_smoke():
+    config = module("smoke").get_config()
+    whole(config)
+    assert parameters(config) == 951_424
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_mobilellm(size):
+    for options in ("", ",ls", ",explore", ",ls,explore"):
+        config = module("mobilellm").get_config(size + options)
+        schedule = whole(config, devices=32)
+        tokens = config.steps * config.global_batch * config.row_length
+        assert tokens == (251_658_240_000 if "explore" in options else 1_006_632_960_000)
+        assert float(schedule(0)) == 0.0
+        assert float(schedule(1000)) == pytest.approx(2e-3)
+        assert float(schedule(config.steps)) == pytest.approx(2e-4)
+        model = ModelConfig.from_dict(config.model)
+        assert model.depth == preset(f"mobilellm-{size}").depth * (2 if ",ls" in options else 1)
+        assert parameter_count(model) == SIZES[size]
+    assert parameters(config) == SIZES[size]
+
+
+def test_mobilellm_takes_every_preset_and_a_size_by_default():
+    get_config = module("mobilellm").get_config
+    assert get_config() == get_config("125m") == get_config("mobilellm-125m")
+    assert get_config("125m,ls") == get_config("ls-125m")
+    for name in (*PRESETS, *COMPARED):
+        config = get_config(name)
+        whole(config)
+        assert ModelConfig.from_dict(config.model) == preset(name)
+
+
+@pytest.mark.parametrize("size, stage", [*itertools.product(R1_SIZES, ("pretrain1", "pretrain2"))])
+def test_mobilellm_r1(size, stage):
+    config = module("mobilellm_r1").get_config(f"{size},{stage}")
+    schedule = whole(config, devices=128)
+    assert parameters(config) == R1_SIZES[size]
+    assert config.steps * config.global_batch * config.row_length == 2_097_152_000_000
+    for at, exact in ((0, 0), (1000, 2e-3), (2000, 4e-3), (251_000, 2.2e-3), (500_000, 4e-4)):
+        assert float(schedule(at)) == pytest.approx(exact, rel=1e-5), at
+    assert bool(config.init_from) == (stage == "pretrain2")
+
+
+@pytest.mark.parametrize(
+    "name, argument, part",
+    [
+        ("mobilellm", "126m", "one of 125m, 350m, 600m, 1b, 1.5b"),
+        ("mobilellm", "125m,lsx", "any of ,ls, ,explore"),
+        ("mobilellm", "", "names no network"),
+        ("mobilellm_r1", "140m", "one of 140m, 360m, 950m, a comma, and one of pretrain1"),
+        ("mobilellm_r1", "125m,pretrain1", "names no stage"),
+        ("mobilellm_r1", "140m,pretrain1,more", "names no stage"),
+    ],
+)
+def test_arguments_that_name_nothing(name, argument, part):
+    with pytest.raises(UserError, match=part):
+        module(name).get_config(argument)
+
+
+def test_the_ladder_compares_like_with_like(tmp_path):
+    """Equal parameters and data in each table; equal FLOPs where the label says so."""
+    sweep = load_sweep(f"{CONFIGS / 'ladder.py'}:{tmp_path}/mixture.json")
+    models = {name: ModelConfig.from_dict(c.model) for name, c in sweep.rows.items()}
+    for name, config in sweep.rows.items():
+        whole(config)
+        assert config.plan == f"{tmp_path}/mixture.json"
+        assert config.global_batch == sweep.rows["gqa"].global_batch
+        assert config.steps == sweep.rows["gqa"].steps or name == "ls-flops"
+    counts = {name: parameter_count(model) for name, model in models.items()}
+    dropped = counts.pop("tied")
+    assert max(counts.values()) < 1.01 * min(counts.values())
+    assert dropped < min(counts.values())
+
+    def flops(name):
+        return sweep.rows[name].steps * flops_per_token(models[name], sweep.rows[name].row_length)
+
+    assert flops("ls-flops") == pytest.approx(flops("gqa"), rel=2e-3)
+    assert flops("ls") > 1.5 * flops("gqa")
+    shared = {n: m.stacks[0] for n, m in models.items() if n.partition("-")[2] in ("2", "3", "4")}
+    shared = {n: s for n, s in shared.items() if not n.startswith("depth")}
+    passes = {(s.order, s.repeats) for s in shared.values()}
+    assert passes == set(itertools.product(("immediate", "repeat_all", "reverse"), (2, 3, 4)))
+    assert len(sweep.tables) == 3
+    assert {line.row for t in sweep.tables for line in t.lines} == set(sweep.rows)
