@@ -1,48 +1,174 @@
-"""Converts a checkpoint into what other programs load.
+r"""Takes networks in and out: between checkpoints of ours and the files of other programs.
 
-    python -m mobilellm_jax.convert --checkpoint=DIR --to=hf --out=DIR [--dtype=bfloat16]
+    python -m mobilellm_jax.convert --from=hf --checkpoint=DIR --out=DIR
+    python -m mobilellm_jax.convert --checkpoint=DIR --to=hf --out=DIR
+    python -m mobilellm_jax.convert --inspect=DIR
 
-`hf` is a folder that Hugging Face transformers loads as stock Llama, without code of ours. Neither
-torch nor transformers is needed to write it.
+--checkpoint is a workdir, a checkpoint or a Hugging Face folder (Llama, Qwen2, Qwen3, dense Llama 4,
+MobileLLM); --from says which of them it must be. --to is one of
+
+    checkpoint  a checkpoint of ours, for every program here (the default for a Hugging Face folder)
+    hf          a folder that transformers loads without code of ours; shared blocks are unrolled
+    hf-shared   a folder with the few lines of PyTorch that keep shared blocks once
+    gguf        a file for llama.cpp and the programs built on it
+    torch       a folder for the code published with MobileLLM
+
+Weights keep the dtype they are stored in unless --dtype names another. Nothing is overwritten.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 from absl import flags
 from etils import epath
 
 from mobilellm_jax import cli
-from mobilellm_jax.interop import huggingface
-from mobilellm_jax.training import checkpoint
+from mobilellm_jax.data.embedded import topics
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.interop import gguf, huggingface, inspection, official_torch, stored
+from mobilellm_jax.interop.perplexity import perplexity
+from mobilellm_jax.interop.stored import StoredModel
+from mobilellm_jax.leaves import DTYPES
+from mobilellm_jax.model.config import LS_KVS
 
-_LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("{out}")
+FORMATS = ("checkpoint", "hf", "hf-shared", "gguf", "torch")
+
+_HF = """from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{out}"{more})
 tokenizer = AutoTokenizer.from_pretrained("{out}")"""
+LOADS = {  # what to type to use what was written
+    "checkpoint": 'import mobilellm_jax\nmodel, params, tokenizer = mobilellm_jax.load("{out}")',
+    "hf": _HF.replace("{more}", ""),
+    "hf-shared": _HF.replace("{more}", ", trust_remote_code=True"),
+    "gguf": 'llama-cli -m {out} -p "Once upon a time"',
+    "torch": "bash eval.sh  # of the MobileLLM repository, with {out} as its input model",
+}
 
 
-def convert(directory: epath.PathLike, out: epath.PathLike, dtype: str = "float32") -> None:
-    """Writes the model of a checkpoint as a Hugging Face folder and prints how to load it.
+def convert(
+    source: StoredModel,
+    to: str,
+    out: epath.PathLike,
+    *,
+    dtype: str | None = None,
+    architecture: str | None = None,
+    quantization: str = "f16",
+) -> None:
+    """Writes a network in another format and prints what was written and how to load it.
 
     Args:
-      directory: a workdir, its `checkpoints` folder, or the folder of one step.
-      out: the folder to make; it may exist if it is empty.
-      dtype: of the weights in the file; float32, bfloat16 or float16.
+      source: the network.
+      to: one of `FORMATS`.
+      out: the folder (for gguf the file) to make; a folder may exist if it is empty.
+      dtype: of the weights, one of `leaves.DTYPES`; None keeps that of the source. Not for gguf.
+      architecture: for hf, the stock architecture to write where there is a choice; None chooses.
+      quantization: for gguf, of the matrices (see `gguf.QUANTIZATIONS`).
 
     Raises:
-      UserError: there is no checkpoint, or `huggingface.export` cannot write it.
+      UserError: the format cannot express the network or its tokenizer, or something is in the way.
     """
-    loaded = checkpoint.load_model(directory)
-    files = huggingface.export(loaded.params, loaded.model, loaded.tokenizer, out, dtype)
-    print(f"step {loaded.step} of {directory} as a Hugging Face Llama in {dtype}:")
-    for name in files:
-        print(f"  {epath.Path(out) / name}")
-    print(f"Load it with\n\n{_LOAD.format(out=out)}\n")
+    arguments = source.leaves, source.model, source.needed_tokenizer, out
+    if to == "checkpoint":
+        stored.write_checkpoint(source, out, dtype)
+    elif to == "gguf":
+        for note in gguf.export(*arguments, quantization):
+            print(f"note: {note}")
+    elif to == "torch":
+        official_torch.export(*arguments, dtype)
+    else:
+        family = "hf_shared" if to == "hf-shared" else architecture
+        huggingface.export(*arguments, family, dtype, source.description)
+    print(f"{source.directory} as {to}:")
+    path = epath.Path(out)
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        print(f"  {file}")
+    print(f"Load it with\n\n{LOADS[to].format(out=out)}\n")
+
+
+def open_source(
+    directory: epath.PathLike, kind: str | None, ls_kv: str | None, text: str
+) -> StoredModel:
+    """Opens what is to be converted; of an official layer-shared network, measures both readings.
+
+    The files of the official MobileLLM-LS do not say whether a block's second pass has keys of its own, so
+    the perplexity of a text under both is printed.
+
+    Args:
+      directory: see `stored.open_model`.
+      kind: "checkpoint" or "hf", what it must be; None: either.
+      ls_kv: one of `LS_KVS`; None: fresh, which is what the paper describes.
+      text: to measure on, at least a few hundred tokens.
+
+    Raises:
+      UserError: there is no such network.
+    """
+    if kind and stored.is_folder(directory) != (kind == "hf"):
+        raise UserError(f"--from={kind}, but {directory} is not of that kind.")
+    source = stored.open_model(directory, ls_kv or "fresh")
+    if source.family == "mobilellm" and any(stack.repeats > 1 for stack in source.model.stacks):
+        for name, value in perplexities(directory, text).items():
+            chosen = " (converted so)" if name == source.model.ls_kv else ""
+            print(f"ls_kv={name}: perplexity {value:.3f}{chosen}")
+    elif ls_kv:
+        raise UserError(
+            f"--ls_kv={ls_kv} is for layer-shared folders of the code published with MobileLLM; "
+            f"{directory} says itself what its blocks read."
+        )
+    return source
+
+
+def perplexities(directory: epath.PathLike, text: str) -> Mapping[str, float]:
+    """The perplexity of a text under each of `LS_KVS`, in windows of at most 2,048 tokens."""
+    found = {}
+    for ls_kv in LS_KVS:
+        source = stored.open_model(directory, ls_kv)
+        tokenizer, model = source.needed_tokenizer, source.model
+        window = min(model.max_length, 2048, 1 + len(tokenizer.encode(text)))
+        found[ls_kv] = perplexity(source.params(), model, tokenizer, text, window)
+    return found
+
+
+def main() -> None:
+    """Runs one conversion, or the inspection."""
+    args: Any = flags.FLAGS
+    if args.inspect:
+        print(inspection.inspect(args.inspect))
+        return
+    text = epath.Path(args.text).read_text() if args.text else "\n\n".join(topics().values())
+    source = open_source(args.checkpoint, args["from"].value, args.ls_kv, text)
+    to = args.to or ("" if source.family == stored.CHECKPOINT else "checkpoint")
+    if not to:
+        raise UserError(f"--to is missing: one of {', '.join(FORMATS[1:])}.")
+    convert(
+        source,
+        to,
+        args.out,
+        dtype=args.dtype,
+        architecture=args.architecture,
+        quantization=args.quantization,
+    )
 
 
 if __name__ == "__main__":
     # Here and not above, so that `convert` can be imported beside other programs with an --out.
-    _CHECKPOINT = flags.DEFINE_string(
-        "checkpoint", None, "A workdir, its checkpoints folder or one step's folder.", required=True
+    flags.DEFINE_string("checkpoint", None, "A workdir, a checkpoint or a Hugging Face folder.")
+    flags.DEFINE_enum("from", None, ["checkpoint", "hf"], "What --checkpoint must be.")
+    flags.DEFINE_enum("to", None, FORMATS, "Format to write.")
+    flags.DEFINE_string("out", None, "Folder to make; for gguf the file.")
+    flags.DEFINE_enum("dtype", None, list(DTYPES), "Of the weights; by default as they are stored.")
+    flags.DEFINE_enum(
+        "architecture",
+        None,
+        [name for name in huggingface.EXPORTS if name != "hf_shared"],
+        "For hf: qwen3 (the default) or llama4_text for networks with QK-norm.",
     )
-    flags.DEFINE_enum("to", None, ["hf"], "hf: Hugging Face transformers.", required=True)
-    _OUT = flags.DEFINE_string("out", None, "Folder to make.", required=True)
-    _DTYPE = flags.DEFINE_enum("dtype", "float32", list(huggingface.DTYPES), "Of the weights.")
-    cli.run(lambda: convert(_CHECKPOINT.value, _OUT.value, _DTYPE.value))
+    flags.DEFINE_enum("quantization", "f16", gguf.QUANTIZATIONS, "For gguf: of the matrices.")
+    flags.DEFINE_enum("ls_kv", None, LS_KVS, "For official MobileLLM-LS folders: see ModelConfig.")
+    flags.DEFINE_string("text", "", "File for their perplexities; by default Python's help topics.")
+    flags.DEFINE_string("inspect", "", "Only say what lies in this folder or GGUF file.")
+    flags.register_multi_flags_validator(
+        ["inspect", "checkpoint", "out"],
+        lambda given: given["inspect"] or (given["checkpoint"] and given["out"]),
+        "--checkpoint and --out are needed, or --inspect.",
+    )
+    cli.run(main)

@@ -16,7 +16,7 @@ from runs import bits, config_file, files, finish, program, run, start_training
 from mobilellm_jax.data.packing import Concat
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.rows import Batch, SourceInfo, write_source
-from mobilellm_jax.data.tokenizers import train_tokenizer
+from mobilellm_jax.data.sentencepiece_tokenizer import train_tokenizer
 from mobilellm_jax.errors import UserError
 
 TRAIN = "mobilellm_jax.train"
@@ -90,7 +90,7 @@ def refused(config, workdir, *parts, devices=None):
         ("--config.model.width=0", ("width",)),
         ("--config.model.stacks[0].kv_heads=3", ("stacks[0]", "kv_heads=3")),
         ("--config.model.max_length=16", ("config.row_length=32", "max_length=16")),
-        ("--config.model.vocab_size=321", ("321", "320", "config.model.vocab_size=320")),
+        ("--config.model.vocab_size=319", ("319", "320", "config.model.vocab_size=320")),
         ("--config.row_length=16", ("rows of 32", "config.row_length=16")),
         ("--config.objective.use=next_token", ("config.objective.use", "package.module:name")),
         ("--config.objective.use=no.such:f", ("config.objective.use", "no module 'no'")),
@@ -207,7 +207,7 @@ def test_rows_of_another_length(plan, tmp_path):
 
 
 def test_a_tokenizer_that_was_exchanged(plan, tmp_path):
-    other_tokenizer().save(plan.parent / "tokenizer.model")
+    other_tokenizer().write(plan.parent)
     refused(tiny.config(plan), tmp_path / "run", plan.parent / "tokenizer.model", "is not the")
 
 

@@ -12,6 +12,7 @@ PROGRAMS = {
     "generate": ("checkpoint", "prompt", "seed"),
     "convert": ("checkpoint", "to", "out"),
     "report": ("out",),
+    "sweep": ("sweep", "workdir", "cells", "parallel"),
 }
 
 

@@ -12,7 +12,7 @@ import sentencepiece
 import tiny
 
 from mobilellm_jax import generate as program
-from mobilellm_jax.data.tokenizers import Tokenizer
+from mobilellm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.generate import Sampling, filtered, generate, sample, stream, whole_characters
 from mobilellm_jax.model import transformer
@@ -248,7 +248,7 @@ def test_a_space_between_prompt_and_continuation_survives():
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    tokenizer = Tokenizer(model.getvalue())
+    tokenizer = SentencePieceTokenizer(model.getvalue())
     text = "the cat sat"
     ids = tokenizer.encode(text)
     for cut in range(len(ids)):

@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks import smoke
 from mobilellm_jax.data.rows import open_rows
+from mobilellm_jax.generate import Sampling, stream
+from mobilellm_jax.model import transformer
 from mobilellm_jax.model.transformer import Execution
 from mobilellm_jax.training.checkpoint import load_model
 from mobilellm_jax.training.objectives import Network, next_token
@@ -20,7 +22,8 @@ def perplexities(directory, exported):
     """Of held-out documents: packed in rows in our network, each alone in the exported one."""
     torch = pytest.importorskip("torch")
     loaded = load_model(directory / "run")
-    network = Network(loaded.model, Execution(), loaded.tokenizer.bos_id)
+    ends = loaded.tokenizer.bos_id, loaded.tokenizer.eos_id
+    network = Network(loaded.model, Execution(), *ends)
     ours, theirs, targets = 0.0, 0.0, 0
     for source in ("code", "prose", "math"):
         rows_RT = open_rows(directory / "data" / source, "heldout").read(np.arange(16))
@@ -37,6 +40,40 @@ def perplexities(directory, exported):
     return np.exp(ours / targets), np.exp(theirs / targets)
 
 
+def continuations(checkpoint, heldout, exported, prompts=24, new_tokens=64):
+    """Greedy continuations, ours with its cache, judged by the exported network.
+
+    Where its two largest logits are nearer than 4 x the difference of the networks' logits, either
+    token is right, and what follows cannot be compared.
+
+    Returns:
+      positions compared, positions too near to tell, and continuations that are equal to the end.
+    """
+    torch = pytest.importorskip("torch")
+    loaded = load_model(checkpoint)
+    rows_RT = open_rows(heldout, "heldout").read(np.arange(prompts))
+    ids = [row[:32].tolist() for row in rows_RT]
+    drawn = list(stream(loaded.params, loaded.model, ids, new_tokens, Sampling(temperature=0)))
+    whole_BT = np.concatenate([np.array(ids), np.stack(drawn, axis=1)], axis=1)
+    hidden_BTD = transformer.apply(loaded.params, loaded.model, whole_BT)
+    ours_BTV = np.asarray(transformer.logits(loaded.params, loaded.model, hidden_BTD))
+    with torch.no_grad():
+        theirs_BTV = exported(torch.tensor(whole_BT, dtype=torch.long)).logits.numpy()
+    error = np.abs(ours_BTV - theirs_BTV).max()
+    compared = near = equal = 0
+    for tokens_T, logits_TV in zip(whole_BT, theirs_BTV, strict=True):
+        for t in range(31, 31 + new_tokens):
+            second, first = np.sort(logits_TV[t])[-2:]
+            if first - second < 4 * error:
+                near += 1
+                break
+            assert logits_TV[t].argmax() == tokens_T[t + 1]
+            compared += 1
+        else:
+            equal += 1
+    return compared, near, equal
+
+
 @pytest.mark.slow
 def test_make_run(tmp_path):
     smoke.run(tmp_path)
@@ -49,6 +86,9 @@ def test_make_run(tmp_path):
     assert len(tokenizer.decode(out[0])) > 4
     ours, theirs = perplexities(tmp_path, model)
     assert theirs == pytest.approx(ours, rel=1e-3)
+    compared, near, equal = continuations(tmp_path / "run", tmp_path / "data" / "code", model)
+    print(f"greedy: {compared} tokens equal, {equal} of 24 to the end, {near} ended in a near tie")
+    assert compared >= 1000
     found = smoke.bits_per_byte(tmp_path)
     # Its text is the library of the Python that runs it, so each has figures of its own.
     stored = json.loads(STORED.read_text())

@@ -13,6 +13,7 @@ import tiny
 from mobilellm_jax.data.mixture import open_mixture
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.interop import huggingface
+from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.train import train
@@ -67,7 +68,7 @@ def exported(plan, model, directory):
     init = jax.jit(
         lambda: transformer.init(ModelConfig.from_dict(config.model), jax.random.key(config.seed))
     )
-    huggingface.export(init(), model, tiny.tokenizer(), directory)
+    huggingface.export(flat(init()), model, tiny.tokenizer(), directory)
     return directory
 
 

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from mobilellm_jax.data.packing import BestFit, Concat
 from mobilellm_jax.data.plan import Plan, PlanSource
 from mobilellm_jax.data.rows import Batch, SourceInfo, write_source
-from mobilellm_jax.data.tokenizers import Tokenizer, train_tokenizer
+from mobilellm_jax.data.sentencepiece_tokenizer import train_tokenizer
+from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.training.config import base_config
 
@@ -45,7 +46,7 @@ def corpus(
     """Writes the corpus below `directory` and returns the path of its plan."""
     model = tokenizer()
     directory.mkdir(parents=True, exist_ok=True)
-    model.save(directory / "tokenizer.model")
+    model.write(directory)
     for kind, packer_of in (("words", Concat), ("sums", BestFit)):
         batches = []
         for split, count, seed in (("train", 300, 1), ("heldout", 40, 2)):

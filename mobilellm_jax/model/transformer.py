@@ -147,12 +147,12 @@ class MLP(nn.Module):
 
         matrix = functools.partial(_matrix, self, self.config.init_std, x_BTD.dtype)
 
-        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, matrix("up", width, hidden))
         if self.config.mlp == "swiglu":
             gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, matrix("gate", width, hidden))
+            up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, matrix("up", width, hidden))
             hidden_BTF = nn.silu(gate_BTF) * up_BTF
         else:
-            hidden_BTF = nn.relu(up_BTF)
+            hidden_BTF = nn.relu(jnp.einsum("BTD,DF->BTF", x_BTD, matrix("up", width, hidden)))
         return jnp.einsum("BTF,FD->BTD", hidden_BTF, matrix("down", hidden, width))
 
 

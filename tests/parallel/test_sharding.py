@@ -44,7 +44,7 @@ def compiled_step(data, fsdp):
     mesh = make_mesh(data, fsdp, jax.devices())
     step = functools.partial(
         train_step,
-        network=Network(tiny.MODEL, Execution("float32"), 1, CHUNKS),
+        network=Network(tiny.MODEL, Execution("float32"), 1, 2, CHUNKS),
         objective=next_token,
         make_optimizer=MAKE_OPTIMIZER,
         schedule=configured(CONFIG.schedule, "schedule")(12),
