@@ -31,6 +31,8 @@ from mobilellm_jax.interop.stored import StoredModel
 from mobilellm_jax.leaves import DTYPES
 from mobilellm_jax.model.config import LS_KVS
 
+SAMPLE = 30_000  # characters of Python's help topics: four windows, minutes for 125M on a CPU
+
 FORMATS = ("checkpoint", "hf", "hf-shared", "gguf", "torch")
 
 _HF = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -106,6 +108,7 @@ def open_source(
         raise UserError(f"--from={kind}, but {directory} is not of that kind.")
     source = stored.open_model(directory, ls_kv or "fresh")
     if source.family == "mobilellm" and any(stack.repeats > 1 for stack in source.model.stacks):
+        print(f"measuring both readings of {directory} ...", flush=True)
         for name, value in perplexities(directory, text).items():
             chosen = " (converted so)" if name == source.model.ls_kv else ""
             print(f"ls_kv={name}: perplexity {value:.3f}{chosen}")
@@ -134,7 +137,9 @@ def main() -> None:
     if args.inspect:
         print(inspection.inspect(args.inspect))
         return
-    text = epath.Path(args.text).read_text() if args.text else "\n\n".join(topics().values())
+    text = (
+        epath.Path(args.text).read_text() if args.text else "\n\n".join(topics().values())[:SAMPLE]
+    )
     source = open_source(args.checkpoint, args["from"].value, args.ls_kv, text)
     to = args.to or ("" if source.family == stored.CHECKPOINT else "checkpoint")
     if not to:

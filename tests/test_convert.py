@@ -189,10 +189,14 @@ def official_folder(path: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
 
 def test_an_official_shared_network_is_measured_both_ways(workdir, tmp_path):
     folder = official_folder(tmp_path / "official", workdir)
+    (tmp_path / "text.txt").write_text("the model reads small rows of text. " * 50)
+    text = f"--text={tmp_path / 'text.txt'}"
     found = {}
     for ls_kv in ("fresh", "first_pass"):
         out = tmp_path / ls_kv
-        done = convert("--from=hf", f"--checkpoint={folder}", f"--out={out}", f"--ls_kv={ls_kv}")
+        done = convert(
+            "--from=hf", f"--checkpoint={folder}", f"--out={out}", f"--ls_kv={ls_kv}", text
+        )
         assert done.status == 0, done.err
         lines = [line for line in done.out.splitlines() if "perplexity" in line]
         values = {line.split(":")[0]: float(line.split()[2]) for line in lines}

@@ -26,9 +26,8 @@ MIXED = ModelConfig(
     97,
     48,
     (
-        Stack(2, 6, 3, 80, repeats=3, order="reverse"),
-        Stack(1, 2, 1, 32, rope=False),
-        Stack(2, 4, 2, 48, repeats=2, order="repeat_all"),
+        Stack(2, 6, 3, 80, repeats=2, order="reverse"),
+        Stack(1, 2, 1, 32, repeats=3, rope=False),
     ),
     head_dim=16,
     tied=False,
