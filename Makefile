@@ -10,6 +10,9 @@ TORCH  := torch==2.13.0
 # On Linux with glibc, large allocations in huge pages make training on a CPU a fifth faster.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
+# Tests side by side, a file at a time; each process needs up to 4 GB.
+PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help run ladder test test-slow lint format bench clean
 
@@ -35,10 +38,10 @@ ladder: $(VENV)/.installed ## MobileLLM's architecture ladder at small scale: 57
 	$(BIN)/python -m mobilellm_jax.sweep --sweep=configs/ladder.py --workdir=runs/ladder --parallel=2
 
 test: $(VENV)/.installed-test ## the tests, in minutes
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: $(VENV)/.installed-test ## the long tests as well: whole runs, kills, full sizes
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -m "slow or not slow"  # one by one: some measure time and memory
 
 lint: $(VENV)/.installed-test ## style, types and formatting, changing nothing
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
