@@ -16,6 +16,7 @@ MobileLLM); --from says which of them it must be. --to is one of
 Weights keep the dtype they are stored in unless --dtype names another. Nothing is overwritten.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,7 +110,7 @@ def open_source(
     source = stored.open_model(directory, ls_kv or "fresh")
     if source.family == "mobilellm" and any(stack.repeats > 1 for stack in source.model.stacks):
         print(f"measuring both readings of {directory} ...", flush=True)
-        for name, value in perplexities(directory, text).items():
+        for name, value in perplexities(source, text).items():
             chosen = " (converted so)" if name == source.model.ls_kv else ""
             print(f"ls_kv={name}: perplexity {value:.3f}{chosen}")
     elif ls_kv:
@@ -120,15 +121,16 @@ def open_source(
     return source
 
 
-def perplexities(directory: epath.PathLike, text: str) -> Mapping[str, float]:
+def perplexities(source: StoredModel, text: str) -> Mapping[str, float]:
     """The perplexity of a text under each of `LS_KVS`, in windows of at most 2,048 tokens."""
-    found = {}
-    for ls_kv in LS_KVS:
-        source = stored.open_model(directory, ls_kv)
-        tokenizer, model = source.needed_tokenizer, source.model
-        window = min(model.max_length, 2048, 1 + len(tokenizer.encode(text)))
-        found[ls_kv] = perplexity(source.params(), model, tokenizer, text, window)
-    return found
+    params, tokenizer = source.params(), source.needed_tokenizer
+    window = min(source.model.max_length, 2048, 1 + len(tokenizer.encode(text)))
+    return {
+        ls_kv: perplexity(
+            params, dataclasses.replace(source.model, ls_kv=ls_kv), tokenizer, text, window
+        )
+        for ls_kv in LS_KVS
+    }
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Tables for a terminal."""
+"""Tables for a terminal, and in Markdown."""
 
 from collections.abc import Sequence
 
@@ -18,3 +18,15 @@ def aligned(lines: Sequence[Sequence[str]], alignment: str) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def markdown_table(lines: Sequence[Sequence[str]], alignment: str) -> str:
+    """The same lines as a Markdown table; the first is its header.
+
+    Args:
+      lines: the cells, as many in each line as there are columns.
+      alignment: `<` (left) or `>` (right) for each column.
+    """
+    rule = ["---:" if side == ">" else "---" for side in alignment]
+    header, *body = ([cell.replace("|", r"\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *body))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mobilellm_jax.data.sentencepiece_tokenizer import SPACE, SentencePieceTokenizer
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.interop.hf_tokenizer import merges
+from mobilellm_jax.interop.hf_tokenizer import merges, obstacles
 
 if TYPE_CHECKING:
     from mobilellm_jax.data.huggingface_tokenizer import HuggingFaceTokenizer
@@ -125,19 +125,14 @@ def write_vocabulary(writer: Any, words: Vocabulary) -> None:
 
 def _sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
     proto = tokenizer.proto
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    dummy_prefix = proto.normalizer_spec.add_dummy_prefix
     types = [piece.type for piece in proto.pieces]
     _refuse_if(
-        {
-            "it is not a BPE model": trainer.model_type != trainer.BPE,
-            "it has no byte pieces": BYTE not in types,
-            f"it normalises text ({normalizer.name})": bool(normalizer.precompiled_charsmap),
-            "it removes extra spaces": normalizer.remove_extra_whitespaces,
-            "it does not mark spaces in its pieces": not normalizer.escape_whitespaces,
-            "it marks spaces behind words": trainer.treat_whitespace_as_suffix,
+        obstacles(proto)
+        | {
             "it has unused pieces": UNUSED in types,
             "it has user-defined pieces and puts a space in front of a text": (
-                USER_DEFINED in types and normalizer.add_dummy_prefix
+                USER_DEFINED in types and dummy_prefix
             ),
         }
     )
@@ -155,7 +150,7 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
         add_bos=True,
         chat_template=tokenizer.chat_template,
         scores=[piece.score for piece in proto.pieces],
-        add_space_prefix=normalizer.add_dummy_prefix,
+        add_space_prefix=dummy_prefix,
         notes=tuple(_spelled_out(proto)),
     )
 

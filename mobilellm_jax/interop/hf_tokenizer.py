@@ -22,14 +22,13 @@ from typing import Any
 
 from etils import epath
 
-from mobilellm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from mobilellm_jax.data.sentencepiece_tokenizer import SPACE, SentencePieceTokenizer
 from mobilellm_jax.data.tokenizers import Tokenizer, read_object
 from mobilellm_jax.errors import UserError
 
 Proto = Any  # sentencepiece_model_pb2.ModelProto; generated code carries no types
 
 _CONFIG = "tokenizer_config.json"
-_SPACE = "\u2581"  # what SentencePiece writes for a space inside pieces
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # ModelProto.SentencePiece.Type
 
 
@@ -102,7 +101,7 @@ def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     decoders: list[dict[str, Any]] = [{"type": "ByteFallback"}, {"type": "Fuse"}]
     if proto.normalizer_spec.add_dummy_prefix:  # not a model of ours: it reads U+2581 as a space
         normalizers.append({"type": "Prepend", "prepend": " "})
-        normalizers.append({"type": "Replace", "pattern": {"String": _SPACE}, "content": " "})
+        normalizers.append({"type": "Replace", "pattern": {"String": SPACE}, "content": " "})
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     begin, begin_pair = ({"SpecialToken": {"id": bos, "type_id": i}} for i in (0, 1))
     text, text_pair = ({"Sequence": {"id": "AB"[i], "type_id": i}} for i in (0, 1))
@@ -165,7 +164,7 @@ def _last_join(piece: str, scores: dict[str, float]) -> tuple[str, str] | None:
 
 
 def _text(piece: Proto) -> str:
-    return piece.piece.replace(_SPACE, " ") if piece.type == _NORMAL else piece.piece
+    return piece.piece.replace(SPACE, " ") if piece.type == _NORMAL else piece.piece
 
 
 def _unknown_id(proto: Proto) -> int:
@@ -181,26 +180,32 @@ def _added_tokens(proto: Proto) -> list[dict[str, Any]]:
     ]
 
 
-def _check(proto: Proto) -> None:
+def obstacles(proto: Proto) -> dict[str, bool]:
+    """What keeps a SentencePiece model from being another program's BPE, and whether it is so here."""
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    pieces = [piece for piece in proto.pieces if piece.type == _NORMAL]
-    words = [piece for piece in pieces if len(piece.piece) > 1]
-    unknown = set("".join(p.piece for p in words)) - {p.piece for p in pieces}
-    obstacles = {
+    return {
         "it is not a BPE model": trainer.model_type != trainer.BPE,
         "it has no byte pieces": not trainer.byte_fallback,
         f"it normalises text ({normalizer.name})": bool(normalizer.precompiled_charsmap),
-        "it rewrites text after decoding": bool(proto.denormalizer_spec.precompiled_charsmap),
         "it removes extra spaces": normalizer.remove_extra_whitespaces,
         "it does not mark spaces in its pieces": not normalizer.escape_whitespaces,
         "it marks spaces behind words": trainer.treat_whitespace_as_suffix,
+    }
+
+
+def _check(proto: Proto) -> None:
+    pieces = [piece for piece in proto.pieces if piece.type == _NORMAL]
+    words = [piece for piece in pieces if len(piece.piece) > 1]
+    unknown = set("".join(p.piece for p in words)) - {p.piece for p in pieces}
+    own = {
+        "it rewrites text after decoding": bool(proto.denormalizer_spec.precompiled_charsmap),
         "it has user-defined or unused pieces": any(
             piece.type not in (_NORMAL, _UNKNOWN, _CONTROL, _BYTE) for piece in proto.pieces
         ),
         "two of its pieces have the same score": len({p.score for p in words}) < len(words),
         "some of its pieces hold characters that are no pieces themselves": bool(unknown),
     }
-    for obstacle, present in obstacles.items():
+    for obstacle, present in (obstacles(proto) | own).items():
         if present:
             raise UserError(
                 "this tokenizer cannot be written for Hugging Face with the same ids, because "

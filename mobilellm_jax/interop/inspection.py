@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from mobilellm_jax.data.tokenizers import Tokenizer, file_of
+from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.interop import gguf_reader, stored, weight_files
 from mobilellm_jax.interop.model_card import network_rows
@@ -55,9 +55,11 @@ def _folder(path: epath.Path) -> tuple[dict[str, str], list[Tensor]]:
     try:
         found = stored.open_model(path)
         facts |= dict(network_rows(found.model))
+        tokenizer = found.tokenizer
     except UserError as error:  # what cannot be computed here can still be looked at
         facts["network"] = f"cannot be used here: {error}"
-    facts["tokenizer"] = _tokenizer(Tokenizer.load(path) if file_of(path) else None)
+        tokenizer = stored.tokenizer_of(path)
+    facts["tokenizer"] = _tokenizer(tokenizer)
     return facts, [(name, tensor.shape, tensor.dtype.name) for name, tensor in tensors.items()]
 
 

@@ -1,12 +1,13 @@
 """README.md of an exported folder: what the network is, what it was trained on, how to load it."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
 from mobilellm_jax.model.config import ModelConfig, parameter_count
+from mobilellm_jax.tables import markdown_table
 
 _LOAD = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,10 +45,7 @@ def model_card(
         "A small language model, trained or converted with mobilellm-jax. The license of its weights is "
         "for those who trained them to name.\n",
         "## Network\n",
-        _table(
-            ("", ""),
-            [("architecture of the files", f"{family}, {dtype}"), *network_rows(model)],
-        ),
+        _table(("", ""), ("architecture of the files", f"{family}, {dtype}"), *network_rows(model)),
         *_origin(meta),
         *_training(meta),
         *_heldout(meta.get("heldout", {})),
@@ -100,7 +98,7 @@ def _training(meta: Mapping[str, Any]) -> list[str]:
     return [
         "## Training\n",
         f"{tokens:,} tokens in {meta['step']:,} steps{start}, drawn from\n",
-        _table(("source", "share"), [(name, f"{w / total:.1%}") for name, w in shares.items()]),
+        _table(("source", "share"), *((name, f"{w / total:.1%}") for name, w in shares.items())),
     ]
 
 
@@ -109,10 +107,9 @@ def _heldout(results: Mapping[str, float]) -> list[str]:
     found = {k.removeprefix(key)[1:] or "all": v for k, v in results.items() if k.startswith(key)}
     if not found:
         return []
-    rows = [(name, f"{value:.4f}") for name, value in found.items()]
-    return ["## Held-out text\n", _table(("source", "bits per byte"), rows)]
+    rows = ((name, f"{value:.4f}") for name, value in found.items())
+    return ["## Held-out text\n", _table(("source", "bits per byte"), *rows)]
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+def _table(*lines: tuple[str, str]) -> str:
+    return markdown_table(lines, "<<") + "\n"

@@ -121,6 +121,16 @@ def is_folder(directory: epath.PathLike) -> bool:
     return isinstance(raw, dict) and ("model_type" in raw or "architectures" in raw)
 
 
+def tokenizer_of(folder: epath.Path) -> Tokenizer | None:
+    """A folder's tokenizer, None where it has none.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    file = file_of(folder)
+    return Tokenizer.load(file) if file else None
+
+
 def write_checkpoint(stored: StoredModel, out: epath.PathLike, dtype: Any = None) -> None:
     """Writes a network as a checkpoint of ours without an optimizer, one step's folder.
 
@@ -145,7 +155,7 @@ def _checkpoint(directory: epath.Path) -> StoredModel:
 
 def _folder(directory: epath.Path, ls_kv: str) -> StoredModel:
     found = open_folder(directory, ls_kv)
-    tokenizer = Tokenizer.load(directory) if file_of(directory) else None
+    tokenizer = tokenizer_of(directory)
     meta = {
         "config": {"model": found.model.to_dict()},
         "origin": {"directory": str(directory), "family": found.family},

@@ -9,7 +9,7 @@ from mobilellm_jax.reporting.curves import compact, linear_ticks
 from mobilellm_jax.sweeps.description import Line, Table
 from mobilellm_jax.sweeps.outcomes import Outcome
 from mobilellm_jax.sweeps.statistics import Estimate, estimate, verdict
-from mobilellm_jax.tables import aligned
+from mobilellm_jax.tables import aligned, markdown_table
 
 HEADER: tuple[str, ...] = (
     "row",
@@ -88,10 +88,8 @@ def markdown(tables: Mapping[Table, Sequence[Result]], drawing: str) -> str:
     """A page with all tables, the name of their drawing, and what the numbers are."""
     parts = [f"![{' '.join(NOTE.split()[:4])}]({drawing})"]
     for table, lines in tables.items():
-        rule = ["---:" if side == ">" else "---" for side in ALIGNMENT]
-        body = [HEADER, rule, *map(_texts, lines)]
-        rows = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in body]
-        parts.append("\n".join([f"## {table.title}", "", *rows]))
+        cells = markdown_table([HEADER, *map(_texts, lines)], ALIGNMENT)
+        parts.append(f"## {table.title}\n\n{cells}")
     everything = [o for lines in tables.values() for r in lines for o in r.outcomes.values()]
     parts.append(f"{NOTE} {_machines(everything)}")
     return "\n\n".join(parts) + "\n"
