@@ -4,9 +4,10 @@ r"""Trains the cells of a sweep and compares them: an experiment of any kind is 
 
 A sweep file has a function `get_sweep(argument)` that returns a `Sweep` (`sweeps/description.py`):
 configurations by name, seeds, and tables. Every cell is an ordinary training run in a directory of
-its own below the workdir, in a process of its own. Started again, the program leaves out the cells
-that are complete and goes on with those that are not; Ctrl-C and SIGTERM save and leave. A cell
-that fails is reported and stops no other.
+its own below the workdir, in a process of its own. A row may have a key to tune: its best value is
+found first, on a seed that no table shows. Started again, the program leaves out the cells that are
+complete and goes on with those that are not; Ctrl-C and SIGTERM save and leave. A cell that fails
+is reported and stops no other.
 
 The workdir gets results.jsonl (a line per cell), table.md and table.svg, after every cell.
 """
@@ -23,8 +24,8 @@ from etils import epath
 from mobilellm_jax import cli
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig, flops_per_token
-from mobilellm_jax.sweeps import summary
-from mobilellm_jax.sweeps.description import Cell, Sweep, Table, load_sweep
+from mobilellm_jax.sweeps import summary, tuning
+from mobilellm_jax.sweeps.description import Cell, Sweep, cell_name, load_sweep
 from mobilellm_jax.sweeps.outcomes import Outcome, read_outcome
 from mobilellm_jax.sweeps.processes import run_cells
 
@@ -50,55 +51,76 @@ def sweep(described: Sweep, workdir: Path, only: str = "", parallel: int = 1) ->
         wanted = re.compile(only)
     except re.error as error:
         raise UserError(f"--cells={only!r} is no regular expression: {error}.") from None
-    cells = described.cells()
+    cells = described.possible_cells()
     if not any(wanted.search(cell.name) for cell in cells):
         raise UserError(
             f"--cells={only!r} is found in no cell: there are {', '.join(c.name for c in cells)}."
         )
-    progress = _Progress(described, workdir, cells, parallel)
-    to_do = [c for c in cells if c.name not in progress.outcomes and wanted.search(c.name)]
-    progress.begin(to_do)
-    caught = run_cells(to_do, workdir, parallel, progress.ended)
-    tables = progress.write()
-    print("\n\n".join(summary.text(*pair) for pair in tables.items()))
+    progress = _Progress(described, workdir, cells, wanted, parallel)
+    print(
+        f"{len(progress.outcomes)} cells are complete, {len(progress.left())} to train, "
+        f"{parallel} at once, in {workdir}",
+        flush=True,
+    )
+    caught = run_cells(progress.needed, workdir, parallel, progress.ended)
+    print(summary.text(progress.write()))
     print(f"\n{workdir / 'table.md'}")
     if caught:
         print(f"stopped by {caught.name}; the cells saved. The same command goes on from here.")
         sys.exit(128 + caught)
-    if progress.failed:
-        listed = "; ".join(
-            f"{name}: {sentence.rstrip('.')}" for name, sentence in progress.failed.items()
-        )
-        raise UserError(f"{len(progress.failed)} of {len(cells)} cells failed: {listed}.")
+    missed = progress.missed()
+    if missed:
+        listed = "; ".join(f"{name}: {said.rstrip('.')}" for name, said in missed.items())
+        raise UserError(f"{len(missed)} cells failed: {listed}.")
     return list(progress.outcomes.values())
 
 
 class _Progress:
-    """What is complete, what failed, and how long the rest will take."""
+    """What is complete, what failed, what is needed next, and how long the rest will take."""
 
     def __init__(
-        self, described: Sweep, workdir: Path, cells: Sequence[Cell], parallel: int
+        self,
+        described: Sweep,
+        workdir: Path,
+        cells: Sequence[Cell],
+        wanted: re.Pattern[str],
+        parallel: int,
     ) -> None:
         self._described, self._workdir, self._parallel = described, workdir, parallel
-        self._cells = cells
+        self._wanted = wanted
         self.outcomes: dict[str, Outcome] = {}
         self.failed: dict[str, str] = {}
         for cell in cells:
             self._read(cell)
-        self._left: dict[str, float] = {}  # FLOPs of the cells that are to be run
         self._seconds = self._flops = 0.0
 
-    def begin(self, to_do: Sequence[Cell]) -> None:
-        self._left = {cell.name: _flops(cell) for cell in to_do}
-        print(
-            f"{len(self._cells)} cells, {len(self.outcomes)} complete; {len(to_do)} to train, "
-            f"{self._parallel} at once, in {self._workdir}",
-            flush=True,
+    def needed(self) -> list[Cell]:
+        """The cells that may be trained now."""
+        return self._filtered(
+            tuning.needed(self._described, self.outcomes.values(), self.failed)[0]
         )
+
+    def left(self) -> list[Cell]:
+        """The cells that are to be trained, as far as that is known."""
+        now, later = tuning.needed(self._described, self.outcomes.values(), self.failed)
+        return self._filtered(now + later)
+
+    def missed(self) -> dict[str, str]:
+        """Failed cells for want of which a table is not complete; a value that is too high may fail."""
+        found = tuning.chosen(self._described, self.outcomes.values(), self.failed)
+        harmless = {
+            cell_name(row, self._described.tuning_seed, value)
+            for row in found
+            for value in self._described.tuned(row).values
+        }
+        return {name: said for name, said in self.failed.items() if name not in harmless}
+
+    def _filtered(self, cells: Sequence[Cell]) -> list[Cell]:
+        return [cell for cell in cells if self._wanted.search(cell.name)]
 
     def ended(self, cell: Cell, seconds: float, failure: str) -> None:
         """Notes a cell that ended, and prints it with the time that the others will take."""
-        self._flops += self._left.pop(cell.name)
+        self._flops += _flops(cell)
         self._seconds += seconds
         if not failure:
             self._read(cell)
@@ -108,30 +130,29 @@ class _Progress:
             failure = failure or self.failed.get(cell.name, "its record is not complete.")
             self.failed[cell.name] = failure
             said = f"failed: {failure}"
-        left = sum(self._left.values()) * self._seconds / self._flops / self._parallel
+        to_go = self.left()
+        left = sum(map(_flops, to_go)) * self._seconds / self._flops / self._parallel
         eta = f"{left // 3600:.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f}"
-        print(
-            f"{cell.name}  {said}  {seconds:.0f} s; {len(self._left)} to go, ETA {eta}", flush=True
-        )
+        print(f"{cell.name}  {said}  {seconds:.0f} s; {len(to_go)} to go, ETA {eta}", flush=True)
         self.write()
 
-    def write(self) -> dict[Table, list[summary.Result]]:
-        """Writes results.jsonl, table.md and table.svg; the tables with their lines."""
+    def write(self) -> summary.Summary:
+        """Writes results.jsonl, table.md and table.svg; what they say."""
         found = list(self.outcomes.values())
-        tables = {t: summary.results(t, found) for t in self._described.tables}
+        summed = summary.Summary.of(self._described, found, self.failed)
         lines = [outcome.to_dict() for outcome in found]
         lines += [{"cell": name, "error": said} for name, said in self.failed.items()]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         for name, content in (
             ("results.jsonl", text),
-            ("table.md", summary.markdown(tables, "table.svg")),
-            ("table.svg", summary.drawing(tables)),
+            ("table.md", summary.markdown(summed, "table.svg")),
+            ("table.svg", summary.drawing(summed)),
         ):
             unfinished = self._workdir / f"{name}.unfinished"
             unfinished.parent.mkdir(parents=True, exist_ok=True)
             unfinished.write_text(content)
             unfinished.replace(self._workdir / name)
-        return tables
+        return summed
 
     def _read(self, cell: Cell) -> None:
         try:

@@ -104,19 +104,21 @@ def test_arguments_that_name_nothing(name, argument, part):
 def test_the_ladder_compares_like_with_like(tmp_path):
     """Equal parameters and data in each table; equal FLOPs where the label says so."""
     sweep = load_sweep(f"{CONFIGS / 'ladder.py'}:{tmp_path}/mixture.json")
-    models = {name: ModelConfig.from_dict(c.model) for name, c in sweep.rows.items()}
-    for name, config in sweep.rows.items():
+    configs = {name: row.config for name, row in sweep.rows.items()}
+    models = {name: ModelConfig.from_dict(c.model) for name, c in configs.items()}
+    for name, config in configs.items():
         whole(config)
         assert config.plan == f"{tmp_path}/mixture.json"
-        assert config.global_batch == sweep.rows["gqa"].global_batch
-        assert config.steps == sweep.rows["gqa"].steps or name == "ls-flops"
+        assert config.global_batch == configs["gqa"].global_batch
+        assert config.steps == configs["gqa"].steps or name == "ls-flops"
+        assert sweep.rows[name].values == sweep.rows["gqa"].values
     counts = {name: parameter_count(model) for name, model in models.items()}
     dropped = counts.pop("tied")
     assert max(counts.values()) < 1.01 * min(counts.values())
     assert dropped < min(counts.values())
 
     def flops(name):
-        return sweep.rows[name].steps * flops_per_token(models[name], sweep.rows[name].row_length)
+        return configs[name].steps * flops_per_token(models[name], configs[name].row_length)
 
     assert flops("ls-flops") == pytest.approx(flops("gqa"), rel=2e-3)
     assert flops("ls") > 1.5 * flops("gqa")

@@ -17,8 +17,8 @@ import tiny
 
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.sweeps import statistics, summary
-from mobilellm_jax.sweeps.description import Line, Sweep, Table, load_sweep, seeded_plan
+from mobilellm_jax.sweeps import statistics, summary, tuning
+from mobilellm_jax.sweeps.description import Line, Sweep, Table, Tuned, load_sweep, seeded_plan
 from mobilellm_jax.sweeps.outcomes import Outcome
 from mobilellm_jax.sweeps.processes import core_shares
 
@@ -106,7 +106,7 @@ def test_a_seed_changes_weights_and_order_and_rows_of_a_seed_see_the_same(swept)
 def test_a_failing_cell_stops_no_other_and_is_told(swept):
     _, workdir, ended = swept
     assert ended.status == 1
-    assert "error: 1 of 6 cells failed: broken-s1: config.schedule.warmup_steps=1000" in ended.err
+    assert "error: 1 cells failed: broken-s1: config.schedule.warmup_steps=1000" in ended.err
     assert "broken-s1  failed: config.schedule" in ended.out
     assert [r["cell"] for r in results(workdir) if "error" in r] == ["broken-s1"]
 
@@ -124,7 +124,7 @@ def test_what_is_complete_is_not_run_again(swept):
     table = (workdir / "table.md").read_text()
     again = sweep(file, workdir, "--cells=low|high")
     assert again.status == 0, again.err
-    assert len(before) == 4 and "6 cells, 4 complete; 0 to train" in again.out
+    assert len(before) == 4 and "4 cells are complete, 0 to train" in again.out
     assert before == {p: p.stat().st_mtime_ns for p in before}
     assert (workdir / "table.md").read_text() == table
 
@@ -235,9 +235,9 @@ def test_verdicts(values, said):
     assert statistics.verdict(statistics.estimate(values)) == said
 
 
-def outcome(row, seed, bits):
+def outcome(row, seed, bits, value=None):
     devices = {"kind": "cpu", "count": 1, "processes": 1, "cpu_threads": 1}
-    return Outcome(row, seed, bits, {}, 10, 5, 100, 1.0, devices, "", "")
+    return Outcome(row, seed, value, bits, {}, 10, 5, 100, 1.0, devices, "", "")
 
 
 def test_differences_are_taken_seed_by_seed_over_the_seeds_that_both_have():
@@ -247,14 +247,17 @@ def test_differences_are_taken_seed_by_seed_over_the_seeds_that_both_have():
     a, b, c = summary.results(table, outcomes)
     assert a.difference is None and a.verdict == ""
     assert b.difference.count == 2 and b.difference.mean == pytest.approx(-0.45)
-    assert c.difference is None and "-" in summary.text(table, [a, b, c])
+    summed = summary.Summary({table: [a, b, c]})
+    (last,) = [line for line in summary.text(summed).splitlines() if line.startswith("C")]
+    assert c.difference is None and last.split() == ["C", *"----", "0", "-"]
     shuffled = summary.results(table, outcomes[::-1])
     assert [r.difference for r in shuffled] == [None, b.difference, None]
 
 
 def test_a_label_cannot_break_the_page():
     table = Table("t", (Line("a", "a | b"),))
-    page = summary.markdown({table: summary.results(table, [outcome("a", 0, 1.0)])}, "x.svg")
+    found = summary.results(table, [outcome("a", 0, 1.0)])
+    page = summary.markdown(summary.Summary({table: found}), "x.svg")
     (row,) = [line for line in page.splitlines() if line.startswith(r"| a \| b |")]
     assert row.replace(r"\|", "").count("|") == len(summary.HEADER) + 1
 
@@ -262,12 +265,89 @@ def test_a_label_cannot_break_the_page():
 def test_the_drawing_stays_in_its_frame_whatever_the_intervals():
     table = Table("two <seeds>", (Line("a", "A & B"), Line("b", "B", "a"), Line("c", "none", "a")))
     outcomes = [outcome("a", s, v) for s, v in ((0, 1.0), (1, 2.0))] + [outcome("b", 0, 1.5)]
-    drawn = ElementTree.fromstring(summary.drawing({table: summary.results(table, outcomes)}))
+    found = summary.Summary({table: summary.results(table, outcomes)})
+    drawn = ElementTree.fromstring(summary.drawing(found))
     places = [float(e.get("cx")) for e in drawn.iter() if e.get("cx")]
     for path in (e.get("d") for e in drawn.iter() if e.get("class") == "interval"):
         places += [float(x) for x in re.match(r"M([\d.]+) \d+H([\d.]+)", path).groups()]
     assert len(places) == 7
     assert all(summary.LEFT <= x <= summary.WIDTH - summary.RIGHT for x in places)
+
+
+# --- tuning
+
+
+def walk(values, start, loss):
+    """The values tried, in rounds as a sweep does it."""
+    losses = {}
+    while missing := tuning.untried(values, start, losses):
+        losses |= {value: loss(value) for value in missing}
+    return losses
+
+
+def test_the_search_ends_at_the_bottom_of_a_valley_wherever_it_begins():
+    values = (1.0, 2.0, 4.0, 8.0, 16.0)
+    for best, start in itertools.product(values, values):
+        tried = walk(values, start, lambda value, best=best: abs(math.log2(value / best)))
+        assert min(tried, key=tried.get) == best
+        at = values.index(best)
+        assert set(values[max(at - 1, 0) : at + 2]) <= set(tried)
+        assert len(tried) <= 3 + abs(values.index(start) - at)
+
+
+def test_a_value_at_which_training_fails_is_worse_than_any_other():
+    values = (1.0, 2.0, 4.0)
+    assert set(walk(values, 2.0, lambda value: math.inf if value > 1 else 3.0)) == {*values}
+    config = tiny.config("x")
+    sweep = Sweep({"a": Tuned(config, "schedule.peak", values, 2.0)}, ())
+    tried = [outcome("a", 100, 3.0, 1.0), outcome("a", 100, 2.9, 2.0)]
+    assert tuning.chosen(sweep, tried, []) == {}
+    assert tuning.chosen(sweep, tried, ["a-4-s100"]) == {"a": 2.0}
+    assert tuning.chosen(sweep, [], ["a-1-s100", "a-2-s100", "a-4-s100"]) == {}
+
+
+TUNED = """
+import sys
+sys.path.insert(0, {tests!r})
+import tiny
+from mobilellm_jax.sweeps.description import Line, Sweep, Table, Tuned
+
+
+def get_sweep(argument):
+    config = tiny.config({plan!r}, steps=6)
+    config.checkpoint.every = config.eval.every = 6
+    # The highest leaves the finite numbers: it may fail without failing the sweep.
+    tuned = Tuned(config, "schedule.peak", (1e-4, 1e-2, 1e12), start=1e-2)
+    rows = {{"plain": config, "tuned": tuned}}
+    lines = Line("plain", "plain"), Line("tuned", "tuned", "plain")
+    return Sweep(rows, (Table("T", lines),), seeds=(0, 1), tuning_seed=7)
+"""
+
+
+def test_a_tuned_row_is_tuned_on_a_seed_of_its_own_and_shown_at_its_best(tmp_path):
+    file, workdir = tmp_path / "sweep.py", tmp_path / "out"
+    plan = tiny.corpus(tmp_path / "corpus")
+    file.write_text(TUNED.format(tests=str(runs.TESTS), plan=str(plan)))
+    first = sweep(file, workdir, "--cells=s7")
+    assert first.status == 0, first.err
+    ended = sweep(file, workdir, f"--parallel={PARALLEL}")
+    assert ended.status == 0, ended.err
+    found = {(r["row"], r["seed"], r["value"]): r for r in results(workdir) if "row" in r}
+    tried = {v: r["bits_per_byte"] for (row, s, v), r in found.items() if s == 7}
+    assert set(tried) >= {1e-4, 1e-2}
+    best = min(tried, key=tried.get)
+    assert best == 1e-2
+    others = {key for key in found if key[1] != 7}
+    assert others == {(row, s, v) for row, v in (("plain", None), ("tuned", best)) for s in (0, 1)}
+    page = (workdir / "table.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith("| tuned (0.01) |")]
+    mean = statistics.estimate([found["tuned", s, best]["bits_per_byte"] for s in (0, 1)])
+    assert f"{mean.mean:.3f} ± {mean.half_width:.3f}" in row
+    (row,) = [line for line in page.splitlines() if line.startswith("| tuned | ")]
+    assert f"| {tried[1e-4]:.3f} | **{tried[1e-2]:.3f}** | " in row
+    again = sweep(file, workdir)
+    assert again.status == 0 and "7 to train" not in again.out
+    assert (workdir / "table.md").read_text() == page
 
 
 # --- bad input
@@ -279,6 +359,15 @@ def test_descriptions_that_do_not_hang_together():
         Sweep({"a/b": config}, ())
     with pytest.raises(UserError, match="seeds that differ"):
         Sweep({"a": config}, (), seeds=(1, 1))
+    with pytest.raises(UserError, match="tuning_seed=1 is one of the seeds"):
+        Sweep({"a": config}, (), seeds=(0, 1), tuning_seed=1)
+    for key, values, start, said in (
+        ("schedule.peak", (2.0, 1.0), 1.0, "rising order"),
+        ("schedule.peak", (1.0, 2.0), 3.0, "start at one of them"),
+        ("schedule.peek", (1.0, 2.0), 1.0, "'a' is tuned by 'schedule.peek'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            Sweep({"a": Tuned(config, key, values, start)}, ())
     with pytest.raises(UserError, match="'t' speaks of the row 'z'.*it has a"):
         Sweep({"a": config}, (Table("t", (Line("a", "A", "z"),)),))
 

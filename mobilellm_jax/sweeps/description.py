@@ -35,26 +35,53 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tuned:
+    """A row whose best configuration is looked for: values of one key, in order (`sweeps/tuning.py`)."""
+
+    config: ConfigDict
+    key: str  # dotted, for example schedule.peak
+    values: tuple[float, ...]
+    start: float  # where to begin: one of the values
+
+    def at(self, value: float) -> ConfigDict:
+        """The configuration with this value of the key."""
+        config = self.config.copy_and_resolve_references()
+        config.update_from_flattened_dict({self.key: value})
+        return config
+
+
+@dataclasses.dataclass(frozen=True)
 class Cell:
-    """One training run: a row of the sweep with a seed."""
+    """One training run: a row of the sweep with a seed, and the value of what is tuned in it."""
 
     row: str
     seed: int
     config: ConfigDict
+    value: float | None = None  # of the key of a `Tuned` row
 
     @property
     def name(self) -> str:
         """Its directory below the workdir of the sweep."""
-        return f"{self.row}-s{self.seed}"
+        return cell_name(self.row, self.seed, self.value)
+
+
+def cell_name(row: str, seed: int, value: float | None) -> str:
+    """The name of the cell that a row has with a seed and a value."""
+    return f"{row}-s{seed}" if value is None else f"{row}-{value:g}-s{seed}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What a sweep file's `get_sweep(argument)` returns."""
+    """What a sweep file's `get_sweep(argument)` returns.
 
-    rows: Mapping[str, ConfigDict]
+    The values of tuned rows are compared on a seed of their own, so that no number in a table is
+    better for having been chosen.
+    """
+
+    rows: Mapping[str, ConfigDict | Tuned]
     tables: tuple[Table, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
+    tuning_seed: int = 100
 
     def __post_init__(self) -> None:
         """Raises `UserError` where the description does not hang together."""
@@ -66,6 +93,13 @@ class Sweep:
                 )
         if not self.rows or not self.seeds or len({*self.seeds}) < len(self.seeds):
             raise UserError("a sweep needs at least one row, and seeds that differ.")
+        if self.tuning_seed in self.seeds:
+            raise UserError(
+                f"tuning_seed={self.tuning_seed} is one of the seeds of the tables: choose another."
+            )
+        for name, row in self.rows.items():
+            if isinstance(row, Tuned):
+                _check_tuned(name, row)
         for table in self.tables:
             for line in table.lines:
                 for row in filter(None, (line.row, line.against)):
@@ -75,8 +109,14 @@ class Sweep:
                             f"does not have: it has {', '.join(self.rows)}."
                         )
 
-    def cells(self) -> list[Cell]:
-        """All runs, one seed after the other, so that the tables fill evenly.
+    def tuned(self, row: str) -> Tuned:
+        """A row that is tuned."""
+        found = self.rows[row]
+        assert isinstance(found, Tuned)
+        return found
+
+    def cell(self, row: str, seed: int, value: float | None = None) -> Cell:
+        """The run of a row with a seed.
 
         A seed decides the initial weights and the order of the data: an interval over seeds is then
         about both, and not about the luck of one order. All rows see the same data in the same
@@ -85,14 +125,44 @@ class Sweep:
         Raises:
           UserError: a plan is missing or cannot get another seed.
         """
+        described = self.rows[row]
+        if isinstance(described, Tuned):
+            assert value is not None
+            config = described.at(value)
+        else:
+            config = described.copy_and_resolve_references()
+        config.seed = seed
+        config.plan = seeded_plan(config.plan, seed)
+        return Cell(row, seed, config, value)
+
+    def possible_cells(self) -> list[Cell]:
+        """Every run that this sweep may come to need; of tuned rows only some are.
+
+        Raises:
+          UserError: a plan is missing or cannot get another seed.
+        """
         found = []
-        for seed in self.seeds:
-            for row, config in self.rows.items():
-                config = config.copy_and_resolve_references()
-                config.seed = seed
-                config.plan = seeded_plan(config.plan, seed)
-                found.append(Cell(row, seed, config))
+        for seed in (self.tuning_seed, *self.seeds):
+            for name, row in self.rows.items():
+                if isinstance(row, Tuned):
+                    found += [self.cell(name, seed, value) for value in row.values]
+                elif seed != self.tuning_seed:
+                    found.append(self.cell(name, seed))
         return found
+
+
+def _check_tuned(name: str, row: Tuned) -> None:
+    if sorted({*row.values}) != [*row.values] or row.start not in row.values:
+        raise UserError(
+            f"the row {name!r} is tuned over {row.values} from {row.start}: give values in rising "
+            "order and start at one of them."
+        )
+    try:
+        row.at(row.start)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the row {name!r} is tuned by {row.key!r}, which its configuration cannot take: {error}."
+        ) from None
 
 
 def seeded_plan(path: str, seed: int) -> str:

@@ -21,6 +21,7 @@ class Outcome:
 
     row: str
     seed: int
+    value: float | None  # of what is tuned in the row
     bits_per_byte: float
     bits_per_byte_of: dict[str, float]  # by source
     parameters: int
@@ -59,6 +60,7 @@ def read_outcome(cell: Cell, directory: epath.Path) -> Outcome | None:
     return Outcome(
         row=cell.row,
         seed=cell.seed,
+        value=cell.value,
         bits_per_byte=bits,
         bits_per_byte_of={source: float(values_N[-1]) for source, values_N in of.items()},
         parameters=start["parameters"],

@@ -60,18 +60,20 @@ def core_shares(parallel: int) -> list[tuple[int, ...]]:
 
 
 def run_cells(
-    cells: Sequence[Cell],
+    needed: Callable[[], Sequence[Cell]],
     workdir: Path,
     parallel: int,
     ended: Callable[[Cell, float, str], None],
 ) -> signal.Signals | None:
-    """Trains cells in their order, `parallel` at once, each in `workdir/<its name>`.
+    """Trains cells while any are needed, `parallel` at once, each in `workdir/<its name>`.
 
-    A signal to this process stops the cells, which save, and those waiting are left out. Should
-    this process die, its cells save and leave as well.
+    A signal to this process stops the cells, which save, and no other is started. Should this
+    process die, its cells save and leave as well.
 
     Args:
-      cells: to run or to go on with.
+      needed: the cells that may be run now, in order; asked again whenever one ended, because what
+        it gave may decide what is needed. Those that are running may be among them, those that
+        ended may not.
       workdir: local directory of the sweep; what a cell prints goes to `workdir/logs/<name>.log`.
       parallel: cells at once.
       ended: called with each cell that ended by itself, its seconds, and the sentence with which it
@@ -83,26 +85,28 @@ def run_cells(
     Raises:
       UserError: there are fewer cores than cells to run at once.
     """
-    waiting, free = collections.deque(cells), core_shares(parallel)
-    running: list[_Running] = []
+    free = core_shares(parallel)
+    running: dict[str, _Running] = {}
     stopped = False
+    waiting = collections.deque(needed())
     with Signals() as signals:
         while running or waiting:
             while free and waiting:
                 cell, cores = waiting.popleft(), free.pop(0)
                 process = _start(cell, workdir, cores, parallel > 1)
-                running.append(_Running(cell, process, cores, time.monotonic()))
+                running[cell.name] = _Running(cell, process, cores, time.monotonic())
             time.sleep(POLL)
             if signals.caught and not stopped:
                 stopped = True
                 waiting.clear()
-                for each in running:
+                for each in running.values():
                     each.process.terminate()
-            for each in [r for r in running if r.process.poll() is not None]:
-                running.remove(each)
+            for each in [r for r in running.values() if r.process.poll() is not None]:
+                del running[each.cell.name]
                 free.insert(0, each.cores)
                 if not stopped:
                     ended(each.cell, time.monotonic() - each.began, _failure(each, workdir))
+                    waiting = collections.deque(c for c in needed() if c.name not in running)
     return signals.caught
 
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from xml.sax.saxutils import escape
 
 from mobilellm_jax.reporting.curves import compact, linear_ticks
-from mobilellm_jax.sweeps.description import Line, Table
+from mobilellm_jax.sweeps import tuning
+from mobilellm_jax.sweeps.description import Line, Sweep, Table, Tuned
 from mobilellm_jax.sweeps.outcomes import Outcome
 from mobilellm_jax.sweeps.statistics import Estimate, estimate, verdict
 from mobilellm_jax.tables import aligned, markdown_table
@@ -22,6 +23,12 @@ HEADER: tuple[str, ...] = (
 )
 HEADER += ("difference", "from", "verdict")
 ALIGNMENT = "<>>>>>>><<"
+
+TUNING_NOTE = (
+    "Held-out bits per byte of each value on seed {seed}, which no other table shows. From the value where "
+    "it began the search went on until both neighbours of the best were worse or the scale ended; the "
+    "value in bold was taken for all seeds."
+)
 
 NOTE = (
     "Bits per byte of the held-out rows at the last step, mean over seeds; lower is better. A seed decides "
@@ -64,6 +71,44 @@ class Result:
         return verdict(self.difference) if self.difference else ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How the value of a tuned row was found."""
+
+    row: str
+    tuned: Tuned
+    losses: Mapping[float, float]  # infinite where training failed
+    chosen: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What is known of a sweep."""
+
+    tables: Mapping[Table, Sequence[Result]]
+    tunings: Sequence[Tuning] = ()
+    tuning_seed: int = 0
+
+    @classmethod
+    def of(cls, sweep: Sweep, outcomes: Sequence[Outcome], failed: Collection[str]) -> "Summary":
+        """Orders outcomes by table and line.
+
+        Args:
+          sweep: the tables and rows.
+          outcomes: of complete cells.
+          failed: names of the cells that failed.
+        """
+        chosen = tuning.chosen(sweep, outcomes, failed)
+        found = [
+            Tuning(name, row, tuning.losses_of(sweep, name, outcomes, failed), chosen.get(name))
+            for name, row in sweep.rows.items()
+            if isinstance(row, Tuned)
+        ]
+        shown = [o for o in outcomes if o.seed in sweep.seeds and o.value == chosen.get(o.row)]
+        tables = {table: results(table, shown) for table in sweep.tables}
+        return cls(tables, found, sweep.tuning_seed)
+
+
 def results(table: Table, outcomes: Sequence[Outcome]) -> list[Result]:
     """The lines of a table, in order."""
     by_row: dict[str, dict[int, Outcome]] = {}
@@ -79,20 +124,48 @@ def results(table: Table, outcomes: Sequence[Outcome]) -> list[Result]:
     return found
 
 
-def text(table: Table, lines: Sequence[Result]) -> str:
-    """A table for a terminal."""
-    return f"{table.title}\n{aligned([HEADER, *map(_texts, lines)], ALIGNMENT)}"
+def text(summed: Summary) -> str:
+    """The tables for a terminal."""
+    parts = [
+        f"{table.title}\n{aligned([HEADER, *map(_texts, lines)], ALIGNMENT)}"
+        for table, lines in summed.tables.items()
+    ]
+    parts += [f"{key}\n{aligned(lines, sides)}" for key, lines, sides in _tuning_tables(summed)]
+    return "\n\n".join(parts)
 
 
-def markdown(tables: Mapping[Table, Sequence[Result]], drawing: str) -> str:
+def markdown(summed: Summary, drawing: str) -> str:
     """A page with all tables, the name of their drawing, and what the numbers are."""
     parts = [f"![{' '.join(NOTE.split()[:4])}]({drawing})"]
-    for table, lines in tables.items():
+    for table, lines in summed.tables.items():
         cells = markdown_table([HEADER, *map(_texts, lines)], ALIGNMENT)
         parts.append(f"## {table.title}\n\n{cells}")
-    everything = [o for lines in tables.values() for r in lines for o in r.outcomes.values()]
+    everything = [o for lines in summed.tables.values() for r in lines for o in r.outcomes.values()]
     parts.append(f"{NOTE} {_machines(everything)}")
+    for key, tried, sides in _tuning_tables(summed):
+        bold = [[f"**{c[1:]}**" if c.startswith("*") else c for c in line] for line in tried]
+        parts.append(f"## How {key} was chosen\n\n{markdown_table(bold, sides)}")
+    if summed.tunings:
+        parts.append(TUNING_NOTE.format(seed=summed.tuning_seed))
     return "\n\n".join(parts) + "\n"
+
+
+def _tuning_tables(summed: Summary) -> list[tuple[str, list[list[str]], str]]:
+    """Per tuned key: its name, cells with a column per value, the chosen with `*`, and alignment."""
+    found = []
+    for key in dict.fromkeys(t.tuned.key for t in summed.tunings):
+        tunings = [t for t in summed.tunings if t.tuned.key == key]
+        values = sorted({value for t in tunings for value in t.tuned.values})
+        lines = [["row", *(f"{value:g}" for value in values)]]
+        for t in tunings:
+            texts = {
+                value: "*" * (value == t.chosen)
+                + (f"{loss:.3f}" if math.isfinite(loss) else "failed")
+                for value, loss in t.losses.items()
+            }
+            lines.append([t.row, *(texts.get(value, "") for value in values)])
+        found.append((key, lines, "<" + ">" * len(values)))
+    return found
 
 
 def _machines(outcomes: Sequence[Outcome]) -> str:
@@ -107,7 +180,7 @@ def _machines(outcomes: Sequence[Outcome]) -> str:
 
 def _texts(result: Result) -> list[str]:
     """The cells of a line."""
-    label, known = result.line.label, list(result.outcomes.values())
+    label, known = _label(result), list(result.outcomes.values())
     if not known:
         return [label, *["-"] * 4, "0", "-", "", "", ""]
     first = known[0]
@@ -126,15 +199,21 @@ def _texts(result: Result) -> list[str]:
     ]
 
 
+def _label(result: Result) -> str:
+    """With the value of what was tuned."""
+    values = {o.value for o in result.outcomes.values()} - {None}
+    return result.line.label + "".join(f" ({value:g})" for value in values)
+
+
 def _text(value: Estimate, form: str) -> str:
     width = "" if math.isinf(value.half_width) else f" ± {value.half_width:.3f}"
     return f"{value.mean:{form}}".replace("-", "−") + width
 
 
-def drawing(tables: Mapping[Table, Sequence[Result]]) -> str:
+def drawing(summed: Summary) -> str:
     """All tables as one SVG: a dot per seed, the mean and its interval, in the colour of the verdict."""
     parts, top = [], 10
-    for table, lines in tables.items():
+    for table, lines in summed.tables.items():
         part, height = _plot(table.title, lines)
         parts.append(f'<g transform="translate(0 {top})">{part}</g>')
         top += height
@@ -174,7 +253,7 @@ def _plot(title: str, lines: Sequence[Result]) -> tuple[str, int]:
         y = 48 + LINE_HEIGHT * number
         parts.append(f'<g class="{result.verdict.split(" ")[0]}">')
         parts.append(
-            f'<text x="{LEFT - 12}" y="{y + 4}" text-anchor="end">{escape(result.line.label)}</text>'
+            f'<text x="{LEFT - 12}" y="{y + 4}" text-anchor="end">{escape(_label(result))}</text>'
         )
         if result.bits:
             mean = means[result.line.row]
