@@ -1,131 +1,37 @@
-"""The stream: `mixture[i]` is row `i` of a whole run, a pure function of (plan, i).
+"""The stream: `mixture[i]` is row `i` of a whole run, a pure function of (plan, row length, i).
 
-Rows come in blocks of 4,096. Weights are fixed-point integers that sum to 2**22, so the shares
-repeat every 1,024 blocks, and a table made when the mixture is opened says how many rows each
-source has given before each block of that period: at every block border each source is within one
-row of its exact share, for ever. Inside a block the order is permuted by (seed, block). A source's
-own rows are permuted anew in every epoch by (seed, source, epoch). The permutations are Feistel
-networks: random access, no state, no memory, and the same on every machine and under every version
-of NumPy.
+Rows come in blocks of 4,096, counted from the begin of each stage. Blocks form periods (1,024
+blocks, fewer in a short ramp) in which every source has a whole number of rows: in a constant stage
+the same in each, its fixed-point weight; on a ramp what the line demands. Inside a period a table
+says how many rows each source has given before each block, and at every block border each source is
+within one row of its exact share, for ever. Inside a block the order is permuted by (seed, stage,
+block). A source's own rows are permuted anew in every epoch by (seed, source, epoch); its epochs
+run on over the stages.
 
 So the position in the data is one integer, the rows consumed, and any number of processes sees one
 order.
 """
 
 import dataclasses
-import hashlib
-from collections.abc import Sequence
-from typing import Any, SupportsIndex
+import functools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, SupportsIndex
 
 import grain
 import numpy as np
-import numpy.typing as npt
 
+from mobilellm_jax.data.apportion import SHARES, fixed_point, just_in_time
+from mobilellm_jax.data.contexts import Contexts
+from mobilellm_jax.data.permutation import key_of, mixed, permute
 from mobilellm_jax.data.plan import Plan
-from mobilellm_jax.data.rows import Rows, open_rows, read_info
+from mobilellm_jax.data.rows import open_rows, read_info
 from mobilellm_jax.errors import UserError
 
 BLOCK = 4096
-SHARES = 1 << 22
-PERIOD = SHARES // BLOCK  # blocks after which the shares repeat
-_ROUNDS = 6
-
-
-def fixed_point(weights: Sequence[float]) -> np.ndarray:
-    """int64 weights that sum to `SHARES`, by largest remainder; none below 1.
-
-    Raises:
-      UserError: a weight is too small to be told from zero (1 / 4,194,304).
-    """
-    exact = np.asarray(weights, np.float64) * SHARES
-    if exact.min() < 0.5:
-        raise UserError(
-            f"a weight of {min(weights):.3g} is below the resolution of a mixture, "
-            f"{0.5 / SHARES:.3g}: leave that source out or raise its weight."
-        )
-    whole = np.maximum(np.floor(exact).astype(np.int64), 1)
-    order = np.argsort(whole - exact, kind="stable")  # largest remainder first
-    # `whole` may exceed the sum by the few weights that were lifted to 1: those are last in this
-    # order.
-    missing = SHARES - int(whole.sum())
-    if missing >= 0:
-        whole[order[:missing]] += 1
-    else:
-        whole[np.argmax(whole)] += missing
-    return whole
-
-
-def rows_before_blocks(shares: np.ndarray) -> np.ndarray:
-    """How many rows each source gives before each block of a period.
-
-    Entry [b, s] is within one row of the exact `b * BLOCK * share`, rows of the table sum to `b *
-    BLOCK` and columns never fall. This is the just-in-time sequencing problem (Steiner and Yeomans
-    1993); block by block, the rows that are not yet due go to the sources whose next row falls due
-    first.
-
-    Args:
-      shares: int64 [sources], summing to `SHARES`.
-
-    Returns:
-      int64 [PERIOD + 1, sources].
-    """
-    table = np.zeros((PERIOD + 1, len(shares)), np.int64)
-    for block in range(1, PERIOD + 1):
-        due = block * BLOCK * shares  # in units of 1 / SHARES of a row
-        count = np.maximum(table[block - 1], due // SHARES)
-        room = -(-due // SHARES) - count  # up to the share rounded up
-        spare = block * BLOCK - int(count.sum())
-        # The next row, number `count + 1`, must have been given when its share is reached.
-        deadline = np.where(room > 0, ((count + 1) * SHARES - 1) // shares, np.iinfo(np.int64).max)
-        count[np.argsort(deadline, kind="stable")[:spare]] += 1
-        table[block] = count
-    return table
-
-
-def permute(index: npt.ArrayLike, size: npt.ArrayLike, key: npt.ArrayLike) -> np.ndarray:
-    """A pseudo-random permutation of `range(size)`, evaluated at `index`; all arguments broadcast.
-
-    A Feistel network over the smallest 2k-bit square that holds `size`, walked until it falls
-    inside (Black and Rogaway 2002); on average fewer than four walks.
-
-    Args:
-      index: int64, in [0, size).
-      size: int64, at most 2**40.
-      key: uint64; another key, another permutation.
-    """
-    index, size, key = np.broadcast_arrays(
-        np.asarray(index, np.uint64), np.asarray(size, np.uint64), np.asarray(key, np.uint64)
-    )
-    half = np.zeros(size.shape, np.uint64)
-    while (short := (np.uint64(1) << (np.uint64(2) * half)) < size).any():
-        half = half + short.astype(np.uint64)
-    out = index.copy()
-    todo = np.ones(out.shape, bool)
-    while todo.any():
-        out[todo] = _feistel(out[todo], half[todo], key[todo])
-        todo &= out >= size
-    return out.astype(np.int64)
-
-
-def _feistel(x: np.ndarray, half: np.ndarray, key: np.ndarray) -> np.ndarray:
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = x >> half, x & mask
-    for round_ in range(_ROUNDS):
-        left, right = right, left ^ (_hash(right, key, round_) & mask)
-    return (left << half) | right
-
-
-def _hash(x: np.ndarray, key: np.ndarray | np.uint64, round_: int) -> np.ndarray:
-    """The finaliser of SplitMix64, keyed; wraps modulo 2**64."""
-    z = x + key + np.uint64((0x9E3779B97F4A7C15 * (round_ + 1)) & 0xFFFFFFFFFFFFFFFF)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def _key(*parts: Any) -> np.uint64:
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return np.uint64(int.from_bytes(digest[:8], "little"))
+PERIOD = SHARES // BLOCK  # blocks after which constant shares repeat
+RAMP_PERIODS = 256  # at least, into which a ramp is cut
+ENDLESS = 1 << 62
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +41,255 @@ class Located:
     source: np.ndarray  # index into the plan's sources
     epoch: np.ndarray  # how often that source has been read whole before
     row: np.ndarray  # row of that source's training split
+
+
+class Readable(Protocol):
+    """Rows of one source by number: see `rows.Rows`."""
+
+    @property
+    def retries(self) -> int:
+        """How often a read failed and was tried again."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """int64 [n] -> int32 [n, row_length + 1]."""
+
+
+class _Stage:
+    """How many rows of each source stand before each block of a stage."""
+
+    def __init__(
+        self, number: int, first: int, rows: int, begin: np.ndarray, end: np.ndarray, seed: int
+    ) -> None:
+        """A stage of `rows` rows from row `first` of the stream on, its shares from `begin` to `end`."""
+        self.first, self.rows = first, rows
+        self._key = key_of("block", seed, number)
+        start, stop = fixed_point(begin), fixed_point(end)
+        if (begin == end).all():
+            self._constant: np.ndarray | None = start
+            self.period = PERIOD
+            return
+        self._constant, blocks = None, -(-rows // BLOCK)
+        self.period = 1
+        while self.period < PERIOD and blocks // (2 * self.period) >= RAMP_PERIODS:
+            self.period *= 2
+        # Over `periods` periods the weight goes from `start` to `stop`; the sum of the first j of
+        # them is exact in integers.
+        periods = -(-blocks // self.period)
+        j = np.arange(periods + 1)[:, None]
+        due = start * (2 * periods * j - j * j) + stop * j * j
+        self._borders = just_in_time(due, 2 * periods * (PERIOD // self.period))
+
+    def before(self, period: int) -> np.ndarray:
+        """int64 [sources]: rows given before a period."""
+        if self._constant is not None:
+            return period * self._constant
+        return self._borders[period]
+
+    def period_of(self, source: int, number: int) -> int:
+        """The period that holds the `number`-th row which a source gives in this stage."""
+        if self._constant is not None:
+            return number // int(self._constant[source])
+        return int(np.searchsorted(self._borders[:, source], number, side="right")) - 1
+
+    def table(self, period: int) -> np.ndarray:
+        """int64 [blocks + 1, sources]: rows given before each block of a period, from its begin."""
+        shares = self.before(period + 1) - self.before(period)
+        return _table(shares.tobytes(), self.period)
+
+    def block(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What a block is made of.
+
+        Returns:
+          int64 [BLOCK] source of each row; int64 [BLOCK] how many rows of its source stand before
+          it in this stage; int64 [sources] rows that each source has given at the block's begin.
+        """
+        period, at = divmod(block, self.period)
+        table = self.table(period)
+        before = self.before(period) + table[at]
+        key, given = int(mixed(block, self._key)), table[at + 1] - table[at]
+        source, rank = _shuffled(key, given.tobytes())
+        return source, before[source] + rank, before
+
+
+@functools.lru_cache(maxsize=256)
+def _table(shares: bytes, blocks: int) -> np.ndarray:
+    """Cached, because a constant stage has one table for all its periods; 100 KB for 14 sources."""
+    due = np.arange(blocks + 1)[:, None] * np.frombuffer(shares, np.int64)
+    return just_in_time(due, blocks)
+
+
+@functools.lru_cache(maxsize=64)
+def _shuffled(key: int, given: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Sources of the rows of a block in the order of a key, and the rank of each among its source's.
+
+    A source's rows come in their order, so that a stage may end anywhere inside a block without
+    leaving any of them out.
+    """
+    counts = np.frombuffer(given, np.int64)
+    place = permute(np.arange(BLOCK), BLOCK, np.uint64(key))
+    source = np.repeat(np.arange(len(counts)), counts)[place]
+    rank = np.empty(BLOCK, np.int64)
+    rank[np.argsort(source, kind="stable")] = np.arange(BLOCK)
+    return source, rank - (np.cumsum(counts) - counts)[source]
+
+
+class Mixture:
+    """The rows of a plan in the order of training: random access, picklable, no state."""
+
+    def __init__(self, plan: Plan, row_length: int, sources: Sequence[Readable]) -> None:
+        """Opens a mixture.
+
+        Args:
+          plan: sources, stages, seed, skips.
+          row_length: trained tokens per row.
+          sources: the training rows of each source of the plan, in its order.
+
+        Raises:
+          UserError: a weight is too small, or a skip is of rows of another length.
+        """
+        self.plan, self.row_length = plan, row_length
+        self.sources = tuple(sources)
+        self._lengths = np.array([len(rows) for rows in self.sources], np.int64)
+        self._source_keys = np.array([_source_key(plan, name) for name in plan.names])
+        for skip in plan.skips:
+            if skip.row_length != row_length:
+                raise UserError(
+                    f"the plan in {plan.directory} skips rows of {skip.row_length} tokens, the run has "
+                    f"rows of {row_length}: its skips are of another run; remove them in a copy."
+                )
+        # Skips in rows of the run and of the stream: run row i is stream row i + rows left out.
+        skipped = np.cumsum([0, *(skip.rows for skip in plan.skips)])
+        self._skip_at = np.array([skip.at_row for skip in plan.skips], np.int64)
+        self._skipped = skipped.astype(np.int64)
+        self._stages: list[_Stage] = []
+        given = [np.zeros(len(self.sources), np.int64)]
+        tokens = 0
+        for number, (stage, begin, end) in enumerate(zip(plan.stages, *plan.weights, strict=True)):
+            first = tokens // row_length
+            tokens = ENDLESS if stage.tokens is None else tokens + stage.tokens
+            rows = (tokens if tokens == ENDLESS else tokens // row_length) - first
+            self._stages.append(_Stage(number, first, rows, begin, end, plan.seed))
+            if stage.tokens is not None:
+                given.append(given[-1] + self._given_in(self._stages[-1], rows))
+        self._given = given  # rows that the stages before each have given
+        self._firsts = np.array([stage.first for stage in self._stages])
+        self._end = self._stages[-1].first + self._stages[-1].rows
+
+    def __len__(self) -> int:
+        """Rows of the run, very many if its last stage has no end."""
+        return self._end - int(self._skipped[-1])
+
+    def stage(self, index: int) -> int:
+        """Which of the plan's stages a row of the run belongs to."""
+        stream = self._stream_index(np.array([index]))
+        return int(np.searchsorted(self._firsts, stream, side="right")[0]) - 1
+
+    def locate(self, index: np.ndarray) -> Located:
+        """Source, epoch and row of the run's rows `index` (int64 [n])."""
+        index = self._stream_index(np.asarray(index, np.int64))
+        source, number = np.empty_like(index), np.empty_like(index)
+        of_stage = np.searchsorted(self._firsts, index, side="right") - 1
+        for s in np.unique(of_stage):
+            stage, mine = self._stages[s], np.flatnonzero(of_stage == s)
+            block, inside = np.divmod(index[mine] - stage.first, BLOCK)
+            for b in np.unique(block):
+                here = block == b
+                of_block, number_of_block, _ = stage.block(int(b))
+                source[mine[here]] = found = of_block[inside[here]]
+                number[mine[here]] = self._given[s][found] + number_of_block[inside[here]]
+        return Located(source, *_order(number, self._lengths[source], self._source_keys[source]))
+
+    def occurrences(self, source: int, row: int, rows: int) -> list[tuple[int, int]]:
+        """Where a row of a source comes among the first `rows` rows of the run: (index, epoch)s."""
+        return sorted(self._occurrences(source, row, rows))
+
+    def _occurrences(self, source: int, row: int, rows: int) -> Iterator[tuple[int, int]]:
+        length, key = int(self._lengths[source]), self._source_keys[source]
+        total = int(self.given(rows)[source] + self._left_out(rows)[source])
+        for epoch in range(-(-total // length)):
+            position = permute(row, length, _epoch_key(np.int64(epoch), key), inverse=True)
+            number = epoch * length + int(position)
+            if number >= total:
+                continue
+            s = max(k for k, given in enumerate(self._given) if given[source] <= number)
+            stage, number = self._stages[s], number - int(self._given[s][source])
+            period = stage.period_of(source, number)
+            given = stage.table(period)[:, source] + stage.before(period)[source]
+            block = period * stage.period + int(np.searchsorted(given, number, side="right")) - 1
+            of_block, numbers, _ = stage.block(block)
+            inside = int(np.flatnonzero((of_block == source) & (numbers == number))[0])
+            index = self._run_index(stage.first + block * BLOCK + inside)
+            if index is not None and index < rows:
+                yield index, epoch
+
+    def given(self, rows: int) -> np.ndarray:
+        """int64 [sources]: how many rows each source has given to the first `rows` rows of the run."""
+        stream = int(self._stream_index(np.array([rows - 1]))[0]) + 1 if rows else 0
+        return self._given_to_stream(stream) - self._left_out(rows)
+
+    def _left_out(self, rows: int) -> np.ndarray:
+        """int64 [sources]: rows that skips among the first `rows` rows of the run have left out."""
+        found = np.zeros(len(self.sources), np.int64)
+        for skip, skipped in zip(self.plan.skips, self._skipped, strict=False):
+            if skip.at_row < rows:
+                first = skip.at_row + int(skipped)
+                found += self._given_to_stream(first + skip.rows) - self._given_to_stream(first)
+        return found
+
+    def _given_to_stream(self, rows: int) -> np.ndarray:
+        if not rows:
+            return np.zeros(len(self.sources), np.int64)
+        s = int(np.searchsorted(self._firsts, rows - 1, side="right")) - 1
+        return self._given[s] + self._given_in(self._stages[s], rows - self._stages[s].first)
+
+    def _given_in(self, stage: _Stage, rows: int) -> np.ndarray:
+        """int64 [sources]: what a stage's first rows are made of."""
+        block, last = divmod(rows - 1, BLOCK)
+        source, _, given = stage.block(block)
+        return given + np.bincount(source[: last + 1], minlength=len(given))
+
+    def _stream_index(self, index: np.ndarray) -> np.ndarray:
+        return index + self._skipped[np.searchsorted(self._skip_at, index, side="right")]
+
+    def _run_index(self, stream: int) -> int | None:
+        """The row of the run that a row of the stream is, None if it is left out."""
+        for at, skipped in zip([*self._skip_at.tolist(), ENDLESS], self._skipped, strict=True):
+            index = stream - int(skipped)
+            if index < at:
+                return index if self._stream_index(np.array([index]))[0] == stream else None
+        return None
+
+    def read(self, index: np.ndarray, readers: int = 0) -> dict[str, np.ndarray]:
+        """Rows `index` of the run: `tokens` int32 [n, row_length + 1] and `source` int32 [n].
+
+        So many threads as `readers` read a row each at a time, which hides how long distant ones take
+        to come; without them all rows of a source are one read.
+        """
+        at = self.locate(index)
+        tokens = np.empty((len(index), self.row_length + 1), np.int32)
+
+        def fill(source: int, here: np.ndarray) -> None:
+            tokens[here] = self.sources[source].read(at.row[here])
+
+        if readers:
+            list(_threads(readers).map(fill, at.source, np.arange(len(index))[:, None]))
+        else:
+            for s in np.unique(at.source):
+                fill(s, at.source == s)
+        return {"tokens": tokens, "source": at.source.astype(np.int32)}
+
+    def __getitem__(self, i: SupportsIndex) -> dict[str, np.ndarray]:
+        """Row `i` of the run."""
+        return {name: rows[0] for name, rows in self.read(np.array([int(i)])).items()}
+
+
+@functools.cache
+def _threads(readers: int) -> ThreadPoolExecutor:
+    """Of this process, for all that is read in it."""
+    return ThreadPoolExecutor(readers, "reader")
 
 
 def first_rows(plan: Plan, source: str, length: int, count: int) -> np.ndarray:
@@ -150,7 +305,11 @@ def first_rows(plan: Plan, source: str, length: int, count: int) -> np.ndarray:
 
 
 def _source_key(plan: Plan, source: str) -> np.uint64:
-    return _key("rows", plan.seed, source)
+    return key_of("rows", plan.seed, source)
+
+
+def _epoch_key(epoch: np.ndarray | np.int64, key: np.ndarray | np.uint64) -> np.ndarray:
+    return mixed(epoch.astype(np.uint64), key, 1)
 
 
 def _order(
@@ -158,74 +317,22 @@ def _order(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Epoch and row of the `number`-th row that a source gives; each epoch in an order of its own."""
     epoch, position = np.divmod(number, length)
-    return epoch, permute(position, length, _hash(epoch.astype(np.uint64), key, 1))
-
-
-class Mixture:
-    """The rows of a plan in the order of training: random access, picklable, no state."""
-
-    def __init__(self, plan: Plan, sources: Sequence[Rows]) -> None:
-        """Opens a mixture.
-
-        Args:
-          plan: sources, weights, seed.
-          sources: the training rows of each source of the plan, in its order.
-        """
-        self.plan = plan
-        self.sources = tuple(sources)
-        self._lengths = np.array([len(rows) for rows in self.sources], np.int64)
-        shares = fixed_point([source.weight for source in plan.sources])
-        self._before = rows_before_blocks(shares)
-        self._block_key = _key("block", plan.seed)
-        self._source_keys = np.array([_source_key(plan, name) for name in plan.names])
-
-    def locate(self, index: np.ndarray) -> Located:
-        """Source, epoch and row of the stream's rows `index` (int64 [n])."""
-        index = np.asarray(index, np.int64)
-        period, block = np.divmod(index // BLOCK, PERIOD)
-        block_key = _hash((index // BLOCK).astype(np.uint64), self._block_key, 0)
-        place = permute(index % BLOCK, BLOCK, block_key)
-        # Inside a block, places are laid out source after source; the permutation has shuffled
-        # them.
-        given = self._before[block + 1] - self._before[block]
-        ends = np.cumsum(given, axis=1)
-        source = (place[:, None] >= ends).sum(axis=1)
-        picked = np.arange(len(index)), source
-        rank = place - (ends - given)[picked]
-        number = period * self._before[-1][source] + self._before[block, source] + rank
-        return Located(source, *_order(number, self._lengths[source], self._source_keys[source]))
-
-    def read(self, index: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows `index` of the stream: `tokens` int32 [n, row_length + 1] and `source` int32 [n]."""
-        at = self.locate(index)
-        tokens = np.empty((len(index), self.plan.row_length + 1), np.int32)
-        for s in np.unique(at.source):
-            here = at.source == s
-            tokens[here] = self.sources[s].read(at.row[here])
-        return {"tokens": tokens, "source": at.source.astype(np.int32)}
-
-    def __getitem__(self, i: SupportsIndex) -> dict[str, np.ndarray]:
-        """Row `i` of the stream."""
-        return {name: rows[0] for name, rows in self.read(np.array([int(i)])).items()}
+    return epoch, permute(position, length, _epoch_key(epoch, key))
 
 
 def open_mixture(plan: Plan, row_length: int, vocab_size: int) -> Mixture:
     """Opens and checks the sources of a plan.
 
     Raises:
-      UserError: a source is missing, incomplete or truncated, was tokenized by another tokenizer,
-        its rows have another length than the run's, or more tokens than the model.
+      UserError: a source is missing, incomplete or truncated, is not what the plan says, was
+        tokenized by another tokenizer, cannot give rows of that length, or has more tokens than the
+        model.
     """
-    if plan.row_length != row_length:
-        raise UserError(
-            f"the plan in {plan.directory} has rows of {plan.row_length} tokens, the run wants "
-            f"config.row_length={row_length}: set that key, or prepare the data with that length."
-        )
-    sources = open_split(plan, "train", vocab_size)
-    return Mixture(plan, [sources[i] for i in range(len(plan.sources))])
+    sources = open_split(plan, "train", row_length, vocab_size)
+    return Mixture(plan, row_length, [sources[i] for i in range(len(plan.sources))])
 
 
-def open_split(plan: Plan, split: str, vocab_size: int) -> dict[int, Rows]:
+def open_split(plan: Plan, split: str, row_length: int, vocab_size: int) -> dict[int, Contexts]:
     """One split of the sources that have it, by number, checked against plan and vocabulary.
 
     Every source has rows to train on; a held-out part is the choice of who prepared it.
@@ -242,26 +349,63 @@ def open_split(plan: Plan, split: str, vocab_size: int) -> dict[int, Rows]:
                 f"{where} was tokenized by another tokenizer ({info.tokenizer[:12]}) than the plan's "
                 f"({plan.tokenizer[:12]}): prepare it again with the plan's {plan.tokenizer_path}."
             )
-        if info.row_length != plan.row_length:
+        if source.rows not in (None, info.splits["train"].rows):
             raise UserError(
-                f"{where} has rows of {info.row_length} tokens, the plan says {plan.row_length}: "
-                "prepare it again with that row length."
+                f"{where} has {info.splits['train'].rows:,} rows to train on, the plan says "
+                f"{source.rows:,}: it was prepared again. Put it back, or write a new plan."
             )
         if info.vocab_size > vocab_size:
             raise UserError(
                 f"{where} has a vocabulary of {info.vocab_size} pieces, the model one of only "
                 f"{vocab_size}: set config.model.vocab_size={info.vocab_size} or more."
             )
-        if split in info.splits or split == "train":
-            opened[number] = open_rows(path, split)
+        if split not in info.splits and split != "train":
+            continue
+        rows = Contexts(open_rows(path, split), row_length)
+        if len(rows):
+            opened[number] = rows
+        elif split == "train":
+            raise UserError(
+                f"{where} has {info.splits['train'].rows:,} rows of {info.row_length} tokens, too few "
+                f"for one of {row_length}: leave it out, or lower config.row_length."
+            )
     return opened
+
+
+def check_length(mixture: Mixture, rows: int) -> None:
+    """A run must not be longer than its plan.
+
+    Raises:
+      UserError: it is.
+    """
+    if rows > len(mixture):
+        raise UserError(
+            f"the run wants {rows:,} rows of {mixture.row_length} tokens, the plan in "
+            f"{mixture.plan.directory} ends after {len(mixture):,}: lower config.steps, or give its "
+            "last stage more tokens (null: no end)."
+        )
+
+
+def consumed(mixture: Mixture, rows: int) -> dict[str, Any]:
+    """For the record, when `rows` rows of the run are consumed.
+
+    Returns:
+      `stage`: that of the last of them; `epochs/<source>`: how often each source has been read;
+      `read_retries`: reads of this process that had to be tried again.
+    """
+    epochs = mixture.given(rows) / np.array([len(source) for source in mixture.sources])
+    found = {f"epochs/{n}": float(e) for n, e in zip(mixture.plan.names, epochs, strict=True)}
+    retries = sum(source.retries for source in mixture.sources)
+    return {"stage": mixture.stage(rows - 1), "read_retries": retries, **found}
 
 
 class _Parts:
     """Element `k` is this process's part of global batch `k` after the `start` rows already consumed."""
 
-    def __init__(self, mixture: Mixture, start: int, global_batch: int, part: slice) -> None:
-        self._mixture, self._part = mixture, part
+    def __init__(
+        self, mixture: Mixture, start: int, global_batch: int, part: slice, readers: int
+    ) -> None:
+        self._mixture, self._part, self._readers = mixture, part, readers
         self._start, self._global_batch = start, global_batch
 
     def __len__(self) -> int:
@@ -269,7 +413,8 @@ class _Parts:
 
     def __getitem__(self, k: SupportsIndex) -> dict[str, np.ndarray]:
         first = self._start + int(k) * self._global_batch
-        return self._mixture.read(np.arange(first, first + self._global_batch)[self._part])
+        index = np.arange(first, first + self._global_batch)[self._part]
+        return self._mixture.read(index, self._readers)
 
 
 def batches(
@@ -279,6 +424,8 @@ def batches(
     process: int = 0,
     processes: int = 1,
     prefetch: int = 4,
+    readers: int = 0,
+    workers: int = 0,
 ) -> grain.DatasetIterator:
     """This process's part of each global batch, from row `start` on, read ahead by threads.
 
@@ -289,6 +436,9 @@ def batches(
       process: which part, of `processes` equal and consecutive ones.
       processes: number of parts.
       prefetch: batches read ahead.
+      readers: threads over which the rows of the batches are spread, where the files are far away;
+        0 reads them source by source, the fastest where they are near.
+      workers: processes that read, each with threads of its own; 0 for none. They change no row.
 
     Returns:
       An endless iterator over {"tokens": int32 [rows, T + 1], "source": int32 [rows]}.
@@ -303,5 +453,8 @@ def batches(
     rows = global_batch // processes
     part = slice(process * rows, (process + 1) * rows)
     options = grain.ReadOptions(num_threads=min(prefetch, 4), prefetch_buffer_size=prefetch)
-    dataset = grain.MapDataset.source(_Parts(mixture, start, global_batch, part))
-    return iter(dataset.to_iter_dataset(options))
+    dataset = grain.MapDataset.source(_Parts(mixture, start, global_batch, part, readers))
+    ahead = dataset.to_iter_dataset(options)
+    if workers:
+        ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(workers, prefetch))
+    return iter(ahead)
