@@ -2,17 +2,22 @@
 
     python -m mobilellm_jax.prepare --embedded --out=DIR
     python -m mobilellm_jax.prepare --source=web='crawl/*.parquet' --source=code='**/*.py' --out=DIR
+    python -m mobilellm_jax.prepare --chat=tulu='tulu/*.parquet' --tokenizer=llama3/ --out=DIR
 
 writes the tokenizer (DIR/tokenizer.model, or tokenizer.json where such a one is given), one
-directory of rows per source (a TFDS dataset in ArrayRecord) and DIR/mixture.json, which names them
-with their weights. Files of JSON lines (.jsonl, .jsonl.gz),
-Parquet and plain text (one document a file) are read; nothing has to fit into memory.
+directory of rows per source (a TFDS dataset in ArrayRecord, with a record of which documents its
+rows hold) and DIR/mixture.json, which names them with their weights. Files of JSON lines (.jsonl,
+.jsonl.gz, .jsonl.zst), Parquet and plain text (one document a file) and TFDS datasets are read;
+nothing has to fit into memory. --chat reads conversations, of which only what the assistant says is
+trained on. docs/preparing.md tells of them, of large corpora and of clusters.
 
 Run again with the same options, it keeps what is complete and goes on where it was interrupted. It
 never overwrites: what was made with other options is refused, and a plan that gets new weights is
 kept beside.
 """
 
+import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -27,13 +32,17 @@ from etils import epath
 
 import mobilellm_jax
 from mobilellm_jax import cli
+from mobilellm_jax.data import on_beam, parts, rows
 from mobilellm_jax.data import plan as plans
-from mobilellm_jax.data import rows
+from mobilellm_jax.data.chat import ConversationEncoder, EncodeChats, read_template
+from mobilellm_jax.data.chat_corpus import TOO_LONG, ChatCorpus
 from mobilellm_jax.data.corpora import Corpus, FileCorpus
 from mobilellm_jax.data.embedded import embedded_corpora
-from mobilellm_jax.data.encoding import Encoder, packed
-from mobilellm_jax.data.packing import PACKERS
+from mobilellm_jax.data.encoding import Encode, Workers, encode_texts
+from mobilellm_jax.data.packing import TEXT_PACKERS
 from mobilellm_jax.data.sentencepiece_tokenizer import train_tokenizer
+from mobilellm_jax.data.shards import SourceWriter
+from mobilellm_jax.data.tfds_corpus import PREFIX, TfdsCorpus
 from mobilellm_jax.data.tokenizers import Tokenizer, file_of
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.tables import aligned
@@ -48,10 +57,12 @@ def prepare(
     *,
     vocab_size: int = 32_000,
     tokenizer: epath.PathLike | None = None,
+    chat_template: str | None = None,
     packing: str = "concat",
     weights: Mapping[str, float] | None = None,
     seed: int | None = None,
     workers: int | None = None,
+    beam: Sequence[str] | None = None,
 ) -> plans.Plan:
     """Tokenizes, packs and stores corpora and writes the plan over them.
 
@@ -61,11 +72,13 @@ def prepare(
       row_length: targets per row; a row holds one token more.
       vocab_size: pieces of the tokenizer to train; ignored if `tokenizer` is given.
       tokenizer: what to use instead of a trained one; see `Tokenizer.load`.
-      packing: `concat` or `best_fit`, see `data/packing.py`.
+      chat_template: what the tokenizer gets instead of the one it has, if any; Jinja.
+      packing: `concat` or `best_fit`, see `data/packing.py`; conversations are always packed whole.
       weights: share of every source in the mixture; in proportion to its training tokens by
         default. A source of weight 0 is prepared and left out of the plan.
       seed: order of the rows in the mixture, 0 in a new plan.
-      workers: processes that tokenize; the result does not depend on it.
+      workers: processes on this machine; the result does not depend on it.
+      beam: options of an Apache Beam pipeline that does the work instead, see `data/on_beam.py`.
 
     Returns:
       The plan, as DIR/mixture.json has it.
@@ -78,38 +91,66 @@ def prepare(
     _check_request(names, row_length, packing, weights)
     inputs = {corpus.name: corpus.fingerprint for corpus in corpora}
     out.mkdir(parents=True, exist_ok=True)
-    model = _tokenizer(corpora, inputs, out, vocab_size, tokenizer)
+    model = _tokenizer(corpora, inputs, out, vocab_size, tokenizer, chat_template)
+    chats = {corpus.name: corpus for corpus in corpora if isinstance(corpus, ChatCorpus)}
     settings = {
         name: {
             "row_length": row_length,
-            "packing": packing,
+            "packing": "whole" if name in chats else packing,
             "tokenizer": model.fingerprint,
             "inputs": inputs[name],
+            **({"chat_template": _template_hash(model)} if name in chats else {}),
         }
         for name in names
     }
     complete = {name for name in names if _is_complete(out / name, settings[name])}
-    existing = _existing_plan(out, row_length, model)
-    with Encoder(workers or os.cpu_count() or 1, out / model.FILE) as encoder:
-        for corpus in corpora:
-            if corpus.name in complete:
-                print(f"{corpus.name}: complete, kept as it is.", flush=True)
-                continue
-            info = rows.SourceInfo(
-                name=corpus.name,
-                path="",
-                row_length=row_length,
-                vocab_size=model.vocab_size,
-                bos_id=model.bos_id,
-                tokenizer=model.fingerprint,
-                packing=packing,
-                splits={},
-            )
-            batches = packed(corpus, encoder, model, row_length, packing)
-            rows.write_source(out / corpus.name, info, settings[corpus.name], batches)
+    existing = _existing_plan(out, model)
+    writers = {}
+    for name in names:
+        if name in complete:
+            print(f"{name}: complete, kept as it is.", flush=True)
+            continue
+        info = rows.SourceInfo(
+            name=name,
+            path="",
+            row_length=row_length,
+            vocab_size=model.vocab_size,
+            bos_id=model.bos_id,
+            tokenizer=model.fingerprint,
+            packing="whole" if name in chats else packing,
+            splits={},
+            kind="chat" if name in chats else "text",
+        )
+        writers[name] = SourceWriter(str(out / name), info, settings[name])
+        writers[name].begin()
+    encode: dict[str, Encode] = {
+        name: EncodeChats(row_length, drop_long=chat.too_long == "drop")
+        for name, chat in chats.items()
+    }
+    jobs = {
+        corpus.name: parts.jobs_of(
+            corpus,
+            writers[corpus.name],
+            str(out / model.FILE),
+            encode.get(corpus.name, encode_texts),
+        )
+        for corpus in corpora
+        if corpus.name in writers
+    }
+    if beam is not None:
+        on_beam.prepare_parts([job for some in jobs.values() for job in some], beam)
+    with Workers(workers or os.cpu_count() or 1) as processes:
+        for name, writer in writers.items():
+            if beam is None:
+                parts.prepare_parts(name, jobs[name], processes)
+            writer.commit(len(jobs[name]))
     infos = [rows.read_info(out / name) for name in names]
     print(_table(infos), flush=True)
-    return _write_plan(out, infos, model, row_length, weights, seed, existing)
+    for info in infos:
+        if info.notes:
+            told = ", ".join(f"{count:,} {note}" for note, count in info.notes.items())
+            print(f"{info.name}: of its conversations, {told}.", flush=True)
+    return _write_plan(out, infos, model, weights, seed, existing)
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -130,6 +171,22 @@ def parse_weights(text: str) -> dict[str, float]:
     return weights
 
 
+def parse_share(text: str) -> float:
+    """`0.1%` or `0.001` as a number.
+
+    Raises:
+      UserError: it is neither, or not above 0 and at most 100 %.
+    """
+    number, percent, rest = text.partition("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = 0.0
+    if rest or not 0 < share <= 1:
+        raise UserError(f"--sample={text} is no share: give 0.1% or 0.001, at most 100%.")
+    return share
+
+
 # What is asked for, and what is there already.
 
 
@@ -137,7 +194,9 @@ def _check_request(
     names: Sequence[str], row_length: int, packing: str, weights: Mapping[str, float] | None
 ) -> None:
     if not names:
-        raise UserError("there is nothing to prepare: give --embedded or --source=name=PATTERN.")
+        raise UserError(
+            "there is nothing to prepare: give --embedded, --source=name=PATTERN or --chat=name=PATTERN."
+        )
     for name in names:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise UserError(f"a source cannot be called {name!r}: use a-z, digits and underscores.")
@@ -145,8 +204,8 @@ def _check_request(
         raise UserError(f"two sources have one name: {', '.join(names)}.")
     if row_length < 2:
         raise UserError(f"row_length must be at least 2, not {row_length}.")
-    if packing not in PACKERS:
-        raise UserError(f"packing is {' or '.join(PACKERS)}, not {packing!r}.")
+    if packing not in TEXT_PACKERS:
+        raise UserError(f"packing is {' or '.join(TEXT_PACKERS)}, not {packing!r}.")
     if weights is None:
         return
     if set(weights) != set(names):
@@ -171,6 +230,7 @@ def _tokenizer(
     out: epath.Path,
     vocab_size: int,
     path: epath.PathLike | None,
+    chat_template: str | None,
 ) -> Tokenizer:
     """The tokenizer of `out`: the one that is there, if it is what is asked for, or else a new one.
 
@@ -178,12 +238,14 @@ def _tokenizer(
     """
     settings_path = out / "tokenizer.settings.json"
     given = Tokenizer.load(path) if path else None
+    settings: dict[str, Any]
     if given:
-        settings: dict[str, Any] = {"model": given.fingerprint}
-        if given.chat_template is not None:
-            settings["chat_template"] = given.chat_template
+        given = dataclasses.replace(given, chat_template=chat_template or given.chat_template)
+        chat_template, settings = given.chat_template, {"model": given.fingerprint}
     else:
         settings = {"vocab_size": vocab_size, "inputs": dict(inputs)}
+    if chat_template is not None:
+        settings["chat_template"] = chat_template
     if there := file_of(out):
         tokenizer = Tokenizer.load(there)
         if given == tokenizer:
@@ -202,6 +264,7 @@ def _tokenizer(
         print(f"tokenizer: training {vocab_size} pieces ...", file=sys.stderr, flush=True)
         texts = (text for corpus in corpora for text in corpus.sample(SAMPLE // len(corpora)))
         tokenizer = train_tokenizer(texts, vocab_size)
+        tokenizer = dataclasses.replace(tokenizer, chat_template=chat_template)
     settings_path.write_text(json.dumps(settings, indent=2) + "\n")
     tokenizer.write(out)
     seconds = time.monotonic() - start
@@ -209,6 +272,12 @@ def _tokenizer(
         f"tokenizer: {tokenizer.vocab_size} pieces in {seconds:.1f} s.", file=sys.stderr, flush=True
     )
     return tokenizer
+
+
+def _template_hash(tokenizer: Tokenizer) -> str:
+    """Of the chat template, after a look at it, for prepared conversations."""
+    ConversationEncoder(tokenizer)
+    return hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()
 
 
 def _is_complete(path: epath.Path, settings: Mapping[str, Any]) -> bool:
@@ -220,7 +289,9 @@ def _is_complete(path: epath.Path, settings: Mapping[str, Any]) -> bool:
         told = [
             f"{key} {theirs.get(key)} instead of {settings[key]}"
             if key in ("row_length", "packing")
-            else {"tokenizer": "another tokenizer", "inputs": "other input"}[key]
+            else {"tokenizer": "another tokenizer", "inputs": "other input"}.get(
+                key, "another chat template"
+            )
             for key in other
         ]
         raise UserError(
@@ -230,15 +301,15 @@ def _is_complete(path: epath.Path, settings: Mapping[str, Any]) -> bool:
     return True
 
 
-def _existing_plan(out: epath.Path, row_length: int, tokenizer: Tokenizer) -> plans.Plan | None:
+def _existing_plan(out: epath.Path, tokenizer: Tokenizer) -> plans.Plan | None:
     path = out / "mixture.json"
     if not path.exists():
         return None
     plan = plans.Plan.load(path)
-    if (plan.row_length, plan.tokenizer) != (row_length, tokenizer.fingerprint):
+    if plan.tokenizer != tokenizer.fingerprint:
         raise UserError(
-            f"{path} is the plan of rows of another length or tokenizer: delete it, or prepare "
-            "into another directory."
+            f"{path} is the plan of rows of another tokenizer: delete it, or prepare into another "
+            "directory."
         )
     return plan
 
@@ -261,7 +332,6 @@ def _write_plan(
     out: epath.Path,
     infos: Sequence[rows.SourceInfo],
     tokenizer: Tokenizer,
-    row_length: int,
     weights: Mapping[str, float] | None,
     seed: int | None,
     existing: plans.Plan | None,
@@ -269,13 +339,20 @@ def _write_plan(
     """Writes mixture.json; one that is there gives way only to what is asked for, and is kept."""
     shares = weights or {info.name: float(info.splits["train"].tokens) for info in infos}
     total = math.fsum(shares.values())
+    chosen = [info for info in infos if shares[info.name] > 0]
     plan = plans.Plan(
         sources=tuple(
-            plans.PlanSource(info.name, info.name, shares[info.name] / total)
-            for info in infos
-            if shares[info.name] > 0
+            plans.PlanSource(
+                info.name,
+                info.name,
+                rows=info.splits["train"].rows,
+                tokens=info.splits["train"].rows * info.row_length,
+            )
+            for info in chosen
         ),
-        row_length=row_length,
+        stages=(
+            plans.Stage("train", None, {info.name: shares[info.name] / total for info in chosen}),
+        ),
         tokenizer_path=tokenizer.FILE,
         tokenizer=tokenizer.fingerprint,
         seed=seed or 0,
@@ -306,45 +383,108 @@ def _write_plan(
 
 
 def _shares(plan: plans.Plan) -> str:
-    return ", ".join(f"{source.name} {source.weight:.4g}" for source in plan.sources)
+    return "; ".join(
+        ", ".join(f"{name} {weight:.4g}" for name, weight in stage.weights.items())
+        for stage in plan.stages
+    )
+
+
+def _named(text: str, flag: str) -> tuple[str, str]:
+    name, equals, where = text.partition("=")
+    if not equals:
+        raise UserError(f"--{flag}={text} is not of the form name=PATTERN.")
+    return name, where
 
 
 def main() -> None:
     """The command line around `prepare`."""
     args = flags.FLAGS
     corpora: list[Corpus] = list(embedded_corpora(args.seed or 0)) if args.embedded else []
+    share = parse_share(args.sample)
     for source in args.source:
-        name, equals, pattern = source.partition("=")
-        if not equals:
-            raise UserError(f"--source={source} is not of the form name=PATTERN.")
-        corpora.append(FileCorpus(name, pattern, args.text_key, args.heldout))
+        name, where = _named(source, "source")
+        kind = TfdsCorpus if where.startswith(PREFIX) else FileCorpus
+        where = where.removeprefix(PREFIX)
+        corpora.append(kind(name, where, args.text_key, args.heldout, args.id_key, share))
+    for source in args.chat:
+        name, where = _named(source, "chat")
+        corpora.append(
+            ChatCorpus(
+                name,
+                where,
+                args.messages_key,
+                args.heldout,
+                args.id_key,
+                share,
+                system_prompt=args.system_prompt,
+                too_long=args.too_long,
+            )
+        )
     prepare(
         corpora,
         args.out,
         args.row_length,
         vocab_size=args.vocab_size,
         tokenizer=args.tokenizer,
+        chat_template=read_template(args.chat_template) if args.chat_template else None,
         packing=args.packing,
         weights=parse_weights(args.weights) if args.weights else None,
         seed=args.seed,
         workers=args.workers,
+        beam=[f"--runner={args.beam}", *(f"--{option}" for option in args.beam_option)]
+        if args.beam
+        else None,
     )
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Directory to write into.", required=True)
     flags.DEFINE_bool("embedded", False, "Take code, prose and math from this Python installation.")
-    flags.DEFINE_multi_string("source", [], "A source of your own: name=PATTERN. May be repeated.")
-    flags.DEFINE_string("text_key", "text", "Field of JSON lines, column of Parquet files.")
+    flags.DEFINE_multi_string(
+        "source",
+        [],
+        "A source of your own: name=PATTERN, name=tfds:NAME:SPLIT or name=tfds:DIRECTORY:SPLIT. May "
+        "be repeated.",
+    )
+    flags.DEFINE_multi_string(
+        "chat", [], "Conversations of your own: name=PATTERN. May be repeated."
+    )
+    flags.DEFINE_string(
+        "messages_key", "messages", "Of --chat: field or column with the list of messages."
+    )
+    flags.DEFINE_string(
+        "system_prompt", None, "Of --chat: what conversations without a system message begin with."
+    )
+    flags.DEFINE_enum(
+        "too_long", "truncate", TOO_LONG, "What becomes of a conversation longer than a row."
+    )
+    flags.DEFINE_string(
+        "chat_template",
+        None,
+        "Chat template for the tokenizer: llama3, chatml or a file of Jinja; default: its own.",
+    )
+    flags.DEFINE_string(
+        "text_key",
+        "text",
+        "Field of JSON lines, column of Parquet files, feature of TFDS datasets; a+b joins two.",
+    )
+    flags.DEFINE_string(
+        "id_key", "id", "The same for what a document is called; it may be missing."
+    )
     flags.DEFINE_float(
         "heldout", 0.01, "Share of the documents of --source kept out of training.", 0.0, 0.5
+    )
+    flags.DEFINE_string(
+        "sample",
+        "100%",
+        "Share of the documents to read, but of --embedded: 0.1% makes a proxy corpus.",
     )
     flags.DEFINE_integer("row_length", 2048, "Targets per row: the length of context in training.")
     flags.DEFINE_integer("vocab_size", 32_000, "Pieces of the tokenizer that is trained.")
     flags.DEFINE_string(
         "tokenizer", None, "A .model of SentencePiece, a tokenizer.json, or a folder with one."
     )
-    flags.DEFINE_enum("packing", "concat", list(PACKERS), "How documents fill rows.")
+    flags.DEFINE_enum("packing", "concat", list(TEXT_PACKERS), "How documents fill rows.")
     flags.DEFINE_string(
         "weights", None, "Shares in the mixture, a=0.7,b=0.3; default: by training tokens."
     )
@@ -352,4 +492,8 @@ if __name__ == "__main__":
         "seed", None, "Order of the rows and, with --embedded, the arithmetic; default 0."
     )
     flags.DEFINE_integer("workers", None, "Processes that tokenize; default: one per core.", 1)
+    flags.DEFINE_string(
+        "beam", None, "Runner of Apache Beam that does the work instead, such as DataflowRunner."
+    )
+    flags.DEFINE_multi_string("beam_option", [], "name=value for that runner. May be repeated.")
     cli.run(main)

@@ -1,5 +1,8 @@
 """Preparation: whole, repeatable, never half-done, never overwriting."""
 
+import concurrent.futures
+import dataclasses
+import gzip
 import json
 import os
 import pathlib
@@ -15,12 +18,13 @@ import tensorflow_datasets as tfds
 import tokenizer_files
 
 from mobilellm_jax.data import encoding
-from mobilellm_jax.data.corpora import FileCorpus
+from mobilellm_jax.data.corpora import FileCorpus, documents
 from mobilellm_jax.data.embedded import SHORTEST, embedded_corpora, squeezed
 from mobilellm_jax.data.packing import counted
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.rows import open_rows, read_info
 from mobilellm_jax.data.sentencepiece_tokenizer import train_tokenizer
+from mobilellm_jax.data.shards import SourceWriter
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.prepare import parse_weights, prepare
@@ -81,7 +85,7 @@ def test_all_documents_come_back_from_the_rows(corpora, out):
         assert (info.row_length, info.vocab_size, info.bos_id) == (32, 320, 1)
         assert info.tokenizer == tokenizer.fingerprint
         for split in ("train", "heldout"):
-            expected = [d.text for d in corpus.documents() if d.split == split]
+            expected = [d.text for d in documents(corpus) if d.split == split]
             assert decoded(open_rows(info.path, split), tokenizer) == expected
             counts = info.splits[split]
             assert counts.documents == len(expected)
@@ -92,11 +96,16 @@ def test_all_documents_come_back_from_the_rows(corpora, out):
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
-def test_the_number_of_workers_does_not_matter(corpora, tmp_path, monkeypatch, packing):
+@pytest.mark.parametrize("part_size", [5_000, 1 << 20])
+def test_the_number_of_workers_does_not_matter(corpora, tmp_path, monkeypatch, packing, part_size):
+    """Neither where each takes whole parts nor where they share the chunks of one."""
     monkeypatch.setattr(encoding, "CHUNK", 3000)  # some dozen chunks
-    for workers in (1, 3):
+    corpora = [dataclasses.replace(corpus, part_size=part_size) for corpus in corpora]
+    for workers in (1, 2):
         run(corpora, tmp_path / str(workers), workers=workers, packing=packing)
-    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    shards = list((tmp_path / "1" / "a").glob("a-train.array_record-?????"))
+    assert len(shards) > 5 if part_size == 5_000 else len(shards) == 1
 
 
 def test_a_document_of_any_length_is_whole(tmp_path, out, monkeypatch):
@@ -160,7 +169,7 @@ def test_a_folder_of_the_users_is_not_touched(corpora, out):
 
 
 def test_a_tokenizer_can_be_given(corpora, out, tmp_path):
-    given = train_tokenizer((d.text for d in corpora[1].documents()), 305)
+    given = train_tokenizer((d.text for d in documents(corpora[1])), 305)
     (tmp_path / "given.model").write_bytes(given.model_bytes)
     for _ in range(2):
         plan = run(corpora, out, tokenizer=tmp_path / "given.model")
@@ -191,7 +200,7 @@ def test_a_tokenizer_of_hugging_face_can_be_given(corpora, tmp_path, kind, packi
         assert (info.vocab_size, info.bos_id) == (600, given.bos_id)
         for split in ("train", "heldout"):
             rows = open_rows(info.path, split)
-            expected = [d.text for d in corpus.documents() if d.split == split]
+            expected = [d.text for d in documents(corpus) if d.split == split]
             if packing == "concat":
                 assert decoded(rows, given) == expected
             # All tokens of a document and its end are targets, whether or not BOS is EOS.
@@ -220,44 +229,48 @@ def test_another_tokenizer_than_the_one_there_is_refused(corpora, out, tmp_path)
 
 KILLED = """
 import os, sys
-from mobilellm_jax.data import rows
+from mobilellm_jax.data import shards
 from mobilellm_jax.data.corpora import FileCorpus
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.prepare import prepare
-from mobilellm_jax.data import encoding
 
 folder, moment = sys.argv[1:]
 def die(*_, **__):
     os._exit(9)
 
-encoding.CHUNK = 2000
 if moment == "tokenizer":
     Tokenizer.write = die
 elif moment == "commit":
-    rows.tfds.core.DatasetInfo.write_dataset_info_json = die
+    shards.tfds.core.DatasetInfo.write_dataset_info_json = die
 elif moment == "plan":
     from mobilellm_jax.data.plan import Plan
     Plan.save = die
 else:
-    batches = rows._SplitWriter.add
-    left = int(moment)
-    def add(self, batch):
+    what, left = moment.split()
+    kind = shards._ShardWriter if what == "add" else shards.SourceWriter
+    usual, left = getattr(kind, what), int(left)
+    def counted(self, *arguments):
         global left
         left -= 1
         if left < 0:
             die()
-        batches(self, batch)
-    rows._SplitWriter.add = add
-corpora = [FileCorpus(name, f"{folder}/{name}.jsonl", heldout=0.1) for name in "ab"]
+        return usual(self, *arguments)
+    setattr(kind, what, counted)
+corpora = [
+    FileCorpus(name, f"{folder}/{name}.jsonl", heldout=0.1, part_size=5000) for name in "ab"
+]
 prepare(corpora, f"{folder}/out", 32, vocab_size=320, workers=1)
 """
 
+# A part is two batches and two files of each split; `a` has 17 parts, `b` 9.
+MOMENTS = ["add 0", "add 9", "_publish 1", "_publish 27", "add 80", "tokenizer", "commit", "plan"]
 
-@pytest.mark.parametrize("moment", ["tokenizer", "0", "15", "90", "commit", "plan"])
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_any_moment_it_leaves_nothing_half_and_goes_on(
     corpora, out, tmp_path, moment, monkeypatch
 ):
-    monkeypatch.setattr(encoding, "CHUNK", 2000)
+    corpora = [dataclasses.replace(corpus, part_size=5000) for corpus in corpora]
     run(corpora, tmp_path / "whole")
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path), moment], env=ENVIRONMENT, capture_output=True
@@ -272,10 +285,46 @@ def test_killed_at_any_moment_it_leaves_nothing_half_and_goes_on(
         except UserError:
             continue
         assert (stream(rows) == stream(open_rows(tmp_path / "whole" / name))).all()
-    expected = {"tokenizer": 0, "0": 0, "15": 0, "commit": 0, "90": 1, "plan": 2}
-    assert len(done) == expected[moment]
+    assert len(done) == {"add 80": 1, "plan": 2}.get(moment, 0)
+    marks = list(out.glob("?.incomplete/parts/0*.json"))
+    assert len(marks) > 5 or moment not in ("_publish 27", "commit")
+    written = []
+    usual = SourceWriter.write_part
+
+    def write_part(self, number, *arguments):
+        written.append(number)
+        return usual(self, number, *arguments)
+
+    monkeypatch.setattr(SourceWriter, "write_part", write_part)
     run(corpora, out)
+    left = sum(len(corpus.parts()) for corpus in corpora if corpus.name not in done)
+    assert len(written) == left - len(marks)
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_worker_killed_in_the_middle_is_told_and_the_rest_is_done_later(tmp_path):
+    write_corpus(tmp_path / "a.jsonl", 1, 20_000)
+    corpora = [FileCorpus("a", f"{tmp_path}/a.jsonl", part_size=100_000)]
+    run(corpora, tmp_path / "whole", tokenizer=None)
+    options = {"tokenizer": tmp_path / "whole" / "tokenizer.model", "workers": 2}
+
+    def kill():
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "out").glob("a.incomplete/parts/00002.json")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        victim = next(c for c in _children(os.getpid()) if "spawn_main" in _command(c))
+        os.kill(victim, signal.SIGKILL)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        killing = pool.submit(kill)
+        with pytest.raises(UserError, match="was killed, probably for want of memory"):
+            run(corpora, tmp_path / "out", **options)
+        killing.result()
+    assert len(list((tmp_path / "out").glob("a.incomplete/parts/0*.json"))) >= 1
+    run(corpora, tmp_path / "out", **options)
+    ours, whole = contents(tmp_path / "out" / "a"), contents(tmp_path / "whole" / "a")
+    assert ours == whole
 
 
 def test_kill_9_ends_the_processes_that_tokenize_too(tmp_path):
@@ -288,7 +337,7 @@ def test_kill_9_ends_the_processes_that_tokenize_too(tmp_path):
         command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         deadline = time.monotonic() + 60
-        while not list((tmp_path / "out").glob("a.incomplete/a-train*")):
+        while not list((tmp_path / "out").glob("a.incomplete/scratch-*/a-train*")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         children = _children(process.pid)
@@ -305,11 +354,65 @@ def _children(pid):
     return [int(c) for c in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def _command(pid):
+    return pathlib.Path(f"/proc/{pid}/cmdline").read_text()
+
+
 def _alive(pid):
     try:
         return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+# Memory.
+
+MEASURED = """
+import resource, sys
+from mobilellm_jax.data import documents
+from mobilellm_jax.data.corpora import FileCorpus
+from mobilellm_jax.prepare import prepare
+
+pattern, out, tokenizer, packing, workers = sys.argv[1:]
+documents.ROW_GROUP = 2000  # of which one is in memory; that it is full must not look like growth
+if __name__ == "__main__":
+    corpus = FileCorpus("a", pattern, part_size=4 << 20)
+    prepare([corpus], out, 256, tokenizer=tokenizer, packing=packing, workers=int(workers))
+    # Unlike getrusage, the kernel's high-water mark does not count who started this process.
+    own = open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]
+    workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    print("PEAK", int(own) // 1024, workers // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "packing", "workers"),
+    [("jsonl", "best_fit", 1), ("jsonl", "concat", 2), ("jsonl.gz", "concat", 2)],
+)
+def test_a_larger_corpus_takes_no_more_memory(tmp_path, kind, packing, workers):
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 9))) for _ in range(5000)]
+    texts = [" ".join(rng.choices(words, k=rng.randint(1, 600))) for _ in range(8000)]
+    train_tokenizer(texts[:200], 1000).write(tmp_path)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    (tmp_path / "measured.py").write_text(MEASURED)
+    peaks = {}
+    for times in (1, 4):  # 16 and 64 MB
+        file = tmp_path / f"{times}.{kind}"
+        file.write_bytes(gzip.compress(times * lines, 1) if kind.endswith("gz") else times * lines)
+        command = (sys.executable, "measured.py", file, f"out{times}", tmp_path / "tokenizer.model")
+        done = subprocess.run(
+            [*map(str, command), packing, str(workers)],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        peaks[times] = [int(peak) for peak in done.stdout.split("PEAK")[1].split()]
+    for one, four in zip(peaks[1], peaks[4], strict=True):
+        assert four < one + 32, peaks  # MiB; there are 48 MB more text
 
 
 # The plan.
@@ -318,7 +421,8 @@ def _alive(pid):
 def test_weights_are_by_tokens_unless_given(corpora, out, capsys):
     plan = run(corpora, out)
     tokens = [read_info(out / name).splits["train"].tokens for name in "ab"]
-    assert [s.weight for s in plan.sources] == pytest.approx(np.array(tokens) / sum(tokens))
+    shares = np.array(tokens) / sum(tokens)
+    assert list(plan.stages[0].weights.values()) == pytest.approx(shares)
     edited = plan.hash
     # Asked for again without weights, a plan is kept whatever a user has made of it.
     text = (out / "mixture.json").read_text().replace('"seed": 0', '"seed": 7')
@@ -327,7 +431,7 @@ def test_weights_are_by_tokens_unless_given(corpora, out, capsys):
     assert (out / "mixture.json").read_text() == text
     # With weights it gives way, and lies beside.
     plan = run(corpora, out, weights={"a": 0.25, "b": 0.75})
-    assert [s.weight for s in Plan.load(out / "mixture.json").sources] == [0.25, 0.75]
+    assert Plan.load(out / "mixture.json").stages[0].weights == {"a": 0.25, "b": 0.75}
     (kept,) = out.glob("mixture.*.json")
     assert Plan.load(kept).seed == 7 and kept.name in capsys.readouterr().out
     assert plan.hash != edited and plan.seed == 0
@@ -342,11 +446,11 @@ def test_a_source_of_weight_zero_is_not_in_the_plan(corpora, out):
     assert len(open_rows(out / "b"))
 
 
-def test_the_plan_of_other_rows_is_refused(corpora, out):
-    run(corpora, out)
-    text = (out / "mixture.json").read_text().replace('"row_length": 32', '"row_length": 64')
+def test_the_plan_of_another_tokenizer_is_refused(corpora, out):
+    fingerprint = run(corpora, out).tokenizer
+    text = (out / "mixture.json").read_text().replace(fingerprint, "f" * 64)
     (out / "mixture.json").write_text(text)
-    with pytest.raises(UserError, match="rows of another length or tokenizer"):
+    with pytest.raises(UserError, match="rows of another tokenizer"):
         run(corpora, out)
     assert (out / "mixture.json").read_text() == text
 
@@ -369,7 +473,7 @@ def test_bad_weights_are_told_before_any_work(corpora, out, weights, message):
 
 def test_almost_one_is_renormalised_and_said(corpora, out, capsys):
     plan = run(corpora, out, weights={"a": 0.4004, "b": 0.6})
-    assert sum(s.weight for s in plan.sources) == pytest.approx(1, abs=1e-12)
+    assert sum(plan.stages[0].weights.values()) == pytest.approx(1, abs=1e-12)
     assert "1.0004; they are renormalised" in capsys.readouterr().out
 
 
@@ -439,7 +543,7 @@ def test_no_training_row_holds_a_heldout_docstring(tmp_path):
         corpus.name: decoded(open_rows(tmp_path / corpus.name), tokenizer) for corpus in corpora
     }
     for corpus in corpora:
-        assert training[corpus.name] == [d.text for d in corpus.documents() if d.split == "train"]
+        assert training[corpus.name] == [d.text for d in documents(corpus) if d.split == "train"]
     everything = squeezed("\n".join(text for texts in training.values() for text in texts))
     heldout = decoded(open_rows(tmp_path / "prose", "heldout"), tokenizer)
     docstrings = [part.partition("\n\n")[2] for text in heldout for part in text.split("\n\n\n")]

@@ -9,9 +9,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mobilellm_jax.data.packing import BestFit, Concat
-from mobilellm_jax.data.plan import Plan, PlanSource
-from mobilellm_jax.data.rows import Batch, SourceInfo, write_source
+from mobilellm_jax.data.plan import Plan, PlanSource, Stage
+from mobilellm_jax.data.rows import SourceInfo
 from mobilellm_jax.data.sentencepiece_tokenizer import train_tokenizer
+from mobilellm_jax.data.shards import Batch, write_source
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.training.config import base_config
@@ -53,7 +54,7 @@ def corpus(
             packer = packer_of(row_length, model.bos_id, model.eos_id)
             texts = documents(kind, count, seed)
             ids = [np.array(model.encode(text), np.int32) for text in texts]
-            rows = np.concatenate([packer.add(ids), packer.finish()])
+            rows = np.concatenate([packer.add(ids).rows, packer.finish().rows])
             size = sum(len(text.encode()) for text in texts)
             batches.append(Batch(split, rows, count, size, sum(map(len, ids)) + 2 * count))
         info = SourceInfo(
@@ -67,8 +68,9 @@ def corpus(
             {},
         )
         write_source(directory / kind, info, {}, batches)
-    sources = tuple(PlanSource(k, k, w) for k, w in zip(("words", "sums"), weights, strict=True))
-    plan = Plan(sources, row_length, "tokenizer.model", model.fingerprint)
+    sources = tuple(PlanSource(kind, kind) for kind in ("words", "sums"))
+    stage = Stage("train", None, dict(zip(("words", "sums"), weights, strict=True)))
+    plan = Plan(sources, (stage,), "tokenizer.model", model.fingerprint)
     plan.save(directory / "mixture.json")
     return directory / "mixture.json"
 

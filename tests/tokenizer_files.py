@@ -194,3 +194,11 @@ def _folder(
     ):
         (path / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return path
+
+
+def byte_letters() -> dict[int, str]:
+    """The letter that byte-level BPE writes for each byte: itself if it can be seen."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in seen]
+    hidden = {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in seen} | hidden

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mobilellm_jax.data.packing import counted
+from mobilellm_jax.data.packing import counted, segment_ids, token_ids
 from mobilellm_jax.data.tokenizers import Tokenizer
 
 
@@ -129,7 +129,8 @@ def fit_bigram(rows_RT: np.ndarray, vocab_size: int, bos_id: int, eos_id: int) -
 def _pairs(rows_RT: np.ndarray, bos_id: int, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Contexts and targets, [M] each, of all targets that are trained on."""
     valid_RT = counted(rows_RT, bos_id, eos_id)
-    return rows_RT[:, :-1][valid_RT], rows_RT[:, 1:][valid_RT]
+    ids_RT = token_ids(rows_RT)
+    return ids_RT[:, :-1][valid_RT], ids_RT[:, 1:][valid_RT]
 
 
 def _discount(counts: np.ndarray) -> float:
@@ -154,9 +155,10 @@ def _bits_per_byte(p_M: np.ndarray, targets_M: np.ndarray, piece_bytes_V: np.nda
 def _documents(rows_RT: np.ndarray, bos_id: int) -> Iterator[np.ndarray]:
     """Ids of each document or cut piece of one, without BOS."""
     # A row that goes on repeats one token of the row before; a row that begins anew repeats none.
-    parts = [row if row[0] == bos_id else row[1:] for row in rows_RT[1:]]
+    parts = [row if segment_ids(row[:1], bos_id) else row[1:] for row in rows_RT[1:]]
     tokens = np.concatenate([rows_RT[0], *parts])
-    for ids in np.split(tokens, np.flatnonzero(tokens == bos_id)):
+    begins = np.flatnonzero(np.diff(segment_ids(tokens, bos_id), prepend=0))
+    for ids in np.split(token_ids(tokens), begins):
         ids = ids[ids != bos_id]
         if len(ids):
             yield ids

@@ -1,49 +1,59 @@
-"""A user's own text: JSON lines, Parquet and plain files as streams of documents.
+"""Text as streams of documents, cut into parts that can be read apart, on any machine.
 
-A corpus is anything with a `name`, a `size` (units of progress) and `documents()`; see `Corpus`.
-Documents come in a fixed order, and the held-out ones are chosen by a hash of their text: whatever
-the order and the number of files, the same text is on the same side, so a duplicate never stands on
-both.
+A corpus is anything with a `name`, a `fingerprint`, a `size`, `parts()` and a `sample()`; see
+`Corpus`. Its parts follow from its inputs alone, and their documents, part after part, come in a
+fixed order. The held-out ones are chosen by a hash of their text: whatever the order and the number
+of files, the same text is on the same side, so a duplicate never stands on both.
 """
 
 import dataclasses
-import glob
-import gzip
+import functools
 import hashlib
 import json
-import zlib
-from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
-import pyarrow
-import pyarrow.parquet
-from etils import epath
-
+from mobilellm_jax.data import inputs
+from mobilellm_jax.data.inputs import InputFile, Slice
 from mobilellm_jax.errors import UserError
 
-_JSON_LINES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
-_UNREADABLE = (
-    ".json",
-    ".json.gz",
-    ".zst",
-    ".xz",
-    ".bz2",
-    ".zip",
-    ".tar",
-    ".tgz",
-    ".tar.gz",
-    ".7z",
-    ".lz4",
-)
+PART = 256 << 20  # bytes of input of which about one part is made
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text and its side; `progress` is its part in `Corpus.size`."""
+    """A text, its side and where it is from.
+
+    Attributes:
+      split: `train` or `heldout`.
+      text: never empty.
+      progress: its part in `Part.size`.
+      file: path, URL or name of what holds it.
+      place: line, row or record there, from 1; 1 where a file is one document. In a part that begins
+        inside a file of lines, the first line of the part is 1.
+      id: what its file calls it, "" for nothing.
+    """
 
     split: str
     text: str
     progress: int
+    file: str = ""
+    place: int = 1
+    id: str = ""
+
+
+class Part(Protocol):
+    """Some of a corpus; picklable, small, and read again and again with the same result."""
+
+    @property
+    def size(self) -> int:
+        """Sum of `progress` over its documents, for a progress bar; nearly right is enough."""
+
+    def documents(self) -> Iterator[Document]:
+        """Its documents, in order."""
+
+    def unfinished(self) -> Mapping[str, int]:
+        """Lines of this part in a file with which the next one goes on; empty if it ends with a file."""
 
 
 class Corpus(Protocol):
@@ -54,18 +64,92 @@ class Corpus(Protocol):
         """What its source is called."""
 
     @property
-    def size(self) -> int:
-        """Sum of `progress` over all documents, for a progress bar; nearly right is enough."""
-
-    @property
     def fingerprint(self) -> dict[str, Any]:
-        """JSON that changes when the documents (may) have changed."""
+        """JSON that changes when the documents, or how they are cut, (may) have changed."""
 
-    def documents(self) -> Iterator[Document]:
-        """All documents, in an order that never changes."""
+    def parts(self) -> Sequence[Part]:
+        """All of it, cut by the inputs alone; documents come in an order that never changes."""
 
     def sample(self, budget: int) -> Iterator[str]:
         """Training texts of about `budget` bytes from all over the corpus, always the same."""
+
+
+def documents(corpus: Corpus) -> Iterator[Document]:
+    """All documents of a corpus, part after part."""
+    return (document for part in corpus.parts() for document in part.documents())
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What is made of records.
+
+    Attributes:
+      text_key: field of the text; `a+b` joins two.
+      id_key: field of the id.
+      heldout: share of the documents that is held out.
+      share: of the documents that are read at all: a proxy of the corpus, chosen by a hash of the
+        text, so that a smaller share is part of a larger one.
+    """
+
+    text_key: str
+    id_key: str
+    heldout: float
+    share: float = 1.0
+
+    def document(self, text: Any, where: Callable[[], str], **origin: Any) -> Document | None:
+        """The document of a text, None if it is empty; `origin` are the other fields.
+
+        Raises:
+          UserError: it is no text.
+        """
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise UserError(f"{where()}: {self.text_key!r} is not a text but {kind}.")
+        try:
+            encoded = text.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{where()}: half of a surrogate pair (\\ud800 to \\udfff) is not text."
+            ) from None
+        if not text.strip() or not chosen(encoded, self.share):
+            return None
+        return Document(split_of(encoded, self.heldout), text, **origin)
+
+
+@dataclasses.dataclass(frozen=True)
+class FilePart:
+    """Slices of files, one after the other."""
+
+    slices: tuple[Slice, ...]
+    reading: Reading
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(piece.size for piece in self.slices)
+
+    def documents(self) -> Iterator[Document]:
+        """All that are not empty.
+
+        Raises:
+          UserError: a file is not what its name says, with file and line.
+        """
+        for piece in self.slices:
+            for record in inputs.records(piece, self.reading.text_key, self.reading.id_key):
+                document = self.reading.document(
+                    record.text,
+                    functools.partial(inputs.where, piece, record.place),
+                    progress=record.progress,
+                    file=piece.file.path,
+                    place=record.place,
+                    id=record.id,
+                )
+                if document:
+                    yield document
+
+    def unfinished(self) -> Mapping[str, int]:
+        """See `Part`."""
+        return inputs.unfinished(self.slices[-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,125 +158,84 @@ class FileCorpus:
 
     Attributes:
       name: of the source.
-      pattern: path with wildcards; `**` goes through folders (local ones). `gs://` works too.
+      pattern: path or URL (of any file system that fsspec knows) with wildcards; `**` goes through
+        folders.
       text_key: field of JSON lines, column of Parquet.
       heldout: share of the documents that is kept out of training, 0 for none.
+      id_key: field or column of what a document is called; it may be missing.
+      share: of the documents that are read at all, see `Reading`.
+      part_size: bytes of a part.
     """
 
     name: str
     pattern: str
     text_key: str = "text"
     heldout: float = 0.01
+    id_key: str = "id"
+    share: float = 1.0
+    part_size: int = PART
 
     @property
-    def files(self) -> list[epath.Path]:
+    def files(self) -> list[InputFile]:
         """The files, sorted.
 
         Raises:
           UserError: no file matches, or one is of a kind that cannot be read.
         """
-        files = sorted(_glob(self.pattern))
+        files = inputs.matching(self.pattern)
         if not files:
             raise UserError(f"source {self.name}: no file matches {self.pattern!r}.")
         for file in files:
-            if file.name.endswith(_UNREADABLE):
+            if not file.readable:
                 raise UserError(
-                    f"source {self.name}: {file} is of a kind that cannot be read; give JSON lines "
-                    "(.jsonl, .jsonl.gz), Parquet (.parquet) or plain text, one document a file."
+                    f"source {self.name}: {file.path} is of a kind that cannot be read; give JSON "
+                    "lines (.jsonl, .jsonl.gz, .jsonl.zst), Parquet (.parquet) or plain text, one "
+                    "document a file."
                 )
         return files
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(file.stat().length for file in self.files)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """File names and sizes, not folders: a corpus may be moved."""
         return {
             "files": hashlib.sha256(
-                json.dumps([[f.name, f.stat().length] for f in self.files]).encode()
+                json.dumps([[file.name, file.size] for file in self.files]).encode()
             ).hexdigest(),
             "text_key": self.text_key,
+            "id_key": self.id_key,
             "heldout": self.heldout,
+            "share": self.share,
+            "part_size": self.part_size,
         }
 
-    def documents(self) -> Iterator[Document]:
-        """All documents that are not empty.
-
-        Raises:
-          UserError: a file is not what its name says, with file and line.
-        """
-        for file in self.files:
-            yield from self._read(file)
+    def parts(self) -> list[FilePart]:
+        """See `Corpus`: as many slices as make up `part_size`, at least one."""
+        pieces = (piece for file in self.files for piece in inputs.slices(file, self.part_size))
+        return [FilePart(some, self._reading) for some in _grouped(pieces, self.part_size)]
 
     def sample(self, budget: int) -> Iterator[str]:
         """The beginning of every file, in equal parts."""
         files = self.files
         for file in files:
             left = budget // len(files) + 1
-            for document in self._read(file):
+            for document in FilePart((Slice(file, 0, None, file.size),), self._reading).documents():
                 if document.split == "train":
                     yield document.text
                     left -= len(document.text)
                 if left <= 0:
                     break
 
-    def _read(self, file: epath.Path) -> Iterator[Document]:
-        if file.name.endswith(_JSON_LINES):
-            texts = self._json_lines(file)
-        elif file.name.endswith(".parquet"):
-            texts = self._parquet(file)
-        else:
-            texts = _plain(file)
-        for text, where, progress in texts:
-            if not isinstance(text, str):
-                raise UserError(
-                    f"{where}: {self.text_key!r} is not a text but {type(text).__name__}."
-                )
-            if text.strip():
-                yield Document(split_of(_utf8(text, where), self.heldout), text, progress)
+    @property
+    def _reading(self) -> Reading:
+        return Reading(self.text_key, self.id_key, self.heldout, self.share)
 
-    def _json_lines(self, file: epath.Path) -> Iterator[tuple[Any, str, int]]:
-        position = 0
-        with file.open("rb") as raw:
-            for number, line in enumerate(_lines(file, raw), 1):
-                where = f"{file}, line {number}"
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except UnicodeDecodeError:
-                    raise UserError(f"{where}: not UTF-8.") from None
-                except ValueError as error:
-                    raise UserError(f"{where}: not JSON ({error}).") from None
-                if not isinstance(record, dict) or self.text_key not in record:
-                    keys = ", ".join(record) if isinstance(record, dict) else "no fields at all"
-                    raise UserError(
-                        f"{where}: there is no field {self.text_key!r} (it has {keys}); see "
-                        "--text_key."
-                    )
-                before, position = position, raw.tell()  # in the compressed file
-                yield record[self.text_key], where, position - before
 
-    def _parquet(self, file: epath.Path) -> Iterator[tuple[Any, str, int]]:
-        with file.open("rb") as raw:
-            try:
-                table = pyarrow.parquet.ParquetFile(raw)
-                if self.text_key not in table.schema_arrow.names:
-                    raise UserError(
-                        f"{file}: there is no column {self.text_key!r} "
-                        f"(it has {', '.join(table.schema_arrow.names)}); see --text_key."
-                    )
-                progress = file.stat().length // max(table.metadata.num_rows, 1)
-                number = 0
-                for batch in table.iter_batches(batch_size=1024, columns=[self.text_key]):
-                    for text in batch.column(0).to_pylist():
-                        number += 1
-                        yield text, f"{file}, row {number}", progress
-            except (pyarrow.ArrowInvalid, pyarrow.ArrowException, OSError) as error:
-                raise UserError(f"{file} is not a readable Parquet file ({error}).") from None
+def chosen(text: bytes, share: float) -> bool:
+    """Whether a text is in a share of all texts, whatever its split."""
+    if share >= 1:
+        return True
+    digest = hashlib.blake2b(text, digest_size=8, person=b"share").digest()
+    return int.from_bytes(digest, "big") < share * 2**64
 
 
 def split_of(key: str | bytes, heldout: float) -> str:
@@ -203,38 +246,14 @@ def split_of(key: str | bytes, heldout: float) -> str:
     return "heldout" if int.from_bytes(digest, "big") < heldout * 2**64 else "train"
 
 
-def _glob(pattern: str) -> Iterable[epath.Path]:
-    if "://" not in pattern:
-        found = glob.glob(epath.Path(pattern).expanduser().__fspath__(), recursive=True)
-        return [path for path in map(epath.Path, found) if path.is_file()]
-    parts = epath.Path(pattern).parts
-    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
-    return list(epath.Path(*parts[:fixed]).glob("/".join(parts[fixed:])))
-
-
-def _lines(file: epath.Path, raw: BinaryIO) -> Iterator[bytes]:
-    if not file.name.endswith(".gz"):
-        yield from iter(raw.readline, b"")
-        return
-    try:
-        yield from gzip.GzipFile(fileobj=raw)
-    except (EOFError, OSError, zlib.error) as error:
-        raise UserError(f"{file} is not a whole gzip file ({error}).") from None
-
-
-def _plain(file: epath.Path) -> Iterator[tuple[str, str, int]]:
-    content = file.read_bytes()
-    try:
-        yield content.decode("utf-8"), str(file), len(content)
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise UserError(f"{file}, line {line}: not UTF-8.") from None
-
-
-def _utf8(text: str, where: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{where}: half of a surrogate pair (\\ud800 to \\udfff) is not text."
-        ) from None
+def _grouped(pieces: Iterable[Slice], size: int) -> Iterator[tuple[Slice, ...]]:
+    group: list[Slice] = []
+    held = 0
+    for piece in pieces:
+        if group and held + piece.size > size:
+            yield tuple(group)
+            group, held = [], 0
+        group.append(piece)
+        held += piece.size
+    if group:
+        yield tuple(group)

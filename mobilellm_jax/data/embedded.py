@@ -15,7 +15,7 @@ import dataclasses
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ _LEAST = 300  # modules; fewer means that the sources are not installed
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddedCorpus:
-    """One of the three; `texts` are its documents as (split, text)."""
+    """One of the three; `texts` are its documents as (split, text). It is its own and only part."""
 
     name: str
     texts: tuple[tuple[str, str], ...] = dataclasses.field(repr=False)
@@ -53,9 +53,18 @@ class EmbeddedCorpus:
         """Characters of all documents."""
         return sum(len(text) for _, text in self.texts)
 
+    def parts(self) -> list["EmbeddedCorpus"]:
+        """See `corpora.Corpus`."""
+        return [self]
+
     def documents(self) -> Iterator[Document]:
-        """All documents."""
-        return (Document(split, text, len(text)) for split, text in self.texts)
+        """All documents, numbered."""
+        for number, (split, text) in enumerate(self.texts, 1):
+            yield Document(split, text, len(text), f"embedded:{self.name}", number)
+
+    def unfinished(self) -> Mapping[str, int]:
+        """See `corpora.Part`."""
+        return {}
 
     def sample(self, budget: int) -> Iterator[str]:
         """Every k-th training document, so many that they are within the budget."""

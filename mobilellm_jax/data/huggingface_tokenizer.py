@@ -120,6 +120,29 @@ class HuggingFaceTokenizer(Tokenizer):
         # "fast" leaves out where in the text a token was, and takes half the time.
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
+    def encode_special(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """See `Tokenizer`."""
+        found = self._tokenizer_of_specials.encode(text, add_special_tokens=False)
+        offsets = np.array(found.offsets, np.int64).reshape(-1, 2)
+        return np.array(found.ids, np.int64), offsets[:, 0], offsets[:, 1]
+
+    @functools.cached_property
+    def _tokenizer_of_specials(self) -> tokenizers.Tokenizer:
+        tokenizer = parsed(self.files[self.FILE], self.FILE)
+        tokenizer.encode_special_tokens = False
+        return tokenizer
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """See `Tokenizer`; BOS only where the files name one, as in Hugging Face."""
+        found: dict[str, str] = {}
+        for name in reversed(_SAY_ENDS):  # the first is right
+            for key, token in json.loads(self.files.get(name, b"{}")).items():
+                token = token.get("content") if isinstance(token, dict) else token
+                if key.endswith("_token") and isinstance(token, str):
+                    found[key] = token
+        return found
+
     def decode(self, ids: Sequence[int]) -> str:
         """See `Tokenizer`."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)

@@ -1,34 +1,38 @@
-"""The row store: one source of packed rows on disk, written once, read in any order.
+"""The row store as it is read: one source of packed rows on disk, in any order.
 
 A source is a directory that stock TFDS reads
 (`tfds.builder_from_directory(path).as_data_source("train")`): ArrayRecord shards of a `tokens`
-feature (uint16, or uint32 above 65,536 pieces) and TFDS's own JSON files. `dataset_info.json` comes
+feature (uint16, or uint32 above 65,536 pieces), for conversations `loss_mask` (uint8: 1 where a
+token is trained on as a target) and `segment_ids` (int32: which conversation of the row) as well,
+and TFDS's own JSON files. `dataset_info.json` comes
 last and is the commit mark: a directory without it is not a source. `metadata.json` holds what a
-reader must know (`SourceInfo`), the settings it was made with, and the size of every shard.
+reader must know (`SourceInfo`), the settings it was made with, and the size of every shard. Beside
+each shard a Parquet file says which documents its rows hold (`documents.py`). `shards.py` writes it.
 
-Reading goes past TFDS's decoder: the feature is stored as raw bytes at the end of each record, so a
-batch of rows is one `frombuffer`.
+Reading goes past TFDS's decoder: features are stored as raw bytes at fixed places of each record,
+so a batch of rows is one `frombuffer`; what is not `tokens` becomes their marks (`packing.marked`).
+A read that fails is tried again a few times, since network file systems do fail; only then is it
+told, with the record that is bad.
 """
 
-import contextlib
 import dataclasses
 import json
-import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
+from mobilellm_jax.data.packing import marked
 from mobilellm_jax.errors import UserError
 
-VERSION = 1
-SHARD_BYTES = 1 << 30  # of tokens; a shard is closed above this
-_WRITE = "group_size:1,zstd:1"  # a row per group: any row is one read
+VERSION = 2
 _READ = "readahead_buffer_size:0,max_parallelism:0"  # random access
+_FAILURES = (OSError, RuntimeError, ValueError, IndexError)  # of ArrayRecord
+_PAUSES = (0.1, 0.3, 0.9, 2.7)  # seconds before each further try of a read that failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +47,13 @@ class SplitInfo:
 
 @dataclasses.dataclass(frozen=True)
 class SourceInfo:
-    """What a reader must know of a source; `tokenizer` is the fingerprint of its model."""
+    """What a reader must know of a source.
+
+    Attributes:
+      tokenizer: fingerprint of its model.
+      kind: `text` (every token is trained on) or `chat` (some are).
+      notes: how many documents were not stored as they came, by what was done to them.
+    """
 
     name: str
     path: str
@@ -53,29 +63,38 @@ class SourceInfo:
     tokenizer: str
     packing: str
     splits: Mapping[str, SplitInfo]
+    kind: str = "text"
+    notes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Something to store: rows int32 [n, row_length + 1] of a split and what they were made of."""
-
-    split: str
-    rows: np.ndarray
-    documents: int = 0
-    bytes: int = 0
-    tokens: int = 0
+    @property
+    def features(self) -> dict[str, np.dtype]:
+        """The arrays [row_length + 1] of a stored row, in their order in a record."""
+        tokens = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        if self.kind == "text":
+            return {"tokens": tokens}
+        loss_mask, segment_ids = np.dtype(np.uint8), np.dtype(np.int32)
+        return {"loss_mask": loss_mask, "segment_ids": segment_ids, "tokens": tokens}
 
 
 class Rows:
-    """One split of one source by row number. Picklable; threads may share it."""
+    """One split of one source by row number. Picklable; threads may share it.
 
-    def __init__(self, info: SourceInfo, split: str, files: Mapping[str, int]) -> None:
-        """Takes shard files with their number of rows, in order; use `open_rows`."""
+    `retries` counts the reads that failed and were tried again.
+    """
+
+    def __init__(
+        self, info: SourceInfo, split: str, files: Mapping[str, int], behind: Mapping[str, int]
+    ) -> None:
+        """Takes shard files with their number of rows, in order; use `open_rows`.
+
+        `behind` says of each feature how many bytes of a record stand behind its payload.
+        """
         self.info = info
         self.split = split
+        self.retries = 0
+        self._behind = dict(behind)
         self._files = [str(epath.Path(info.path) / file) for file in files]
         self._ends = np.cumsum(list(files.values()), dtype=np.int64)
-        self._dtype = _dtype(info.vocab_size)
         self._readers: dict[int, Any] = {}
         self._lock = threading.Lock()
 
@@ -94,6 +113,8 @@ class Rows:
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Rows by number, in any order, repeated or not: int64 [n] -> int32 [n, row_length + 1].
 
+        Those of conversations carry marks, see `packing`.
+
         Raises:
           IndexError: a number is outside of [0, len).
           UserError: a shard cannot be read.
@@ -110,27 +131,55 @@ class Rows:
         return tokens
 
     def _read_shard(self, shard: int, positions: list[int]) -> np.ndarray:
+        records = b"".join(self._records(shard, positions))
+        bytes_NZ = np.frombuffer(records, np.uint8).reshape(len(positions), -1)
+        rows = {}
+        for name, dtype in self.info.features.items():
+            end = bytes_NZ.shape[1] - self._behind[name]
+            begin = end - (self.info.row_length + 1) * dtype.itemsize
+            rows[name] = bytes_NZ[:, begin:end].view(dtype)
+        return marked(**rows, bos_id=self.info.bos_id) if len(rows) > 1 else rows["tokens"]
+
+    def _records(self, shard: int, positions: list[int]) -> list[bytes]:
+        for pause in _PAUSES:
+            try:
+                return self._reader(shard).read(positions)
+            except _FAILURES:
+                self._forget(shard)
+                time.sleep(pause)
+        return [self._record(shard, position) for position in positions]
+
+    def _record(self, shard: int, position: int) -> bytes:
+        """One of the records that cannot be read together; those that are not bad are found so."""
         try:
-            records = b"".join(self._reader(shard).read(positions))
-        except (RuntimeError, ValueError, IndexError) as error:
+            return self._reader(shard).read([position])[0]
+        except _FAILURES as error:
+            file = self._files[shard]
+            if not epath.Path(file).exists():
+                raise UserError(f"the shard {file} is missing: prepare its source again.") from None
             raise UserError(
-                f"the shard {self._files[shard]} cannot be read "
+                f"record {position} of the shard {file} cannot be read "
                 f"({' '.join(str(error).split())[:200]}): "
                 "delete its source and prepare it again."
             ) from None
-        bytes_NZ = np.frombuffer(records, np.uint8).reshape(len(positions), -1)
-        payload = (
-            self.info.row_length + 1
-        ) * self._dtype.itemsize  # the end of a record, see `_Encoder`
-        return bytes_NZ[:, -payload:].view(self._dtype)
 
     def _reader(self, shard: int) -> Any:
+        reader = self._readers.get(shard)
+        if (
+            reader is None
+        ):  # opened outside the lock: far away it takes long, and others may open too
+            reader = array_record_module.ArrayRecordReader(
+                self._files[shard], _READ, file_reader_buffer_size=1 << 15
+            )
+            with self._lock:
+                reader = self._readers.setdefault(shard, reader)
+        return reader
+
+    def _forget(self, shard: int) -> None:
+        """After a failure: a reader that has failed stays failed, so the next try opens the file anew."""
         with self._lock:
-            if shard not in self._readers:
-                self._readers[shard] = array_record_module.ArrayRecordReader(
-                    self._files[shard], _READ, file_reader_buffer_size=1 << 15
-                )
-            return self._readers[shard]
+            self._readers.pop(shard, None)
+            self.retries += 1
 
 
 def is_complete(path: epath.PathLike) -> bool:
@@ -144,12 +193,12 @@ def read_info(path: epath.PathLike) -> SourceInfo:
     Raises:
       UserError: there is no complete source, or it is not one of ours.
     """
-    return _source_info(path, _read_metadata(path))
+    return _source_info(path, read_metadata(path))
 
 
 def read_settings(path: epath.PathLike) -> dict[str, Any]:
-    """The settings a source was made with, as they were given to `write_source`."""
-    return _read_metadata(path)["settings"]
+    """The settings a source was made with, as they were given to `shards.SourceWriter`."""
+    return read_metadata(path)["settings"]
 
 
 def open_rows(path: epath.PathLike, split: str = "train") -> Rows:
@@ -159,11 +208,9 @@ def open_rows(path: epath.PathLike, split: str = "train") -> Rows:
       UserError: there is no complete source, it lacks the split, or a shard is missing or
         truncated.
     """
-    metadata = _read_metadata(path)
+    metadata = read_metadata(path)
     info = _source_info(path, metadata)
-    if split not in info.splits:
-        raise UserError(f"the source {path} has no split {split!r}, only {', '.join(info.splits)}.")
-    shards = {name: shard for name, shard in metadata["shards"].items() if shard["split"] == split}
+    shards = shards_of(metadata, path, split)
     for name, shard in shards.items():
         file = epath.Path(path) / name
         size = file.stat().length if file.exists() else None
@@ -172,202 +219,30 @@ def open_rows(path: epath.PathLike, split: str = "train") -> Rows:
             raise UserError(
                 f"the shard {file} {state}: delete the source {path} and prepare it again."
             )
-    return Rows(info, split, {name: shard["rows"] for name, shard in shards.items()})
+    files = {name: shard["rows"] for name, shard in shards.items()}
+    return Rows(info, split, files, metadata["behind"])
 
 
-def write_source(
-    path: epath.PathLike,
-    info: SourceInfo,
-    settings: Mapping[str, Any],
-    batches: Iterable[Batch],
-    shard_bytes: int = SHARD_BYTES,
-) -> SourceInfo:
-    """Writes a source and returns its info with the counts filled in.
-
-    Locally it grows in `<path>.incomplete` and gets its name when it is whole; on object stores,
-    where renaming is copying, it grows in place. Either way the commit mark comes last.
-
-    Args:
-      path: directory of the source; must not exist.
-      info: name, row_length, vocab_size, bos_id, tokenizer and packing; its path and splits are
-        ignored.
-      settings: JSON, kept to tell later whether a source is what a user asks for.
-      batches: the rows, in order; splits may alternate.
-      shard_bytes: a shard is closed when its tokens take more than this.
+def shards_of(
+    metadata: Mapping[str, Any], path: epath.PathLike, split: str
+) -> dict[str, dict[str, Any]]:
+    """What `metadata` says of a split's shards, by file name, in order.
 
     Raises:
-      UserError: the path exists, or there is no row for `train`.
+      UserError: the source lacks the split.
     """
-    path = epath.Path(path)
-    if path.exists() and (_is_local(path) or is_complete(path)):
-        raise UserError(f"{path} exists already: delete it, or prepare into another directory.")
-    growing = path.parent / f"{path.name}.incomplete" if _is_local(path) else path
-    if growing.exists():
-        _clear(growing, info.name)
-    growing.mkdir(parents=True)
-    encoder = _Encoder(info)
-    writers: dict[str, _SplitWriter] = {}
-    for batch in batches:
-        if batch.split not in writers:
-            writers[batch.split] = _SplitWriter(
-                growing, info.name, batch.split, encoder, shard_bytes
-            )
-        writers[batch.split].add(batch)
-    for writer in writers.values():
-        writer.close_shard()
-    writers = {split: w for split, w in sorted(writers.items(), reverse=True) if w.counts.rows}
-    if "train" not in writers:
-        raise UserError(f"the source {info.name} has no text to train on.")
-    info = dataclasses.replace(
-        info, path=str(path), splits={s: w.counts for s, w in writers.items()}
-    )
-    _commit(growing, info, settings, writers.values(), encoder.features)
-    if growing != path:
-        growing.rename(path)
-    return info
+    splits = metadata["source"]["splits"]
+    if split not in splits:
+        raise UserError(f"the source {path} has no split {split!r}, only {', '.join(splits)}.")
+    return {name: shard for name, shard in metadata["shards"].items() if shard["split"] == split}
 
 
-def _clear(directory: epath.Path, name: str) -> None:
-    """Removes what an interrupted writer has left, and nothing else."""
-    for file in directory.iterdir():
-        shard = file.name.startswith(f"{name}-") and ".array_record-" in file.name
-        if not shard and file.name not in ("features.json", "metadata.json", "dataset_info.json"):
-            raise UserError(f"{directory} holds {file.name}, which is none of ours: move it away.")
-    directory.rmtree()
+def read_metadata(path: epath.PathLike) -> dict[str, Any]:
+    """All that a source's metadata.json says: version, source, settings, shards.
 
-
-class _Encoder:
-    """Rows to serialized TF examples, without TensorFlow.
-
-    All rows of a source have one length, so their examples differ in nothing but the payload at the
-    end: TFDS serializes one, and its head is put before every row.
+    Raises:
+      UserError: there is no complete source, or it is not one of ours.
     """
-
-    def __init__(self, info: SourceInfo) -> None:
-        self._dtype = _dtype(info.vocab_size)
-        tensor = tfds.features.Tensor(
-            shape=(info.row_length + 1,),
-            dtype=self._dtype.type,
-            encoding=tfds.features.Encoding.BYTES,
-        )
-        self.features = tfds.features.FeaturesDict({"tokens": tensor})
-        serializer = tfds.core.example_serializer.ExampleSerializer(
-            self.features.get_serialized_info()
-        )
-        row = np.arange(info.row_length + 1).astype(self._dtype)
-        example = serializer.serialize_example(self.features.encode_example({"tokens": row}))
-        if not example.endswith(row.tobytes()):
-            raise RuntimeError("TFDS no longer ends an example with the bytes of its tensor")
-        self._head = example[: -row.nbytes]
-
-    def __call__(self, row: np.ndarray) -> bytes:
-        return self._head + row.astype(self._dtype).tobytes()
-
-
-class _SplitWriter:
-    """Rows of one split into shards, counted."""
-
-    def __init__(
-        self, directory: epath.Path, name: str, split: str, encoder: _Encoder, shard_bytes: int
-    ) -> None:
-        self._encoder, self._shard_bytes = encoder, shard_bytes
-        self.template = tfds.core.ShardedFileTemplate(
-            data_dir=directory,
-            dataset_name=name,
-            split=split,
-            filetype_suffix="array_record",
-            template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}",  # how many is not known
-        )
-        self.split = split
-        self.counts = SplitInfo(0, 0, 0, 0)
-        self.shards: dict[str, dict[str, Any]] = {}
-        self.num_bytes = 0
-        self._writer: Any = None
-        self._rows = self._written = 0
-
-    def add(self, batch: Batch) -> None:
-        for row in batch.rows:
-            record = self._encoder(row)
-            with self._disk_errors():
-                if self._writer is None:
-                    self._open_shard()
-                self._writer.write(record)
-            self._rows, self._written = self._rows + 1, self._written + len(record)
-            if self._written >= self._shard_bytes:
-                self.close_shard()
-        new = (len(batch.rows), batch.documents, batch.bytes, batch.tokens)
-        self.counts = SplitInfo(*map(sum, zip(dataclasses.astuple(self.counts), new, strict=True)))
-
-    def close_shard(self) -> None:
-        if self._writer is None:
-            return
-        with self._disk_errors():
-            self._writer.close()
-        size = self._file.stat().length
-        self.shards[self._file.name] = {"split": self.split, "rows": self._rows, "size": size}
-        self.num_bytes += self._written
-        self._writer, self._rows, self._written = None, 0, 0
-
-    def _open_shard(self) -> None:
-        file = self.template.sharded_filepath(shard_index=len(self.shards), num_shards=None)
-        self._file = epath.Path(file)
-        self._writer = array_record_module.ArrayRecordWriter(str(file), _WRITE)
-
-    @contextlib.contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        """The writer tells of a full disk with a RuntimeError."""
-        try:
-            yield
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"a shard cannot be written ({reason}): mend it and run again."
-            ) from None
-
-
-def _commit(
-    directory: epath.Path,
-    info: SourceInfo,
-    settings: Mapping[str, Any],
-    writers: Iterable[_SplitWriter],
-    features: Any,
-) -> None:
-    described = {k: v for k, v in dataclasses.asdict(info).items() if k != "path"}
-    shards = {name: shard for writer in writers for name, shard in writer.shards.items()}
-    metadata = {
-        "version": VERSION,
-        "source": described,
-        "settings": dict(settings),
-        "shards": shards,
-    }
-    identity = tfds.core.dataset_info.DatasetIdentity(
-        name=info.name,
-        version=tfds.core.Version("1.0.0"),
-        data_dir=str(directory),
-        module_name=__name__,
-    )
-    tfds_info = tfds.core.DatasetInfo(
-        builder=identity,
-        description="Packed rows of token ids; segment ids are cumsum(tokens == bos_id).",
-        features=features,
-        disable_shuffling=True,
-        metadata=tfds.core.MetadataDict(metadata),
-    )
-    tfds_info.set_file_format("array_record")
-    splits = [
-        tfds.core.SplitInfo(
-            name=writer.split,
-            shard_lengths=[shard["rows"] for shard in writer.shards.values()],
-            num_bytes=writer.num_bytes,
-            filename_template=writer.template,
-        )
-        for writer in writers
-    ]
-    tfds_info.set_splits(tfds.core.splits.SplitDict(splits))
-    tfds_info.write_to_directory(directory)  # dataset_info.json is the last file it writes
-
-
-def _read_metadata(path: epath.PathLike) -> dict[str, Any]:
     path = epath.Path(path)
     if not is_complete(path):
         raise UserError(
@@ -380,7 +255,10 @@ def _read_metadata(path: epath.PathLike) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} was not written by `python -m mobilellm_jax.prepare`.") from None
     if version != VERSION:
-        raise UserError(f"the source {path} has version {version}, this program reads {VERSION}.")
+        raise UserError(
+            f"the source {path} has version {version}, this program reads {VERSION}: prepare it again "
+            "into another directory."
+        )
     return metadata
 
 
@@ -388,11 +266,3 @@ def _source_info(path: epath.PathLike, metadata: Mapping[str, Any]) -> SourceInf
     source = metadata["source"]
     splits = {split: SplitInfo(**counts) for split, counts in source["splits"].items()}
     return SourceInfo(**{**source, "path": str(path), "splits": splits})
-
-
-def _dtype(vocab_size: int) -> np.dtype:
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-
-
-def _is_local(path: epath.Path) -> bool:
-    return not re.match(r"[a-z0-9]+://", str(path))

@@ -145,6 +145,51 @@ class SentencePieceTokenizer(Tokenizer):
         first, *rest = (self._processor.encode(part) for part in text.split(SPACE))
         return first + [i for part in rest for i in (*self._space_sign, *part)]
 
+    def encode_special(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """See `Tokenizer`; special are the control pieces and that of what is unknown."""
+        kinds = _Piece.CONTROL, _Piece.UNKNOWN
+        control = {p.piece: i for i, p in enumerate(self.proto.pieces) if p.type in kinds}
+        spelled = "|".join(sorted(map(re.escape, control), key=len, reverse=True))
+        ids: list[int] = []
+        bytes_: list[tuple[int, int]] = []  # begin and end of each id, in UTF-8
+        at = 0
+        for part in re.split(f"({spelled})", text) if spelled else [text]:
+            if part in control:
+                ids.append(control[part])
+                bytes_.append((at, at + len(part.encode())))
+            else:
+                for i, begin, end in self._located(part):
+                    ids.append(i)
+                    bytes_.append((at + begin, at + end))
+            at += len(part.encode())
+        begins = np.cumsum([0, *(len(character.encode()) for character in text)])
+        begin_N, end_N = np.array(bytes_, np.int64).reshape(-1, 2).T
+        return (
+            np.array(ids, np.int64),
+            np.searchsorted(begins, begin_N, side="right") - 1,
+            np.searchsorted(begins, end_N, side="left"),
+        )
+
+    def _located(self, text: str) -> list[tuple[int, int, int]]:
+        """Ids of a text without special tokens, and the bytes of each."""
+        if not self.lossless:
+            pieces = self._processor.encode(text, return_type="proto").pieces
+            return [(piece.id, piece.begin, piece.end) for piece in pieces]
+        ids = self.encode(text)
+        ends = np.cumsum(self._sizes[ids]).tolist()
+        return list(zip(ids, [0, *ends], ends, strict=False))
+
+    @functools.cached_property
+    def _sizes(self) -> np.ndarray:
+        return self.piece_bytes()
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """See `Tokenizer`."""
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "unk": self._processor.unk_id()}
+        ids["pad"] = self._processor.pad_id()
+        return {f"{k}_token": self.proto.pieces[i].piece for k, i in ids.items() if i >= 0}
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; control pieces (BOS, EOS, padding) stand for nothing."""
         return self._processor.decode([int(i) for i in ids if i < self.vocab_size])

@@ -3,7 +3,7 @@
 Two kinds exist: SentencePiece models (`sentencepiece_tokenizer.py`, where ours are trained too) and
 the tokenizer.json of Hugging Face (`huggingface_tokenizer.py`). A text is never searched for
 special tokens: the letters `<s>` get the ids of these letters, and what begins or ends a document
-or a turn is put there as an id.
+is put there as an id. Only what a chat template has written is read otherwise (`encode_special`).
 """
 
 import abc
@@ -120,6 +120,20 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without BOS and EOS and without special tokens the text may spell."""
+
+    @abc.abstractmethod
+    def encode_special(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids of a text in which special tokens stand where they are spelled, and where each id is.
+
+        Returns:
+          Ids, and the first character of each and the one behind its last, int64 [N] each. Of
+          several ids that make up one character, some may begin and end at the same place.
+        """
+
+    @property
+    @abc.abstractmethod
+    def named_tokens(self) -> dict[str, str]:
+        """The special tokens that chat templates know by name: `bos_token`, `eos_token`, ..."""
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:

@@ -32,8 +32,7 @@ def rope(x_BTNH: jax.Array, positions_BT: jax.Array, frequencies: np.ndarray) ->
     """Rotary position embedding (RoFormer, arXiv 2104.09864), half-rotated as in Hugging Face Llama.
 
     Component `i` turns together with `i + H/2` by `position * frequencies[i]`, in float32. Only
-    distances between positions matter to attention, so positions need not restart at a document's
-    border.
+    distances between positions matter to attention.
     """
     angle = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angle), jnp.sin(angle)

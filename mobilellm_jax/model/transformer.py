@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from mobilellm_jax.data.packing import positions
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.imports import import_path
 from mobilellm_jax.model.attention import attention, rope, rope_frequencies, visible
@@ -54,14 +55,19 @@ class Execution:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What all blocks share: where the tokens stand, which keys they may read, and whose keys."""
+    """What all blocks share: where the tokens stand, which keys they may read, and whose keys.
 
-    positions_BT: jax.Array
+    Positions count from 0 in every document of a row: far into a long row float32 would tell
+    neighbouring angles of RoPE apart less well.
+    """
+
+    positions_BT: jax.Array  # in the document
+    slots_BT: jax.Array  # in the cache, of the keys and values that are written
     visible_BTS: jax.Array
     own_keys: bool = True  # False: read the keys and values in the cache and write none
 
 
-jax.tree_util.register_dataclass(Context, ["positions_BT", "visible_BTS"], ["own_keys"])
+jax.tree_util.register_dataclass(Context, ["positions_BT", "slots_BT", "visible_BTS"], ["own_keys"])
 
 
 class RMSNorm(nn.Module):
@@ -125,7 +131,7 @@ class Attention(nn.Module):
         if cache is not None:
             if context.own_keys:
                 rows = jnp.arange(x_BTD.shape[0])[:, None]
-                at = rows, context.positions_BT
+                at = rows, context.slots_BT
                 new = {"key": k_BTKH, "value": v_BTKH}
                 cache = {name: cache[name].at[at].set(new[name]) for name in new}
             k_BSKH, v_BSKH = cache["key"], cache["value"]
@@ -299,7 +305,8 @@ def apply(
       params: as made by `init`.
       config: the network.
       tokens_BT: int token ids.
-      segment_ids_BT: int, equal for tokens of one document; None if a row is one document.
+      segment_ids_BT: int, equal for the tokens of one document, which follow each other; None if a
+        row is one document.
       execution: dtype, remat, unroll.
     """
     context = _context(tokens_BT, segment_ids_BT)
@@ -328,7 +335,7 @@ def apply_cached(
     """
     length = jax.tree.leaves(cache)[0].shape[2]
     slots_BS = jnp.broadcast_to(jnp.arange(length), (tokens_BT.shape[0], length))
-    context = Context(positions_BT, visible(positions_BT, slots_BS, None, None))
+    context = Context(positions_BT, positions_BT, visible(positions_BT, slots_BS, None, None))
     model = Transformer(config, execution)
     out: Any = model.apply({"params": params}, tokens_BT, context, cache)
     return out
@@ -368,7 +375,8 @@ def logits(params: Params, config: ModelConfig, hidden_BTD: jax.Array) -> jax.Ar
 
 
 def _context(tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> Context:
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    slots_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    positions_BT = slots_BT if segment_ids_BT is None else positions(segment_ids_BT)
     return Context(
-        positions_BT, visible(positions_BT, positions_BT, segment_ids_BT, segment_ids_BT)
+        positions_BT, slots_BT, visible(slots_BT, slots_BT, segment_ids_BT, segment_ids_BT)
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from etils import epath
 
+from mobilellm_jax.data.packing import segment_ids, token_ids
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.rows import Rows, open_rows
 from mobilellm_jax.errors import UserError
@@ -85,7 +86,8 @@ def _documents(rows: Rows, bos_id: int, length: int) -> Iterator[np.ndarray]:
     pieces = []
     searched = min(len(rows), SEARCHED_ROWS)
     for row in rows.read(np.arange(searched, dtype=np.int64) * len(rows) // max(searched, 1)):
-        borders = np.append(np.flatnonzero(row == bos_id), len(row))
+        begins = np.flatnonzero(np.diff(segment_ids(row, bos_id), prepend=0))
+        borders, row = np.append(begins, len(row)), token_ids(row)
         for start, end in itertools.pairwise(borders):  # none where a row lies inside a document
             pieces.append(row[start + 1 : min(end, start + 1 + length)])
     pieces = [piece for piece in pieces if len(piece) > 1]  # BOS is also the padding

@@ -12,13 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mobilellm_jax.data.packing import counted
+from mobilellm_jax.data.packing import counted, segment_ids, token_ids
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.loss import token_losses
 from mobilellm_jax.model.transformer import Execution
 
-Batch = Mapping[str, jax.Array]  # "tokens" int [B, T + 1], "source" int [B]
+# "tokens" int [B, T + 1], rows with the marks of `packing` (`split_rows` takes them off), "source"
+# int [B].
+Batch = Mapping[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Losses:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows of T + 1 tokens as inputs and targets, [B, T]."""
+    """Rows of T + 1 tokens as inputs and targets, [B, T], token ids without marks."""
 
     inputs_BT: jax.Array
     targets_BT: jax.Array
@@ -52,14 +54,9 @@ class Rows:
 
 
 def split_rows(tokens: jax.Array, bos_id: int, eos_id: int) -> Rows:
-    """Cuts rows [B, T + 1] into inputs and targets.
-
-    Every document begins with BOS, so a running count of BOS numbers the documents of a row. A
-    target that is BOS does not count: it is the next document's first token, or padding. (It is the
-    end of a document where EOS is the same token and the input is another.)
-    """
-    inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
-    segment_ids_BT = jnp.cumsum(inputs_BT == bos_id, axis=1)
+    """Cuts rows [B, T + 1] into inputs and targets; which targets count says `packing.counted`."""
+    inputs_BT, targets_BT = token_ids(tokens[:, :-1]), token_ids(tokens[:, 1:])
+    segment_ids_BT = segment_ids(tokens[:, :-1], bos_id)
     weight_BT = counted(tokens, bos_id, eos_id).astype(jnp.float32)
     return Rows(inputs_BT, targets_BT, segment_ids_BT, weight_BT)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mobilellm_jax.data.packing import token_ids
 from mobilellm_jax.training.objectives import Batch, Losses, Network
 
 Objective = Callable[[Any, Batch, Network], Losses]
@@ -40,7 +41,7 @@ def sums(
     Keys: `nll` (nats), `tokens` (targets that count), `bytes` (of text those targets stand for),
     `rows`.
     """
-    targets_BT = batch["tokens"][:, 1:]
+    targets_BT = token_ids(batch["tokens"][:, 1:])
     per_row = {
         "nll": (losses.nll_BT * losses.weight_BT).sum(1),
         "tokens": losses.weight_BT.sum(1),

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from mobilellm_jax.data.packing import PACKERS, BestFit, Concat, best_fit_decreasing, counted
+from mobilellm_jax.data.packing import (
+    PACKERS,
+    PLACEMENT,
+    TEXT_PACKERS,
+    BestFit,
+    Concat,
+    Packed,
+    best_fit_decreasing,
+    counted,
+)
 
 BOS, EOS = 1, 2
 
@@ -12,15 +21,20 @@ def random_documents(rng, count, longest):
     return [rng.integers(3, 1000, rng.integers(1, longest + 1)) for _ in range(count)]
 
 
-def pack(packer, documents, rng):
-    """All rows, with the documents given in random portions."""
-    rows, rest = [], list(documents)
+def packed(packer, documents, rng):
+    """All rows and placements, with the documents given in random portions."""
+    given, rest = [], list(documents)
     while rest:
         count = rng.integers(0, 5)
-        rows.append(packer.add(rest[:count]))
+        given.append(packer.add(rest[:count]))
         rest = rest[count:]
-    rows.append(packer.finish())
-    return np.concatenate(rows)
+    given.append(packer.finish())
+    return Packed(*map(np.concatenate, zip(*given, strict=True)))
+
+
+def pack(packer, documents, rng):
+    """All rows."""
+    return packed(packer, documents, rng).rows
 
 
 @pytest.mark.parametrize("row_length", [2, 7, 32, 101])
@@ -38,7 +52,7 @@ def test_concat_makes_every_token_a_target_once_and_in_order(row_length, seed):
     assert len(targets) - (len(stream) - 1) < row_length  # no row of padding alone
 
 
-@pytest.mark.parametrize("name", PACKERS)
+@pytest.mark.parametrize("name", TEXT_PACKERS)
 def test_rows_do_not_depend_on_how_documents_are_handed_over(name):
     documents = random_documents(np.random.default_rng(0), 80, 60)
     one = pack(PACKERS[name](16, BOS, EOS), documents, np.random.default_rng(1))
@@ -66,7 +80,7 @@ def test_best_fit_holds_every_document_once(row_length, seed):
     assert (rows[:, 0] == BOS).all()
 
 
-@pytest.mark.parametrize("name", PACKERS)
+@pytest.mark.parametrize("name", TEXT_PACKERS)
 def test_segments_by_the_rule_are_the_documents(name):
     rng = np.random.default_rng(0)
     # All tokens of document i are the number 10 + i, so a segment is right if it holds one number.
@@ -82,7 +96,7 @@ def test_segments_by_the_rule_are_the_documents(name):
             assert len(set(segments[row == number])) == 1
 
 
-@pytest.mark.parametrize("name", PACKERS)
+@pytest.mark.parametrize("name", TEXT_PACKERS)
 @pytest.mark.parametrize("row_length", [2, 5, 16])
 @pytest.mark.parametrize("eos", [EOS, BOS])
 def test_all_of_a_document_is_counted_and_nothing_else(name, row_length, eos):
@@ -109,6 +123,51 @@ def test_all_of_a_document_is_counted_and_nothing_else(name, row_length, eos):
 def test_padding_alone_holds_no_target():
     assert not counted(np.full((3, 9), BOS), BOS, BOS).any()
     assert not counted(np.full((3, 9), BOS), BOS, EOS).any()
+
+
+@pytest.mark.parametrize("name", TEXT_PACKERS)
+@pytest.mark.parametrize("row_length", [2, 7, 32])
+@pytest.mark.parametrize("window", [50, 10_000])
+def test_placements_say_where_every_piece_of_every_document_is(name, row_length, window):
+    rng = np.random.default_rng(row_length)
+    documents = [1000 * i + 10 + np.arange(rng.integers(1, 80)) for i in range(60)]
+    options = {"window": window} if name == "best_fit" else {}
+    rows, placements = packed(PACKERS[name](row_length, BOS, EOS, **options), documents, rng)
+    assert placements.dtype == PLACEMENT
+    order = list(zip(placements["row"].tolist(), placements["offset"].tolist(), strict=True))
+    assert order == sorted(set(order)) and max(placements["offset"]) < row_length
+    overlap = PACKERS[name].OVERLAP
+    stream = rows[:, : row_length + 1 - overlap].ravel()
+    if overlap:
+        stream = np.append(stream, rows[-1, -overlap:])
+    pieces = {}
+    for place in placements:
+        start = place["row"] * (row_length + 1 - overlap) + place["offset"]
+        tokens = stream[start : start + place["tokens"]]
+        assert tokens[0] == BOS and len(tokens) == place["tokens"] and not (tokens[1:] == BOS).any()
+        pieces[int(place["document"]), int(place["piece"])] = tokens[1:].tolist()
+    assert len(pieces) == len(placements)
+    # Nothing but padding is left over.
+    assert placements["tokens"].sum() == len(stream) - (stream == BOS).sum() + len(placements)
+    for i, document in enumerate(documents):
+        numbers = sorted(piece for number, piece in pieces if number == i)
+        assert numbers == list(range(len(numbers)))
+        inside = [pieces[i, number] for number in numbers]
+        assert inside[-1][-1] == EOS
+        if inside[-1] == [document[-1], EOS] and len(document) % row_length == 0:
+            inside[-1] = [EOS]  # the token before was repeated
+        assert sum(inside, []) == [*document.tolist(), EOS]
+
+
+@pytest.mark.parametrize("name", TEXT_PACKERS)
+def test_documents_are_placed_for_good_before_a_later_one_is_named(name):
+    rng = np.random.default_rng(3)
+    options = {"window": 100} if name == "best_fit" else {}
+    packer, last = PACKERS[name](16, BOS, EOS, **options), 0
+    for _ in range(50):
+        numbers = packer.add(random_documents(rng, 4, 60)).placements["document"]
+        assert (numbers >= last).all()
+        last = max([last, *numbers])
 
 
 def brute_force(sizes, capacity):
@@ -147,13 +206,13 @@ def test_best_fit_holds_back_no_more_than_its_window():
     packer = BestFit(16, BOS, EOS, window=200)
     rows = 0
     for _ in range(100):
-        rows += len(packer.add([np.arange(3, 12)]))
+        rows += len(packer.add([np.arange(3, 12)]).rows)
         assert packer._held < 200
-    assert rows + len(packer.finish()) == 100  # no two of these documents fit into one row
+    assert rows + len(packer.finish().rows) == 100  # no two of these documents fit into one row
 
 
-@pytest.mark.parametrize("name", PACKERS)
+@pytest.mark.parametrize("name", TEXT_PACKERS)
 def test_nothing_gives_no_rows(name):
     packer = PACKERS[name](16, BOS, EOS)
-    assert packer.add([]).shape == (0, 17)
-    assert packer.finish().shape == (0, 17)
+    for rows, placements in (packer.add([]), packer.finish()):
+        assert rows.shape == (0, 17) and placements.shape == (0,)

@@ -11,7 +11,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from mobilellm_jax.data import rows
-from mobilellm_jax.data.rows import Batch, SourceInfo, SplitInfo, open_rows, read_info, write_source
+from mobilellm_jax.data.rows import SourceInfo, SplitInfo, open_rows, read_info
+from mobilellm_jax.data.shards import Batch, SourceWriter, write_source
 from mobilellm_jax.errors import UserError
 
 INFO = SourceInfo("code", "", 32, 5000, 1, "f" * 64, "concat", {})
@@ -28,9 +29,15 @@ def batches():
     yield Batch("train", TRAIN[300:], documents=4, bytes=60, tokens=25)
 
 
+def parts():
+    """The same cut in four: one has nothing, one has no training rows, two no held-out ones."""
+    train, heldout, empty, rest = batches()
+    return [train], [heldout], [], [empty, rest]
+
+
 @pytest.fixture
 def source(tmp_path):
-    write_source(tmp_path / "code", INFO, {"a": 1}, batches(), shard_bytes=20_000)
+    write_source(tmp_path / "code", INFO, {"a": 1}, *parts())
     return tmp_path / "code"
 
 
@@ -39,7 +46,8 @@ def shards(source, split="train"):
 
 
 def test_rows_come_back_in_any_order(source):
-    assert len(shards(source)) > 2
+    assert [s.name[-5:] for s in shards(source)] == ["00000", "00003"]
+    assert [s.name[-5:] for s in shards(source, "heldout")] == ["00001"]
     for split, expected in (("train", TRAIN), ("heldout", HELDOUT)):
         stored = open_rows(source, split)
         assert len(stored) == len(expected)
@@ -111,13 +119,52 @@ def test_missing_and_truncated_shards_are_told_at_opening(source):
         open_rows(source)
 
 
-def test_damage_within_a_shard_is_told_at_reading(source):
+def test_damage_within_a_shard_is_told_at_reading(source, monkeypatch):
+    monkeypatch.setattr(rows, "_PAUSES", (0.001, 0.001))
     shard = shards(source)[0]
     content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 255
+    content[10_000] ^= 255  # in the middle of the rows
     shard.write_bytes(content)
-    with pytest.raises(UserError, match="cannot be read"):
-        open_rows(source).read(np.arange(1000))
+    stored = open_rows(source)
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=rf"record \d+ of the shard .*{shard.name} cannot be read"
+        ):
+            stored.read(np.arange(1000))
+    bad = []
+    for row in range(300):
+        try:
+            stored.read(np.array([row]))
+        except UserError as error:
+            assert f"record {row} of" in str(error)
+            bad.append(row)
+    assert 0 < len(bad) < 300 and (stored.read(np.arange(300, 1000)) == TRAIN[300:]).all()
+
+
+def test_a_read_that_fails_for_a_moment_is_tried_again_and_counted(source, monkeypatch):
+    class Failing(rows.array_record_module.ArrayRecordReader):
+        left = 3
+
+        def read(self, positions):
+            if Failing.left:
+                Failing.left -= 1
+                raise [OSError, RuntimeError][Failing.left % 2]("the network is away")
+            return super().read(positions)
+
+    monkeypatch.setattr(rows.array_record_module, "ArrayRecordReader", Failing)
+    monkeypatch.setattr(rows, "_PAUSES", (0.001,) * 4)
+    stored = open_rows(source)
+    assert stored.retries == 0
+    assert (stored.read(np.arange(1000)) == TRAIN).all()
+    assert stored.retries == 3
+
+
+def test_a_shard_that_goes_missing_is_named(source, monkeypatch):
+    monkeypatch.setattr(rows, "_PAUSES", (0.001,) * 4)
+    stored = open_rows(source)
+    shards(source)[0].unlink()
+    with pytest.raises(UserError, match="array_record-00000 is missing"):
+        stored.read(np.array([0]))
 
 
 def test_what_is_no_source_is_refused(source, tmp_path):
@@ -126,9 +173,10 @@ def test_what_is_no_source_is_refused(source, tmp_path):
     with pytest.raises(UserError, match="has no split 'test', only train, heldout"):
         open_rows(source, "test")
     metadata = json.loads((source / "metadata.json").read_text())
-    (source / "metadata.json").write_text(json.dumps({**metadata, "version": 99}))
-    with pytest.raises(UserError, match="version 99"):
-        read_info(source)
+    for version in (1, 99):
+        (source / "metadata.json").write_text(json.dumps({**metadata, "version": version}))
+        with pytest.raises(UserError, match=f"version {version}, .* reads 2: prepare it again"):
+            read_info(source)
     (source / "metadata.json").unlink()
     with pytest.raises(UserError, match="not written by"):
         read_info(source)
@@ -141,13 +189,27 @@ def test_a_failed_writer_leaves_no_source_and_the_next_one_succeeds(tmp_path):
 
     path = tmp_path / "code"
     with pytest.raises(KeyboardInterrupt):
-        write_source(path, INFO, {}, failing(), shard_bytes=20_000)
+        write_source(path, INFO, {}, batches(), failing())
     for place in (path, tmp_path / "code.incomplete"):
         with pytest.raises(UserError, match="no complete source"):
             open_rows(place)
     write_source(path, INFO, {}, batches())
     assert [p.name for p in tmp_path.iterdir()] == ["code"]
     assert (open_rows(path).read(np.arange(1000)) == TRAIN).all()
+
+
+def test_parts_stay_only_if_they_are_whole_and_of_the_same_settings(tmp_path):
+    writer = SourceWriter(str(tmp_path / "code"), INFO, {"a": 1})
+    writer.begin()
+    for number, batches_ in enumerate(parts()):
+        writer.write_part(number, batches_, {})
+    (shard,) = (tmp_path / "code.incomplete").glob("code-heldout*-00001")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    writer.begin()
+    assert [writer.is_written(i) for i in range(5)] == [True, False, True, True, False]
+    other = SourceWriter(str(tmp_path / "code"), INFO, {"a": 2})
+    other.begin()
+    assert not any(other.is_written(i) for i in range(4))
 
 
 def test_only_our_own_left_overs_are_removed(tmp_path):

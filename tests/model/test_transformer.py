@@ -107,6 +107,28 @@ def test_nothing_crosses_the_border_of_a_document(config):
         np.testing.assert_allclose(together[:, first:last], alone, atol=2e-5, rtol=2e-5)
 
 
+def test_positions_count_from_zero_in_every_document(config):
+    """The same logits as with positions that run on over the row, which only precision can tell apart."""
+    params, row = random_params(config), tokens(config, 1, 12)
+    segments = jnp.array([[0] * 5 + [1] * 4 + [2] * 3])
+    context = transformer._context(row, segments)
+    assert context.positions_BT.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]]
+    assert context.slots_BT.tolist() == [list(range(12))]
+    running = dataclasses.replace(context, positions_BT=context.slots_BT)
+    model = transformer.Transformer(config, Execution())
+
+    @jax.jit
+    def logits(params, context):
+        hidden_BTD, _ = model.apply({"params": params}, row, context, None)
+        return transformer.logits(params, config, hidden_BTD)
+
+    ours, theirs = logits(params, context), logits(params, running)
+    np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
+    # Far into a long row, as if 2**20 tokens stood before, a document is still what it is alone.
+    far = logits(params, dataclasses.replace(running, positions_BT=context.slots_BT + 2**20))
+    assert np.abs(far - ours).max() > 10 * np.abs(theirs - ours).max()
+
+
 ORDERS = {  # by hand, for blocks 0 and 1
     ("immediate", 2): (0, 0, 1, 1),
     ("immediate", 3): (0, 0, 0, 1, 1, 1),

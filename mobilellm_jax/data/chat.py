@@ -1,0 +1,254 @@
+"""Conversations to tokens: the chat template, and which tokens of its text are trained on.
+
+A tokenizer's own template, Jinja as Hugging Face runs it, makes one text of a conversation. Trained
+on are the turns of the assistant: what the template puts between `{% generation %}` and
+`{% endgeneration %}`, or, where it has no such tags, what a turn adds to the text of the messages
+before it with the assistant's header: the content and the token that ends the turn.
+
+The text is encoded whole, so its ids are those that a deployed model gets to see; a token is trained
+on if any of its characters is.
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import numpy as np
+
+from mobilellm_jax.data.encoding import Ids
+from mobilellm_jax.data.packing import INSIDE, UNTRAINED
+from mobilellm_jax.data.tokenizers import Tokenizer
+from mobilellm_jax.errors import UserError
+
+Message = Mapping[str, Any]  # "role", "content", and whatever else a template reads
+Span = tuple[int, int]  # characters [begin, end) of a text
+
+TRUNCATED, TOO_LONG, UNTRAINABLE = "truncated", "too long", "nothing of an assistant in it"
+SHIPPED = Path(__file__).parent / "templates"
+
+# What stands for the tags while a text is rendered: halves of surrogate pairs, which no text has.
+_BEGIN, _END = "\ud8fe", "\ud8ff"
+_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+def read_template(name: str) -> str:
+    """A chat template by name, of those in `templates/`, or by path.
+
+    Raises:
+      UserError: there is none.
+    """
+    shipped = sorted(file.stem for file in SHIPPED.glob("*.jinja"))
+    file = SHIPPED / f"{name}.jinja" if name in shipped else Path(name).expanduser()
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError):
+        raise UserError(
+            f"--chat_template={name} is neither a file of text nor one of {', '.join(shipped)}."
+        ) from None
+
+
+class ChatTemplate:
+    """A compiled chat template."""
+
+    def __init__(self, source: str, named_tokens: Mapping[str, str]) -> None:
+        """Compiles.
+
+        Args:
+          source: Jinja.
+          named_tokens: what templates know as `bos_token`, `eos_token` and so on.
+
+        Raises:
+          UserError: it is not Jinja.
+        """
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(
+                f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
+            ) from None
+        self.tagged = _TAG.search(source) is not None  # whether it has generation tags
+        self._named_tokens = dict(named_tokens)
+
+    def trained(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+        """The text of a conversation, and which of it the assistant says, in order.
+
+        Raises:
+          UserError: the template refuses the conversation, or says nothing of its turns: it has no
+            generation tags, and renders a beginning of the conversation to something else than a
+            beginning of the text.
+        """
+        text, spans = self._rendered(messages)
+        if self.tagged:
+            return text, spans
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, _ = self._rendered(messages[:i], prompt=True)
+            after = self._rendered(messages[: i + 1])[0] if i + 1 < len(messages) else text
+            if not (after.startswith(before) and text.startswith(after)):
+                raise UserError(
+                    "the chat template does not render the beginning of a conversation to the "
+                    "beginning of its text, so nothing says which tokens the assistant's turn "
+                    f"{i + 1} is{_which(messages)}: put {{% generation %}} and "
+                    "{% endgeneration %} around what the template makes of these turns."
+                )
+            spans.append((len(before), len(after)))
+        return text, spans
+
+    def _rendered(
+        self, messages: Sequence[Message], prompt: bool = False
+    ) -> tuple[str, list[Span]]:
+        try:
+            raw = self._template.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=prompt,
+                **self._named_tokens,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise UserError(
+                f"the chat template refuses a conversation{_which(messages)}: "
+                f"{' '.join(str(error).split())[:200].rstrip('.')}."
+            ) from None
+        text, spans, begin = "", [], 0
+        for part in re.split(f"([{_BEGIN}{_END}])", raw):
+            if part == _BEGIN:
+                begin = len(text)
+            elif part == _END:
+                spans.append((begin, len(text)))
+            else:
+                text += part
+        return text, spans
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeChats:
+    """Conversations (JSON lists of messages) to marked ids, BOS first; see `packing`. Picklable."""
+
+    row_length: int
+    drop_long: bool  # rather than cut at their end
+
+    def __call__(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:
+        """See `encoding.Encode`.
+
+        Raises:
+          UserError: see `ChatTemplate.trained`.
+        """
+        return [self._encoded(_encoder(tokenizer)(json.loads(text))) for text in texts]
+
+    def _encoded(self, ids: np.ndarray) -> Ids:
+        note = ""
+        if len(ids) > self.row_length + 1:
+            if self.drop_long:
+                return Ids(None, TOO_LONG)
+            ids, note = ids[: self.row_length + 1], TRUNCATED
+        return Ids(None, UNTRAINABLE) if (ids & UNTRAINED).all() else Ids(ids, note)
+
+
+class ConversationEncoder:
+    """Conversations to ids, with one tokenizer and its chat template."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Compiles the template.
+
+        Raises:
+          UserError: there is none, or it is not Jinja.
+        """
+        if tokenizer.chat_template is None:
+            raise UserError(
+                "the tokenizer has no chat template: name one with --chat_template, llama3, chatml "
+                "or a file."
+            )
+        self.template = ChatTemplate(tokenizer.chat_template, tokenizer.named_tokens)
+        self._tokenizer = tokenizer
+        self._special_V = tokenizer.piece_bytes() == 0
+
+    def __call__(self, messages: Sequence[Message]) -> np.ndarray:
+        """Ids with marks, int32 [tokens]: one BOS, whether or not the template writes it, and the text.
+
+        Raises:
+          UserError: see `ChatTemplate.trained`.
+        """
+        text, spans = self.template.trained(messages)
+        ids_N, begin_N, end_N = self._tokenizer.encode_special(text)
+        end_N = np.maximum(
+            end_N, begin_N + 1
+        )  # some of the bytes of a character, or cut white space
+        trained_N = np.zeros(len(ids_N), bool)
+        for begin, end in spans:
+            if not self.template.tagged:
+                end = self._end_of_turn(text, begin, end, ids_N, begin_N, end_N)
+            trained_N |= (begin_N < end) & (end_N > begin)
+        bos = self._tokenizer.bos_id
+        marks_N = np.where(trained_N, 0, UNTRAINED) | np.where(ids_N == bos, INSIDE, 0)
+        begins = len(ids_N) > 0 and ids_N[0] == bos
+        rest = (ids_N | marks_N)[1 if begins else 0 :]
+        return np.append(bos | UNTRAINED, rest).astype(np.int32)
+
+    def _end_of_turn(
+        self,
+        text: str,
+        begin: int,
+        end: int,
+        ids_N: np.ndarray,
+        begin_N: np.ndarray,
+        end_N: np.ndarray,
+    ) -> int:
+        """Leaves out what templates put between turns, white space behind the token that ends one."""
+        inside_N = (begin_N >= begin) & (end_N <= end) & self._special_V[ids_N]
+        if not inside_N.any():
+            return end
+        last = int(end_N[inside_N][-1])
+        return end if text[last:end].strip() else last
+
+
+_encoder = functools.lru_cache(1)(ConversationEncoder)
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}`: puts a sign at both ends of what is inside."""
+
+    tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
+
+    def parse(self, parser: Any) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_between"), [], [], body).set_lineno(line)
+
+    def _between(self, caller: Callable[[], str]) -> str:
+        return f"{_BEGIN}{caller()}{_END}"
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """What chat templates are written for: Hugging Face's settings and functions."""
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        # Not Jinja's own, which escapes for HTML.
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
+
+
+def _which(messages: Sequence[Message]) -> str:
+    """By what a conversation can be found again."""
+    first = next((m["content"] for m in messages if m["role"] == "user"), "")
+    return f" that asks {first[:60]!r}" if first else ""

@@ -1,0 +1,96 @@
+"""Conversations in files: JSON lines and Parquet with a list of messages in each record."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mobilellm_jax.data.corpora import Document, FileCorpus, Reading
+from mobilellm_jax.errors import UserError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+TOO_LONG = ("truncate", "drop")
+_SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # its names of roles
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatReading(Reading):
+    """Makes documents whose text is a conversation, a JSON list of messages."""
+
+    system_prompt: str | None = None
+
+    def document(self, text: Any, where: Callable[[], str], **origin: Any) -> Document | None:
+        """The document of a list of messages; see `Reading`.
+
+        Messages are {"role", "content"}, or ShareGPT's {"from", "value"}; other fields stay, for
+        templates that read them. A conversation without a system message gets the `system_prompt`.
+
+        Raises:
+          UserError: it is no list of messages.
+        """
+        if not isinstance(text, list):
+            raise UserError(
+                f"{where()}: {self.text_key!r} is not a list of messages but "
+                f"{type(text).__name__}; see --messages_key."
+            )
+        messages = [self._message(message, i, where) for i, message in enumerate(text, 1)]
+        if self.system_prompt and (not messages or messages[0]["role"] not in ROLES[:2]):
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        return super().document(json.dumps(messages, ensure_ascii=False), where, **origin)
+
+    def _message(self, message: Any, number: int, where: Callable[[], str]) -> dict[str, Any]:
+        given = message if isinstance(message, dict) else {}
+        if "role" in given or "content" in given:
+            role, content, names = given.get("role"), given.get("content"), ("role", "content")
+        else:
+            role, content, names = given.get("from"), given.get("value"), ("from", "value")
+            role = _SHAREGPT.get(role, role) if isinstance(role, str) else role
+        if role not in ROLES:
+            raise UserError(
+                f"{where()}: the role of message {number} is {role!r}, not one of "
+                f"{', '.join(ROLES)} (or ShareGPT's {', '.join(_SHAREGPT)})."
+            )
+        if not isinstance(content, str):
+            raise UserError(
+                f"{where()}: the content of message {number} is not a text but "
+                f"{type(content).__name__}."
+            )
+        # A column of Parquet has all fields in every message; those that are not set are none.
+        others = {k: v for k, v in given.items() if k not in names and v is not None}
+        return {"role": role, "content": content, **others}
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatCorpus(FileCorpus):
+    """Files of conversations that match a pattern.
+
+    Attributes:
+      text_key: field or column with the list of messages.
+      system_prompt: what conversations begin with that have no system message.
+      too_long: what becomes of one longer than a row: `truncate` cuts its end off, `drop` leaves it
+        out.
+    """
+
+    text_key: str = "messages"
+    system_prompt: str | None = None
+    too_long: str = "truncate"
+
+    def __post_init__(self) -> None:
+        """Raises `UserError` for a `too_long` that is neither."""
+        if self.too_long not in TOO_LONG:
+            raise UserError(f"too_long is {' or '.join(TOO_LONG)}, not {self.too_long!r}.")
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """See `FileCorpus`."""
+        own = {"system_prompt": self.system_prompt, "too_long": self.too_long}
+        return {**super().fingerprint, **own}
+
+    def sample(self, budget: int) -> Iterator[str]:
+        """What is said in the conversations; see `FileCorpus`."""
+        for text in super().sample(budget):
+            yield "\n".join(message["content"] for message in json.loads(text))
+
+    @property
+    def _reading(self) -> ChatReading:
+        return ChatReading(self.text_key, self.id_key, self.heldout, self.share, self.system_prompt)

@@ -1,0 +1,108 @@
+"""Chat templates as models publish them, each beside its text written by hand, and conversations."""
+
+import random
+
+LLAMA3 = """{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}"""
+CHATML = """{% for message in messages %}
+{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' }}
+{% endfor %}
+{% if add_generation_prompt %}
+{{ '<|im_start|>assistant\n' }}
+{%- endif %}"""
+TAGGED = """{%- for message in messages %}
+{%- if message.role == 'assistant' %}
+{{- '<|im_start|>assistant\n' }}
+{%- generation %}
+{{- message.content + '<|im_end|>' }}
+{%- endgeneration %}
+{{- '\n' }}
+{%- else %}
+{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+{%- endif %}
+{%- endfor %}"""
+MISTRAL = """{{ bos_token }}{% for message in messages %}
+{%- if message['role'] == 'system' %}{% continue %}{% endif %}
+{%- if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
+{%- elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}
+{%- else %}{{ raise_exception('only user and assistant roles are supported') }}{% endif %}
+{%- endfor %}"""
+# BOS before every question, as Llama 2 has it; and EOS where BOS is the same token.
+LLAMA2 = """{% for message in messages %}{% if message['role'] == 'user' %}
+{{- bos_token + '[INST] ' + message['content'] + ' [/INST]' }}
+{%- elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + ' ' + eos_token }}
+{%- endif %}{% endfor %}"""
+PLAIN = """{% for message in messages %}
+{{- message.role + ': ' + message.content + (eos_token if message.role == 'assistant' else '') + '\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
+
+Parts = list[tuple[str, bool]]  # pieces of text, and whether they are trained on
+
+
+def llama3(messages: list[dict[str, str]]) -> Parts:
+    parts: Parts = [("<|begin_of_text|>", False)]
+    for m in messages:
+        parts.append((f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n", False))
+        parts.append((m["content"].strip() + "<|eot_id|>", m["role"] == "assistant"))
+    return parts
+
+
+def chatml(messages: list[dict[str, str]]) -> Parts:
+    parts: Parts = []
+    for m in messages:
+        parts.append((f"<|im_start|>{m['role']}\n", False))
+        parts.append((m["content"] + "<|im_end|>", m["role"] == "assistant"))
+        parts.append(("\n", False))
+    return parts
+
+
+def mistral(messages: list[dict[str, str]], bos: str, eos: str) -> Parts:
+    parts: Parts = [(bos, False)]
+    for m in messages:
+        if m["role"] == "user":
+            parts.append((f"[INST] {m['content']} [/INST]", False))
+        elif m["role"] == "assistant":
+            parts.append((f" {m['content']}{eos}", True))
+    return parts
+
+
+def llama2(messages: list[dict[str, str]], bos: str, eos: str) -> Parts:
+    parts: Parts = []
+    for m in messages:
+        if m["role"] == "user":
+            parts.append((f"{bos}[INST] {m['content']} [/INST]", False))
+        elif m["role"] == "assistant":
+            parts.append((f" {m['content']} {eos}", True))
+    return parts
+
+
+def plain(messages: list[dict[str, str]], eos: str) -> Parts:
+    parts: Parts = []
+    for m in messages:
+        answer = m["role"] == "assistant"
+        parts.append((f"{m['role']}: ", False))
+        parts += [(m["content"] + eos, True), ("\n", False)] if answer else []
+        parts += [] if answer else [(m["content"] + "\n", False)]
+    return parts
+
+
+def conversation(seed: int, turns: int = 3, longest: int = 12) -> list[dict[str, str]]:
+    """A system message or none, then questions and answers, some of them empty, some odd."""
+    rng = random.Random(seed)
+    words = "the model  reads\n\n small 1234 rows, naïve 中文 👍👍 don't I'LL {x} </s ".split(" ")
+    words += ["\n", " ", "\n\n\n", "\t", "a"]
+
+    def said() -> str:
+        return " ".join(rng.choices(words, k=rng.randrange(longest)))
+
+    messages = [{"role": "system", "content": said()}] if rng.random() < 0.5 else []
+    for _ in range(rng.randint(1, turns)):
+        messages.append({"role": "user", "content": f"{said()}?{seed}"})
+        messages.append({"role": "assistant", "content": said()})
+    return messages
