@@ -6,7 +6,6 @@ The file stands alone: it loads nothing, so it can be mailed, archived and read 
 written at any time, also while the run is going.
 """
 
-import json
 from typing import Any
 
 from absl import flags
@@ -18,6 +17,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.reporting import page, samples, sources
 from mobilellm_jax.reporting.history import History, read_history
 from mobilellm_jax.tables import aligned
+from mobilellm_jax.training.workdir import read_config
 
 
 def report(workdir: epath.PathLike, out: epath.PathLike | None = None) -> epath.Path:
@@ -49,7 +49,7 @@ def report(workdir: epath.PathLike, out: epath.PathLike | None = None) -> epath.
 def gather(workdir: epath.Path) -> page.Facts:
     """Reads all that the page shows; computes baselines (once per plan) and samples."""
     history = read_history(workdir)
-    config = _read_config(workdir)
+    config = read_config(workdir)
     notes = []
     if history.torn:
         lines = "line is" if history.torn == 1 else "lines are"
@@ -62,14 +62,14 @@ def gather(workdir: epath.Path) -> page.Facts:
             workdir=str(workdir),
             history=history,
             config=config,
-            sources=sources.realised(history, None),
+            sources=sources.realised(history, None, config["row_length"]),
             sample_note="the prepared data are no longer there.",
             notes=notes,
         )
     heldout_rows = config["eval"]["rows"]
-    found, missing = sources.with_data(
-        sources.realised(history, plan), plan, heldout_rows, workdir / "baselines.json"
-    )
+    row_length, cache = config["row_length"], workdir / "baselines.json"
+    counted = sources.realised(history, plan, row_length)
+    found, missing = sources.with_data(counted, plan, row_length, heldout_rows, cache)
     try:
         continued, step = samples.sample(workdir, plan)
         sample_note = samples.describe(step)
@@ -100,17 +100,6 @@ def table(facts: page.Facts) -> str:
 
 def _text(value: float | None, form: str) -> str:
     return "-" if value is None or value != value else format(value, form)
-
-
-def _read_config(workdir: epath.Path) -> dict[str, Any]:
-    path = workdir / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        raise UserError(
-            f"{path} is missing or torn, so {workdir} is not the workdir of a run: "
-            "name the directory that was given to training as --workdir."
-        ) from None
 
 
 def _plan_of(history: History, config: dict[str, Any]) -> Plan:

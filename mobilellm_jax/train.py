@@ -20,25 +20,23 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from mobilellm_jax import cli
-from mobilellm_jax.data.mixture import batches, open_mixture, open_split
-from mobilellm_jax.data.plan import Plan
-from mobilellm_jax.data.tokenizers import Tokenizer
+from mobilellm_jax.data.mixture import (
+    batches,
+    consumed,
+)
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model import transformer
-from mobilellm_jax.model.config import ModelConfig, flops_per_token
-from mobilellm_jax.parallel.mesh import make_mesh
-from mobilellm_jax.parallel.sharding import put_rows, shardings
+from mobilellm_jax.model.config import flops_per_token
+from mobilellm_jax.parallel.sharding import put_rows
 from mobilellm_jax.training import overview
 from mobilellm_jax.training.checkpoint import Checkpoints, saved
-from mobilellm_jax.training.config import check, configured
-from mobilellm_jax.training.evaluation import evaluate
 from mobilellm_jax.training.metrics import MetricsWriter, peak_flops, step_values
-from mobilellm_jax.training.objectives import Network
 from mobilellm_jax.training.progress import Progress
 from mobilellm_jax.training.provenance import changes, provenance
+from mobilellm_jax.training.replay import replay, report
+from mobilellm_jax.training.setup import set_up
 from mobilellm_jax.training.signals import Signals
 from mobilellm_jax.training.start import open_start
-from mobilellm_jax.training.step import TrainState, init_state, train_step
+from mobilellm_jax.training.step import TrainState, init_state
 from mobilellm_jax.training.workdir import check_same_run, claim
 
 
@@ -64,47 +62,12 @@ def train(
         row were not finite.
       SystemExit: stopped by a signal, after saving; its status is 128 + the signal's number.
     """
-    # --- What is to be trained, on what
-    devices = devices or jax.devices()
-    check(config, len(devices))
-    model = ModelConfig.from_dict(config.model)
-    plan = Plan.load(config.plan)
-    tokenizer = Tokenizer.load(plan.resolve(plan.tokenizer_path))
-    if tokenizer.fingerprint != plan.tokenizer:
-        raise UserError(
-            f"{plan.resolve(plan.tokenizer_path)} is not the tokenizer that the plan {config.plan} was "
-            "made with: put that file back, or prepare the data again."
-        )
-    mixture = open_mixture(plan, config.row_length, model.vocab_size)
-    heldout = open_split(plan, "heldout", model.vocab_size)
-    if len(heldout) < len(plan.sources):
-        without = [name for i, name in enumerate(plan.names) if i not in heldout]
-        print(f"data: no held-out rows of {', '.join(without)}; not evaluated.")
-
-    # --- Devices, and the state of a fresh run as shapes
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    network = Network(
-        model,
-        transformer.Execution(**config.execution),
-        tokenizer.bos_id,
-        tokenizer.eos_id,
-        config.loss_chunks,
-    )
-    objective = configured(config.objective, "objective")
-    make_optimizer = configured(config.optimizer, "optimizer")
-    schedule = configured(config.schedule, "schedule")(config.steps)
-
-    def fresh() -> TrainState:
-        params = transformer.init(model, jax.random.key(config.seed))
-        return init_state(params, make_optimizer)
-
-    with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(fresh)
-        state_shardings = shardings(shapes, mesh)
-
+    # --- What is to be trained, on what, with which programs: all checked, nothing written
+    run = set_up(config, devices or jax.devices())
+    with jax.set_mesh(run.mesh):
         weights = None
         if config.init_from and not saved(workdir):
-            weights = open_start(config.init_from, model, tokenizer)
+            weights = open_start(config.init_from, run.model, run.tokenizer)
 
         # All is checked: from here on the workdir is this run's.
         workdir = claim(workdir, config)
@@ -112,69 +75,39 @@ def train(
         # --- The state: restored, or made in place
         checkpoints = Checkpoints(workdir, **config.checkpoint)
         meta = checkpoints.newest_meta()
-        origin = provenance(devices)
+        origin = provenance(run.devices)
         if meta is None and weights:
-            params = weights.params(state_shardings.params, np.float32)
-            begin = functools.partial(init_state, make_optimizer=make_optimizer)
-            state = jax.jit(begin, out_shardings=state_shardings, donate_argnums=0)(params)
+            params = weights.params(run.shardings.params, np.float32)
+            begin = functools.partial(init_state, make_optimizer=run.make_optimizer)
+            state = jax.jit(begin, out_shardings=run.shardings, donate_argnums=0)(params)
             rows, origin["init_from"] = 0, weights.identity
             print(f"starting at the weights of {weights.directory} ({weights.family})")
         elif meta is None:
-            state, rows = jax.jit(fresh, out_shardings=state_shardings)(), 0
+            state, rows = run.fresh(), 0
         else:
-            check_same_run(meta, config, plan, checkpoints.directory)
+            check_same_run(meta, config, run.plan, checkpoints.directory)
             for change in changes(meta, origin):
                 print(f"resume: {change}; the result may differ in its last bits.")
-            abstract = jax.tree.map(_abstract, shapes, state_shardings)
-            state, rows = checkpoints.restore(abstract), int(meta["rows"])
+            state, rows = checkpoints.restore(run.abstract, meta["step"]), int(meta["rows"])
             origin |= {key: value for key, value in meta.items() if key == "init_from"}
         start = int(state.step)
 
-        # --- The step and the evaluation, compiled at their first call
-        piece_bytes_V = jax.numpy.asarray(tokenizer.piece_bytes())
-        step_function = jax.jit(
-            functools.partial(
-                train_step,
-                network=network,
-                objective=objective,
-                make_optimizer=make_optimizer,
-                schedule=schedule,
-                sources=len(plan.sources),
-                microbatches=config.microbatches,
-            ),
-            donate_argnums=0,
-            out_shardings=(state_shardings, None),
-        )
-        evaluation = functools.partial(
-            evaluate,
-            network=network,
-            heldout=heldout,
-            names=plan.names,
-            rows=config.eval.rows,
-            batch_rows=config.global_batch // config.microbatches,
-            piece_bytes_V=piece_bytes_V,
-            mesh=mesh,
-        )
-
         # --- What the user sees before the first step
-        print(
-            overview.parameter_table(jax.tree.map(_abstract, shapes.params, state_shardings.params))
-        )
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+        print(overview.parameter_table(run.abstract.params))
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(run.abstract.params))
         size = config.row_length, config.global_batch, config.steps
-        print(overview.summary(model, parameters, *size))
-        shares = ", ".join(f"{source.name} {source.weight:.1%}" for source in plan.sources)
-        print(
-            f"data: {shares}; tokenizer {tokenizer.fingerprint[:12]} of {tokenizer.vocab_size:,} ids"
-        )
-        print(f"devices: {len(devices)} x {devices[0].device_kind}, mesh {dict(mesh.shape)}")
+        print(overview.summary(run.model, parameters, *size))
+        print(overview.data(run.plan, config.steps * config.global_batch * config.row_length))
+        print(f"tokenizer: {run.tokenizer.fingerprint[:12]} of {run.tokenizer.vocab_size:,} ids")
+        kind = run.devices[0].device_kind
+        print(f"devices: {len(run.devices)} x {kind}, mesh {dict(run.mesh.shape)}")
         if start:
             print(f"resumed at step {start:,} of {config.steps:,} from {checkpoints.directory}")
         sys.stdout.flush()
 
         # --- The loop
-        flops = flops_per_token(model, config.row_length)
-        peak = peak_flops(devices[0].device_kind)
+        flops = flops_per_token(run.model, config.row_length)
+        peak = peak_flops(kind)
         tokens_per_step = config.global_batch * config.row_length
         last = min(config.steps, stop_at or config.steps)
         writer = MetricsWriter(workdir, start, config.wandb)
@@ -182,29 +115,30 @@ def train(
             "start",
             start,
             {"time": time.time(), "parameters": parameters, "flops_per_token": flops}
-            | {"plan": plan.hash, "tokenizer": tokenizer.fingerprint, **origin},
+            | {"plan": run.plan.hash, "tokenizer": run.tokenizer.fingerprint, **origin},
         )
         progress = Progress(start, config.steps, config.log_every)
         described = {
             "config": config.to_dict(),
-            "plan": plan.to_dict(),
-            "plan_hash": plan.hash,
+            "plan": run.plan.to_dict(),
+            "plan_hash": run.plan.hash,
             **origin,
         }
 
         def save() -> None:
             writer.sync()
-            checkpoints.save(state, {"step": step, "rows": rows, **described}, tokenizer)
+            checkpoints.save(state, {"step": step, "rows": rows, **described}, run.tokenizer)
 
         def record(step: int, rows: int, metrics: Any, host: dict[str, float]) -> None:
             """Fetches and writes a step's metrics; called one step late, so that the device never waits."""
             metrics = jax.device_get(metrics)
             seconds = progress.lap()
             speed = tokens_per_step / seconds
-            values = step_values(metrics, plan.names) | host
+            values = step_values(metrics, run.plan.names) | host
             values |= {"rows": rows, "step_seconds": seconds, "tokens_per_second": speed}
+            values |= consumed(run.mixture, rows)
             if peak:
-                values["mfu"] = speed * flops / (peak * len(devices))
+                values["mfu"] = speed * flops / (peak * len(run.devices))
             writer.write("train", step, values)
             if not metrics["tokens"].any():
                 print(f"step {step:,}: the objective counts no target of these rows.", flush=True)
@@ -219,15 +153,16 @@ def train(
 
         step, pending = start, None
         part = jax.process_index(), jax.process_count()
-        parts = batches(mixture, rows, config.global_batch, *part, prefetch=config.prefetch)
-        stream = _prefetched(parts, mesh)
+        ahead = {key: config[key] for key in ("prefetch", "readers", "workers")}
+        parts = batches(run.mixture, rows, config.global_batch, *part, **ahead)
+        stream = _prefetched(parts, run.mesh)
         with Signals() as signals:
             try:
                 while step < last and not signals.caught:
                     waited = time.perf_counter()
                     batch, crc = next(stream)
                     waited = time.perf_counter() - waited
-                    state, metrics = step_function(state, batch, piece_bytes_V)
+                    state, metrics = run.step(state, batch)
                     step, rows = step + 1, rows + config.global_batch
                     if pending:
                         record(*pending)
@@ -237,7 +172,7 @@ def train(
                         record(*pending)  # before the checkpoint: after it nobody would
                         pending = None
                     if evaluate_now:
-                        found = evaluation(state.params)
+                        found = run.evaluate(state.params)
                         writer.write("heldout", step, found)
                         progress.heldout(step, found)
                         progress.lap()
@@ -268,10 +203,6 @@ def train(
     return state
 
 
-def _abstract(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-
 def _prefetched(
     stream: Iterator[dict[str, np.ndarray]], mesh: jax.sharding.Mesh
 ) -> Iterator[tuple[dict[str, jax.Array], int]]:
@@ -283,12 +214,22 @@ def _prefetched(
 def main() -> None:
     """Runs `train` with the flags."""
     args = flags.FLAGS
-    train(args.config, args.workdir, args.stop_at)
+    if args.replay is not None:
+        print(report(replay(args.config, args.workdir, args.replay)))
+    else:
+        train(args.config, args.workdir, args.stop_at)
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Directory of this run, local or gs://.", required=True)
     flags.DEFINE_integer("stop_at", None, "Step after which to save and leave.", lower_bound=1)
+    flags.DEFINE_integer(
+        "replay",
+        None,
+        "Train nothing: run this step again from the nearest checkpoint and rank its rows by loss and "
+        "gradient.",
+        lower_bound=1,
+    )
     flags.mark_flag_as_required("config")
     cli.run(main)

@@ -15,8 +15,9 @@ from runs import bits, config_file, files, finish, program, run, start_training
 
 from mobilellm_jax.data.packing import Concat
 from mobilellm_jax.data.plan import Plan
-from mobilellm_jax.data.rows import Batch, SourceInfo, write_source
+from mobilellm_jax.data.rows import SourceInfo
 from mobilellm_jax.data.sentencepiece_tokenizer import train_tokenizer
+from mobilellm_jax.data.shards import Batch, write_source
 from mobilellm_jax.errors import UserError
 
 TRAIN = "mobilellm_jax.train"
@@ -91,7 +92,8 @@ def refused(config, workdir, *parts, devices=None):
         ("--config.model.stacks[0].kv_heads=3", ("stacks[0]", "kv_heads=3")),
         ("--config.model.max_length=16", ("config.row_length=32", "max_length=16")),
         ("--config.model.vocab_size=319", ("319", "320", "config.model.vocab_size=320")),
-        ("--config.row_length=16", ("rows of 32", "config.row_length=16")),
+        ("--config.row_length=24", ("rows of 24", "the 32 that", "multiple or a divisor")),
+        ("--config.row_length=64000", ("exceeds the model's context",)),
         ("--config.objective.use=next_token", ("config.objective.use", "package.module:name")),
         ("--config.objective.use=no.such:f", ("config.objective.use", "no module 'no'")),
         ("--config.optimizer.use=optax:lionn", ("config.optimizer.use", "'lionn'")),
@@ -188,7 +190,7 @@ def write_words(plan, row_length, model):
     shutil.rmtree(plan.parent / "words")
     packer = Concat(row_length, model.bos_id, model.eos_id)
     ids = [np.array(model.encode(text), np.int32) for text in tiny.documents("words", 50)]
-    rows = np.concatenate([packer.add(ids), packer.finish()])
+    rows = np.concatenate([packer.add(ids).rows, packer.finish().rows])
     info = SourceInfo(
         "words", "", row_length, model.vocab_size, model.bos_id, model.fingerprint, "concat", {}
     )
@@ -201,9 +203,26 @@ def test_rows_of_another_tokenizer(plan, tmp_path):
     refused(tiny.config(plan), tmp_path / "run", "'words'", "another tokenizer", "tokenizer.model")
 
 
-def test_rows_of_another_length(plan, tmp_path):
+def test_rows_that_are_not_those_of_the_plan(plan, tmp_path):
+    """Prepared again, from other text or with another length."""
+    raw = json.loads(plan.read_text())
+    raw["sources"][0]["rows"] = Plan.load(plan).sources[0].rows or 10_000
+    plan.write_text(json.dumps(raw))
     write_words(plan, 2 * tiny.ROW, tiny.tokenizer())
-    refused(tiny.config(plan), tmp_path / "run", "'words'", "64", "32", "row length")
+    refused(tiny.config(plan), tmp_path / "run", "'words'", "the plan says 10,000", "again")
+
+
+def test_a_source_too_small_for_one_row(plan, tmp_path):
+    config = tiny.config(plan)
+    config.row_length = config.model.max_length = 1 << 20
+    refused(config, tmp_path / "run", "'words'", "too few for one of 1048576")
+
+
+def test_a_run_longer_than_its_plan(plan, tmp_path):
+    raw = json.loads(plan.read_text())
+    raw["stages"][0]["tokens"] = 100 * tiny.ROW
+    plan.write_text(json.dumps(raw))
+    refused(tiny.config(plan), tmp_path / "run", "wants 192 rows", "ends after 100", "config.steps")
 
 
 def test_a_tokenizer_that_was_exchanged(plan, tmp_path):
@@ -219,12 +238,11 @@ def test_a_plan_that_is_none(plan, tmp_path, spoilt):
 
 def weights(plan, *values):
     raw = json.loads(plan.read_text())
-    for source, value in zip(raw["sources"], values, strict=True):
-        source["weight"] = value
+    raw["stages"][0]["weights"] = dict(zip(("words", "sums"), values, strict=True))
     plan.write_text(json.dumps(raw))
 
 
-@pytest.mark.parametrize("values", [(0.7, 0.2), (0.7, 0.302), (1.2, -0.2), (1.0, 0.0)])
+@pytest.mark.parametrize("values", [(0.7, 0.2), (0.7, 0.302), (1.2, -0.2)])
 def test_weights_that_do_not_sum_to_one(plan, tmp_path, values):
     weights(plan, *values)
     refused(tiny.config(plan), tmp_path / "run", plan, "weight")
@@ -232,9 +250,9 @@ def test_weights_that_do_not_sum_to_one(plan, tmp_path, values):
 
 def test_weights_that_nearly_sum_to_one_are_renormalised_and_that_is_printed(plan, capsys):
     weights(plan, 0.7, 0.3005)
-    sources = Plan.load(plan).sources
-    assert sum(source.weight for source in sources) == pytest.approx(1, abs=1e-12)
-    assert sources[0].weight == pytest.approx(0.7 / 1.0005)
+    found = Plan.load(plan).stages[0].weights
+    assert sum(found.values()) == pytest.approx(1, abs=1e-12)
+    assert found["words"] == pytest.approx(0.7 / 1.0005)
     out = capsys.readouterr().out
     assert "1.0005" in out and "renormalised" in out and str(plan) in out
 
@@ -273,7 +291,7 @@ def test_a_plan_that_changed_since_the_checkpoint(intact, workdir, plan):
     raw = json.loads(plan.read_text())
     raw["seed"] = 1
     plan.write_text(json.dumps(raw))
-    with pytest.raises(UserError, match=r"trained on another plan .* put that plan back"):
+    with pytest.raises(UserError, match=r"another plan .* differ in the seed\. Put that plan back"):
         run(tiny.config(plan, steps=4), workdir)
 
 

@@ -8,10 +8,12 @@ from runs import config_file, finish, program, start_training
 
 PROGRAMS = {
     "prepare": ("out", "source", "row_length"),
-    "train": ("config", "workdir", "stop_at"),
+    "train": ("config", "workdir", "stop_at", "replay"),
     "generate": ("checkpoint", "prompt", "seed"),
     "convert": ("checkpoint", "to", "out"),
     "report": ("out",),
+    "plan": ("data", "out", "change_at"),
+    "rows": ("step", "document", "usage", "skip"),
     "sweep": ("sweep", "workdir", "cells", "parallel"),
 }
 
@@ -44,7 +46,7 @@ def test_what_training_tells_is_complete_and_nothing_else(tmp_path):
         r"stack_0/mlp/down +2 x 48 x 32 +3,072",
         r"model: 25,760 parameters, 2 blocks applied 4 times, 0\.3 MFLOPs per token",
         r"run: 12 steps x 16 rows x 32 tokens = 6,144 tokens",
-        r"data: words 70\.0%, sums 30\.0%",
+        r"data, stage train: words 70\.0%, sums 30\.0%; tokens 0 to 6,144",
         r"devices: 1 x cpu, mesh \{'data': 1, 'fsdp': 1\}",
         r"held-out bits per byte at step 12: all [\d.]+, words [\d.]+, sums [\d.]+",
         r"done: step 12, 192 rows; checkpoint in .*/run/checkpoints/12",

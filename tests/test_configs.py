@@ -110,7 +110,7 @@ def test_the_ladder_compares_like_with_like(tmp_path):
         whole(config)
         assert config.plan == f"{tmp_path}/mixture.json"
         assert config.global_batch == configs["gqa"].global_batch
-        assert config.steps == configs["gqa"].steps or name == "ls-flops"
+        assert config.steps == configs["gqa"].steps or name.endswith(("flops", "long"))
         assert sweep.rows[name].values == sweep.rows["gqa"].values
     counts = {name: parameter_count(model) for name, model in models.items()}
     dropped = counts.pop("tied")
@@ -126,5 +126,6 @@ def test_the_ladder_compares_like_with_like(tmp_path):
     shared = {n: s for n, s in shared.items() if not n.startswith("depth")}
     passes = {(s.order, s.repeats) for s in shared.values()}
     assert passes == set(itertools.product(("immediate", "repeat_all", "reverse"), (2, 3, 4)))
-    assert len(sweep.tables) == 3
+    assert configs["depth-12-long"].steps == configs["depth-3-long"].steps == 4 * 720
+    assert len(sweep.tables) == 4
     assert {line.row for t in sweep.tables for line in t.lines} == set(sweep.rows)

@@ -18,9 +18,10 @@ from etils import epath
 from mobilellm_jax.data import baselines
 from mobilellm_jax.data.mixture import first_rows
 from mobilellm_jax.data.packing import BestFit
-from mobilellm_jax.data.plan import Plan, PlanSource
-from mobilellm_jax.data.rows import Batch, SourceInfo, open_rows, write_source
+from mobilellm_jax.data.plan import Plan, PlanSource, Stage
+from mobilellm_jax.data.rows import SourceInfo, open_rows
 from mobilellm_jax.data.sentencepiece_tokenizer import train_tokenizer
+from mobilellm_jax.data.shards import Batch, write_source
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, Stack
@@ -73,6 +74,7 @@ def write_run(workdir, lines, plan="gone/mixture.json", **config):
         "model": model.to_dict(),
         "plan": str(plan),
         "steps": 20,
+        "row_length": 32,
         "eval": {"rows": 4},
         **config,
     }
@@ -85,7 +87,7 @@ def facts(history, names=NAMES, **more):
     baselines = sources.Baselines(unigram=3.0, bigram=2.5, zlib=2.7, rows=10, seen=10)
     found = [
         dataclasses.replace(s, planned=1 / len(names), available=100, baselines=baselines)
-        for s in sources.realised(history, None)
+        for s in sources.realised(history, None, 32)
     ]
     return page.Facts("runs/it", history, {"steps": len(history.train)}, found, **more)
 
@@ -129,11 +131,14 @@ def prepared(tmp_path_factory):
         batches = []
         for split, part in (("train", some[:45]), ("heldout", some[45:])):
             packer = BestFit(length, bos, eos)
-            rows = [packer.add([np.array(tokenizer.encode(text), np.int32) for text in part])]
-            batches.append(Batch(split, np.concatenate([*rows, packer.finish()]), len(part), 1, 1))
+            ids = [np.array(tokenizer.encode(text), np.int32) for text in part]
+            rows = np.concatenate([packer.add(ids).rows, packer.finish().rows])
+            batches.append(Batch(split, rows, len(part), 1, 1))
         write_source(directory / name, info, {}, batches)
-    chosen = tuple(PlanSource(name, name, 0.5) for name in texts)
-    Plan(chosen, length, "tokenizer.model", tokenizer.fingerprint).save(directory / "mixture.json")
+    chosen = tuple(PlanSource(name, name) for name in texts)
+    stage = Stage("train", None, dict.fromkeys(texts, 0.5))
+    plan = Plan(chosen, (stage,), "tokenizer.model", tokenizer.fingerprint)
+    plan.save(directory / "mixture.json")
     return directory / "mixture.json", tokenizer, {name: t[45:] for name, t in texts.items()}
 
 
@@ -207,7 +212,7 @@ def test_realised_mixture_equals_a_count_of_the_lines_that_count(tmp_path):
     history = read_history(write_run(tmp_path / "run", lines))
     last = {line["step"]: line for line in lines}.values()
     rows = {name: sum(line[f"rows/{name}"] for line in last) for name in NAMES}
-    found = {source.name: source for source in sources.realised(history, None)}
+    found = {source.name: source for source in sources.realised(history, None, 32)}
     assert {name: source.rows for name, source in found.items()} == rows
     for name, source in found.items():
         assert source.row_share == pytest.approx(rows[name] / (8 * 49), abs=1e-12)

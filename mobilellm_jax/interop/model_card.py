@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.model.config import ModelConfig, parameter_count
 from mobilellm_jax.tables import markdown_table
 
@@ -91,14 +92,14 @@ def _training(meta: Mapping[str, Any]) -> list[str]:
     if not plan or "rows" not in meta:
         return []
     tokens = meta["rows"] * config["row_length"]
-    shares = {source["name"]: source["weight"] for source in plan["sources"]}
-    total = sum(shares.values())
+    plan = Plan.from_dict(plan, "the plan of the checkpoint")
+    shares = zip(plan.names, plan.read(tokens) / max(tokens, 1), strict=True)
     begun_at = epath.Path(config.get("init_from") or "").name
     start = f", starting at the weights of {begun_at}" if begun_at else ""
     return [
         "## Training\n",
         f"{tokens:,} tokens in {meta['step']:,} steps{start}, drawn from\n",
-        _table(("source", "share"), *((name, f"{w / total:.1%}") for name, w in shares.items())),
+        _table(("source", "share"), *((name, f"{w:.1%}") for name, w in shares)),
     ]
 
 

@@ -10,9 +10,10 @@ import numpy as np
 from etils import epath
 
 from mobilellm_jax.data import baselines
+from mobilellm_jax.data.contexts import Contexts
 from mobilellm_jax.data.mixture import first_rows
 from mobilellm_jax.data.plan import Plan
-from mobilellm_jax.data.rows import Rows, open_rows
+from mobilellm_jax.data.rows import open_rows
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.reporting.history import History
@@ -73,13 +74,16 @@ class Source:
         return "fair" if self.heldout < self.baselines.unigram else "poor"
 
 
-def realised(history: History, plan: Plan | None) -> list[Source]:
+def realised(history: History, plan: Plan | None, row_length: int) -> list[Source]:
     """Counts what training consumed of each source; those of the plan come first, in its order."""
     rows = {n: int(np.nansum(c)) for n, c in history.train.per_source("rows").items()}
     tokens = {n: int(np.nansum(c)) for n, c in history.train.per_source("tokens").items()}
-    planned = {source.name: source.weight for source in plan.sources} if plan else {}
-    names = dict.fromkeys([*planned, *rows])
     total_rows, total_tokens = max(sum(rows.values()), 1), max(sum(tokens.values()), 1)
+    planned: dict[str, float] = {}
+    if plan:
+        shares = plan.read(total_rows * row_length) / (total_rows * row_length)
+        planned = dict(zip(plan.names, shares.tolist(), strict=True))
+    names = dict.fromkeys([*planned, *rows])
     return [
         Source(
             name=name,
@@ -95,13 +99,18 @@ def realised(history: History, plan: Plan | None) -> list[Source]:
 
 
 def with_data(
-    sources: Sequence[Source], plan: Plan, heldout_rows: int, cache: epath.Path
+    sources: Sequence[Source],
+    plan: Plan,
+    row_length: int,
+    heldout_rows: int,
+    cache: epath.Path,
 ) -> tuple[list[Source], list[str]]:
     """Adds what takes the prepared rows: how many there are, and the baselines.
 
     Args:
       sources: those of the run.
       plan: the plan of the run.
+      row_length: trained tokens of its rows.
       heldout_rows: how many held-out rows of each source training evaluates.
       cache: JSON file that keeps the baselines until the run has gone on or the plan is another.
 
@@ -109,16 +118,17 @@ def with_data(
       the sources, and one sentence for each whose rows cannot be read any more.
     """
     key = {"plan": plan.hash, "heldout_rows": heldout_rows, "counted_tokens": COUNTED_TOKENS}
+    key["row_length"] = row_length
     key["seen"] = {source.name: source.rows for source in sources}
     known = _read_cache(cache, key)
     paths = {source.name: plan.resolve(source.path) for source in plan.sources}
     found, notes = [], []
     for source in sources:
         try:
-            train = open_rows(paths[source.name], "train")
+            train = Contexts(open_rows(paths[source.name], "train"), row_length)
             source = dataclasses.replace(source, available=len(train))
             if source.name not in known and source.rows:
-                heldout = open_rows(paths[source.name], "heldout")
+                heldout = Contexts(open_rows(paths[source.name], "heldout"), row_length)
                 seen = first_rows(plan, source.name, len(train), min(source.rows, len(train)))
                 known[source.name] = measure(train, seen, heldout, heldout_rows, plan)
                 _write_cache(cache, key, known)
@@ -139,7 +149,7 @@ def describe(sources: Sequence[Source]) -> str:
 
 
 def measure(
-    train: Rows, seen: np.ndarray, heldout: Rows, heldout_rows: int, plan: Plan
+    train: Contexts, seen: np.ndarray, heldout: Contexts, heldout_rows: int, plan: Plan
 ) -> Baselines:
     """Baselines of one source, in bits per byte of the held-out rows that training evaluates.
 
@@ -147,7 +157,7 @@ def measure(
     each once, up to `COUNTED_TOKENS` tokens.
     """
     tokenizer = Tokenizer.load(plan.resolve(plan.tokenizer_path))
-    counted = seen[: math.ceil(COUNTED_TOKENS / plan.row_length)]
+    counted = seen[: math.ceil(COUNTED_TOKENS / train.row_length)]
     train_RT = train.read(counted)
     heldout_RT = heldout.read(np.arange(min(len(heldout), heldout_rows), dtype=np.int64))
     ends = tokenizer.bos_id, tokenizer.eos_id

@@ -48,8 +48,17 @@ class LoadedModel:
 class Checkpoints:
     """The checkpoints of one run, saved asynchronously; the newest `keep` stay and every `keep_every`-th."""
 
-    def __init__(self, workdir: epath.Path, every: int, keep: int, keep_every: int) -> None:
+    def __init__(
+        self,
+        workdir: epath.Path,
+        every: int,
+        keep: int,
+        keep_every: int,
+        read_only: bool = False,
+    ) -> None:
         """Opens (and creates) `workdir/checkpoints` and clears away what killed saves left there.
+
+        With `read_only` it does neither: another program may be writing there.
 
         Raises:
           UserError: the directory cannot be written.
@@ -59,8 +68,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every or None,
-            create=True,
-            cleanup_tmp_directories=True,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
         )
         with _explained(self.directory):
             self._manager = ocp.CheckpointManager(
@@ -110,21 +120,21 @@ class Checkpoints:
         with _explained(self.directory):
             self._manager.close()
 
-    def newest_meta(self) -> dict[str, Any] | None:
-        """The newest checkpoint's description, or None where there is none yet."""
-        step = self._manager.latest_step()
-        return None if step is None else _read_meta(self.directory / str(step))
+    def newest_meta(self, before: int | None = None) -> dict[str, Any] | None:
+        """The description of the newest checkpoint (before a step), None where there is none."""
+        steps = [s for s in self._manager.all_steps() if before is None or s < before]
+        return _read_meta(self.directory / str(max(steps))) if steps else None
 
-    def restore(self, abstract: TrainState) -> TrainState:
-        """The newest checkpoint's state, straight into the shardings of `abstract`.
+    def restore(self, abstract: TrainState, step: int) -> TrainState:
+        """A checkpoint's state, straight into the shardings of `abstract`.
 
         Args:
           abstract: a state of `ShapeDtypeStruct`s with shardings.
+          step: of the checkpoint.
 
         Raises:
           UserError: the checkpoint is damaged.
         """
-        step = self._manager.latest_step()
         rest = dataclasses.replace(abstract, params=None)
         args = ocp.args.Composite(
             params=ocp.args.StandardRestore(abstract.params),
@@ -238,13 +248,18 @@ def saved(workdir: epath.PathLike) -> bool:
     return _newest(epath.Path(workdir) / FOLDER) is not None
 
 
+def saved_steps(folder: epath.Path) -> list[int]:
+    """Steps that were written to their end, rising."""
+    if not (folder.exists() and folder.is_dir()):
+        return []
+    steps = [path for path in folder.iterdir() if path.name.isdigit()]
+    return sorted(int(p.name) for p in steps if ocp.utils.is_checkpoint_finalized(p))
+
+
 def _newest(folder: epath.Path) -> epath.Path | None:
     """The folder of the newest step that was written to its end."""
-    if not (folder.exists() and folder.is_dir()):
-        return None
-    steps = [path for path in folder.iterdir() if path.name.isdigit()]
-    whole = [path for path in steps if ocp.utils.is_checkpoint_finalized(path)]
-    return max(whole, key=lambda path: int(path.name), default=None)
+    steps = saved_steps(folder)
+    return folder / str(steps[-1]) if steps else None
 
 
 def _read_meta(path: epath.Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from mobilellm_jax.model.config import ModelConfig
 # Keys that may differ when a run is continued: they change how it is computed or watched, not what
 # it is.
 FREE: tuple[str, ...] = ("plan", "mesh", "microbatches", "execution", "loss_chunks", "prefetch")
-FREE += ("max_skipped", "eval", "checkpoint", "log_every", "wandb")
+FREE += ("readers", "workers", "max_skipped", "eval", "checkpoint", "log_every", "wandb")
 
 # Arguments that the loop itself gives to such a function, before those of the configuration.
 GIVEN = {"objective": 3, "optimizer": 1, "schedule": 1}
@@ -72,6 +72,8 @@ def base_config(model: ModelConfig) -> ConfigDict:
     c.mesh.data = -1  # devices over which rows are split; -1: what is left
     c.mesh.fsdp = 1  # devices over which rows and weights are split
     c.prefetch = 8  # batches read ahead
+    c.readers = 0  # threads that read rows; 0: local files; 64 and more: object stores
+    c.workers = 0  # processes that read ahead; 0: threads of this one
 
     c.eval = ConfigDict()
     c.eval.every = 1000  # steps between evaluations on the held-out rows; also at the end

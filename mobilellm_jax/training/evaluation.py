@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mobilellm_jax.data.rows import Rows
+from mobilellm_jax.data.contexts import Contexts
 from mobilellm_jax.parallel.sharding import put_rows
 from mobilellm_jax.training.metrics import per_source
 from mobilellm_jax.training.objectives import Batch, Network, next_token
@@ -18,7 +18,7 @@ def evaluate(
     params: Any,
     *,
     network: Network,
-    heldout: Mapping[int, Rows],
+    heldout: Mapping[int, Contexts],
     names: tuple[str, ...],
     rows: int,
     batch_rows: int,
@@ -31,7 +31,7 @@ def evaluate(
     """
     totals: dict[str, Any] = {}
     for source, split in heldout.items():
-        width = split.info.row_length + 1
+        width = split.row_length + 1
         count = min(rows, len(split))
         for first in range(0, count, batch_rows):
             tokens = np.full((batch_rows, width), network.bos_id, np.int32)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.model.config import ModelConfig, flops_per_token
 from mobilellm_jax.parallel.sharding import path_name
 from mobilellm_jax.tables import aligned
@@ -22,6 +23,22 @@ def parameter_table(params: Any) -> str:
         shape = " x ".join(str(size) for size in leaf.shape)
         lines.append((path_name(path), shape, f"{leaf.size:,}", axes or "replicated"))
     return textwrap.indent(aligned(lines, "<<><"), "  ")
+
+
+def data(plan: Plan, tokens: int) -> str:
+    """What a run of so many tokens reads: a line per stage, with the shares at its begin and end."""
+    lines, begin = [], 0
+    for stage, first, last in zip(plan.stages, *plan.weights, strict=True):
+        if begin < tokens:
+            end = tokens if stage.tokens is None else min(tokens, begin + stage.tokens)
+            shares = ", ".join(
+                f"{name} {a:.1%}" + (f" to {b:.1%}" if a != b else "")
+                for name, a, b in zip(plan.names, first, last, strict=True)
+                if a or b
+            )
+            lines.append(f"data, stage {stage.name}: {shares}; tokens {begin:,} to {end:,}")
+            begin = end
+    return "\n".join(lines)
 
 
 def summary(

@@ -71,6 +71,22 @@ def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**base_config(model).to_dict(), **config, "model": model.to_dict()}
 
 
+def read_config(workdir: epath.Path) -> dict[str, Any]:
+    """The configuration of a run.
+
+    Raises:
+      UserError: there is none, or it is torn.
+    """
+    path = workdir / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        raise UserError(
+            f"{path} is missing or torn, so {workdir} is not the workdir of a run: "
+            "name the directory that was given to training as --workdir."
+        ) from None
+
+
 def check_same_run(
     meta: Mapping[str, Any], config: ConfigDict, plan: Plan, where: epath.Path
 ) -> None:
@@ -89,7 +105,14 @@ def check_same_run(
         str(where),
     )
     if meta["plan_hash"] != plan.hash:
-        raise UserError(
-            f"the checkpoint in {where} was trained on another plan ({meta['plan_hash'][:12]}) than "
-            f"{plan.directory} holds now ({plan.hash[:12]}): put that plan back, or use a new --workdir."
-        )
+        # A plan may change from here on; what the run has read it cannot change.
+        tokens = int(meta["rows"]) * config.row_length
+        old = Plan.from_dict(meta["plan"], f"the plan of the checkpoint in {where}").past(tokens)
+        if changed := [key for key, value in plan.past(tokens).items() if value != old[key]]:
+            raise UserError(
+                f"the checkpoint in {where} was trained on another plan ({meta['plan_hash'][:12]}) than "
+                f"{plan.directory} holds now ({plan.hash[:12]}); of the first {tokens:,} tokens they "
+                f"differ in {', '.join(changed)}. Put that plan back, let the change begin with a new "
+                "stage (`python -m mobilellm_jax.plan --change_at`), or use a new --workdir."
+            )
+        print(f"resume: the plan has changed from {tokens:,} tokens on, {plan.hash[:12]} now.")

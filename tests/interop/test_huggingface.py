@@ -26,6 +26,7 @@ from weights import (
     theirs,
 )
 
+from mobilellm_jax.data.plan import Plan, PlanSource, Stage
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.interop import huggingface, safetensors_files
 from mobilellm_jax.interop.layout import default_family
@@ -163,12 +164,14 @@ def test_the_folder_holds_what_runtimes_look_for(tmp_path):
 
 
 def test_the_model_card_tells_what_is_known(tmp_path):
+    sources = PlanSource("code", "code"), PlanSource("math", "math")
+    stage = Stage("train", None, {"code": 0.75, "math": 0.25})
     meta = {
         "step": 50,
         "rows": 1600,
         "config": {"row_length": 128, "init_from": "/home/me/runs/base"},
         "origin": {"directory": "/home/me/other", "family": "llama"},
-        "plan": {"sources": [{"name": "code", "weight": 3}, {"name": "math", "weight": 1}]},
+        "plan": Plan(sources, (stage,), "tokenizer.model", "").to_dict(),
         "heldout": {"bits_per_byte": 1.5, "bits_per_byte/code": 1.25, "loss/code": 9.0},
     }
     model = NETWORKS["shared twice"]

@@ -1,0 +1,288 @@
+r"""Answers what a run has read: which documents a step saw, where a document comes, what is used up.
+
+    python -m mobilellm_jax.rows runs/mine --step=81234
+    python -m mobilellm_jax.rows runs/mine --step=81234 --text --source=web
+    python -m mobilellm_jax.rows runs/mine --document=doc-17
+    python -m mobilellm_jax.rows runs/mine --document=crawl/part-3.jsonl:4711
+    python -m mobilellm_jax.rows runs/mine --usage
+    python -m mobilellm_jax.rows runs/mine --skip=8123:8130 --reason="loss spike"
+
+A document is named by its id, or by its file and line (row, record). --skip changes the plan: when
+the run is continued it goes back to the newest checkpoint before the first of these steps and
+leaves their rows out; what was trained from there on is moved aside, not deleted, and the plan
+keeps a record. --json prints lines of JSON instead of tables.
+"""
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from absl import flags
+from etils import epath
+
+from mobilellm_jax import cli
+from mobilellm_jax.data import accounting
+from mobilellm_jax.data.mixture import Mixture, open_mixture
+from mobilellm_jax.data.plan import Plan, Skip
+from mobilellm_jax.data.tokenizers import Tokenizer
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.reporting.history import read_history
+from mobilellm_jax.tables import aligned
+from mobilellm_jax.training.checkpoint import FOLDER, saved_steps
+from mobilellm_jax.training.workdir import read_config
+
+SHOWN = 400  # characters of a row's text in a table
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is known of a run's way through its data."""
+
+    workdir: epath.Path
+    config: dict[str, Any]
+    plan: Plan
+    mixture: Mixture
+    steps_N: np.ndarray  # recorded steps, int64
+    rows_N: np.ndarray  # rows consumed after each, int64
+
+    def rows_of(self, step: int) -> tuple[int, int]:
+        """The rows of the run that a step sees, [first, last).
+
+        Raises:
+          UserError: the run has no such step.
+        """
+        if not 1 <= step <= self.config["steps"]:
+            raise UserError(f"the run has steps 1 to {self.config['steps']:,}, not {step:,}.")
+        at = int(np.searchsorted(self.steps_N, step, side="right")) - 1
+        known_step, known_rows = (
+            (int(self.steps_N[at]), int(self.rows_N[at])) if at >= 0 else (0, 0)
+        )
+        last = known_rows + (step - known_step) * self.config["global_batch"]
+        return last - self.config["global_batch"], last
+
+    def step_of(self, row: int) -> int:
+        """The step that sees a row of the run."""
+        at = int(np.searchsorted(self.rows_N, row, side="right"))
+        if at < len(self.rows_N):
+            return int(self.steps_N[at])
+        known_step, known_rows = (
+            (int(self.steps_N[-1]), int(self.rows_N[-1])) if len(self.rows_N) else (0, 0)
+        )
+        return known_step + (row - known_rows) // int(self.config["global_batch"]) + 1
+
+    @property
+    def consumed(self) -> int:
+        """Rows that the run has consumed so far."""
+        return int(self.rows_N[-1]) if len(self.rows_N) else 0
+
+    @property
+    def whole(self) -> int:
+        """Rows that the run consumes in all."""
+        return self.rows_of(self.config["steps"])[1]
+
+
+def open_run(workdir: epath.PathLike) -> Run:
+    """Reads the record of a run and opens its data.
+
+    Raises:
+      UserError: it is not the workdir of a run, or its data are not there.
+    """
+    workdir = epath.Path(workdir)
+    config = read_config(workdir)
+    plan = Plan.load(config["plan"])
+    mixture = open_mixture(plan, config["row_length"], config["model"]["vocab_size"])
+    try:
+        history = read_history(workdir)
+        steps_N, rows_N = history.train.steps_N, history.train.column("rows").astype(np.int64)
+    except UserError:  # nothing is trained yet; what will be read is known all the same
+        steps_N = rows_N = np.zeros(0, np.int64)
+    return Run(workdir, config, plan, mixture, steps_N, rows_N)
+
+
+def step_table(run: Run, step: int, source: str = "") -> Iterator[dict[str, Any]]:
+    """A record for each row of a step: where it is from, which documents, its text.
+
+    Raises:
+      UserError: the run has no such step or source, or the documents cannot be looked up.
+    """
+    if source and source not in run.plan.names:
+        raise UserError(f"the plan has no source {source!r}, only {', '.join(run.plan.names)}.")
+    tokenizer = Tokenizer.load(run.plan.resolve(run.plan.tokenizer_path))
+    for row in accounting.seen_rows(run.mixture, *run.rows_of(step)):
+        if source in ("", row.source):
+            yield {
+                "index": row.index,
+                "source": row.source,
+                "epoch": row.epoch,
+                "row": row.row,
+                "documents": [
+                    {"id": d.id, "file": d.file, "place": d.place, "tokens": d.tokens}
+                    for d in row.documents
+                ],
+                "text": tokenizer.decode(row.tokens.tolist()),
+            }
+
+
+def document_table(run: Run, document: str) -> list[dict[str, Any]]:
+    """A record for each time that a document comes in the whole run.
+
+    Args:
+      run: the run.
+      document: an id, or `FILE:PLACE`.
+
+    Raises:
+      UserError: no source has such a document.
+    """
+    file, colon, place = document.rpartition(":")
+    found = accounting.occurrences(run.mixture, run.whole, id=document)
+    if not found and colon and place.isdigit():
+        found = accounting.occurrences(run.mixture, run.whole, file=file, place=int(place))
+    if not found:
+        raise UserError(
+            f"no row of this run holds a document {document!r}: name its id, or FILE:PLACE as "
+            "--step shows them."
+        )
+    return [
+        {
+            "step": run.step_of(o.index),
+            "index": o.index,
+            "seen": o.index < run.consumed,
+            "epoch": o.epoch,
+            "source": o.source,
+            "file": o.piece.file,
+            "place": o.piece.place,
+            "tokens": o.piece.tokens,
+        }
+        for o in found
+    ]
+
+
+def usage_table(run: Run, step: int | None = None) -> list[dict[str, Any]]:
+    """A record for each source: how much of it is used after a step (by default, now; and at the end)."""
+    rows = run.consumed if step is None else run.rows_of(step)[1]
+    given, end = run.mixture.given(rows), run.mixture.given(run.whole)
+    length = run.config["row_length"]
+    return [
+        {
+            "source": name,
+            "rows": len(source),
+            "tokens": len(source) * length,
+            "read": int(given[s]),
+            "share": float(given[s] / max(rows, 1)),
+            "epochs": float(given[s] / len(source)),
+            "used": min(float(given[s] / len(source)), 1.0),
+            "epochs_at_end": float(end[s] / len(source)),
+        }
+        for s, (name, source) in enumerate(zip(run.plan.names, run.mixture.sources, strict=True))
+    ]
+
+
+def skip(run: Run, first: int, last: int, reason: str) -> str:
+    """Leaves the rows of steps `first` to `last` out, in the plan, and rewinds the workdir.
+
+    Checkpoints from step `first` on are moved to `WORKDIR/rewound-<time>/`; the plan as it was is
+    kept beside the new one. Continued, the run trains the steps before `first` again if they were
+    not saved, then goes on with the rows behind those of `last`.
+
+    Returns:
+      What was done, for people.
+
+    Raises:
+      UserError: the steps are not in the run, or not trained yet, or no checkpoint is before them.
+    """
+    if not 1 <= first <= last:
+        raise UserError(f"--skip={first}:{last} is no range of steps: FIRST:LAST, both included.")
+    begin, end = run.rows_of(first)[0], run.rows_of(last)[1]
+    directory = run.workdir / FOLDER
+    steps = saved_steps(directory)
+    if not [step for step in steps if step < first] and steps:
+        raise UserError(
+            f"no checkpoint in {directory} is from before step {first:,}: start anew with this plan "
+            "changed, or skip later steps."
+        )
+    later = [s for s in run.plan.skips if s.at_row >= begin]
+    if later:
+        raise UserError(
+            f"rows from {later[0].at_row:,} on are skipped already, behind step {first:,}: undo that "
+            "first, by putting the plan kept beside this one back."
+        )
+    new = Skip(begin, end - begin, run.config["row_length"], reason)
+    plan = dataclasses.replace(run.plan, skips=(*run.plan.skips, new))
+    path = epath.Path(run.config["plan"])
+    kept = path.with_name(f"{path.stem}.{run.plan.hash[:8]}.json")
+    run.plan.save(kept)
+    moved = [step for step in steps if step >= first]
+    aside = run.workdir / f"rewound-{int(time.time())}"
+    for step in moved:
+        aside.mkdir(parents=True, exist_ok=True)
+        (directory / str(step)).rename(aside / str(step))
+    plan.save(path)
+    went = f" Checkpoints {', '.join(map(str, moved))} are now in {aside}." if moved else ""
+    return (
+        f"{path}: rows {begin:,} to {end - 1:,} (steps {first:,} to {last:,}) are left out; the plan "
+        f"as it was is {kept.name}.{went} Start training again with the same command."
+    )
+
+
+def _print(records: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        for record in records:
+            print(json.dumps(record, ensure_ascii=False))
+        return
+    lines = [list(records[0])] + [[_cell(value) for value in r.values()] for r in records]
+    sides = "".join("<" if isinstance(v, str | list) else ">" for v in records[0].values())
+    print(aligned(lines, sides))
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):  # documents
+        return ", ".join(d["id"] or f"{d['file']}:{d['place']}" for d in value)
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+def main(workdir: str) -> None:
+    """The command line."""
+    args = flags.FLAGS
+    asked = [args.usage, args.document is not None, args.skip is not None]
+    if sum(asked) + (args.step is not None and not args.usage) != 1:
+        raise UserError("ask for one thing: --step=N, --document=ID, --usage or --skip=FIRST:LAST.")
+    run = open_run(workdir)
+    if args.usage:
+        _print(usage_table(run, args.step), args.json)
+    elif args.document is not None:
+        _print(document_table(run, args.document), args.json)
+    elif args.skip is not None:
+        match = re.fullmatch(r"(\d+):(\d+)", args.skip)
+        if not match:
+            raise UserError(f"--skip={args.skip} is not of the form FIRST:LAST, two steps.")
+        print(skip(run, int(match[1]), int(match[2]), args.reason))
+    else:
+        records = list(step_table(run, args.step, args.source))
+        if not args.json:
+            for record in records:
+                text = record.pop("text")
+                if args.text:
+                    record["text"] = json.dumps(text[:SHOWN], ensure_ascii=False)
+        if not records:
+            raise UserError(f"step {args.step:,} has no row of {args.source!r}.")
+        _print(records, args.json)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("step", None, "Show the rows and documents of this step.", 1)
+    flags.DEFINE_string("source", "", "Of --step, the rows of this source alone.")
+    flags.DEFINE_bool("text", False, "With --step, the begin of each row's text too.")
+    flags.DEFINE_string("document", None, "Show where this document comes: its id, or FILE:PLACE.")
+    flags.DEFINE_bool("usage", False, "Show how much of each source is used, at --step or now.")
+    flags.DEFINE_string("skip", None, "Leave the rows of these steps out: FIRST:LAST, included.")
+    flags.DEFINE_string("reason", "", "Why rows are skipped; the plan keeps it.")
+    flags.DEFINE_bool("json", False, "Print lines of JSON.")
+    cli.run(main, positional="workdir of a run")

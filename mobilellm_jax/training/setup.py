@@ -1,0 +1,137 @@
+"""What a configuration means: the data, the network, and the programs that train it. Writes nothing."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from mobilellm_jax.data.mixture import Mixture, check_length, open_mixture, open_split
+from mobilellm_jax.data.plan import Plan
+from mobilellm_jax.data.tokenizers import Tokenizer
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model import transformer
+from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.parallel.mesh import make_mesh
+from mobilellm_jax.parallel.sharding import shardings
+from mobilellm_jax.training.config import check, configured
+from mobilellm_jax.training.evaluation import evaluate
+from mobilellm_jax.training.objectives import Network
+from mobilellm_jax.training.step import Objective, TrainState, init_state, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A run that is ready to begin or to go on."""
+
+    devices: Sequence[jax.Device]
+    mesh: jax.sharding.Mesh
+    plan: Plan
+    mixture: Mixture
+    tokenizer: Tokenizer
+    model: ModelConfig
+    network: Network
+    objective: Objective
+    make_optimizer: Callable[..., Any]
+    shardings: TrainState  # where each array of the state lives
+    abstract: TrainState  # the state as `ShapeDtypeStruct`s with these shardings
+    fresh: Callable[[], TrainState]  # makes the state of step 0 in place
+    step: Callable[..., tuple[TrainState, Any]]  # state, batch -> state, metrics; donates the state
+    evaluate: Callable[[Any], dict[str, float]]  # params -> held-out measurements
+
+
+def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
+    """Opens and checks all that a configuration names; the programs compile at their first call.
+
+    Args:
+      config: see `training.config.base_config`.
+      devices: to run on.
+
+    Raises:
+      UserError: the configuration or the data are not usable.
+    """
+    # --- What is to be trained, on what
+    check(config, len(devices))
+    model = ModelConfig.from_dict(config.model)
+    plan = Plan.load(config.plan)
+    tokenizer = Tokenizer.load(plan.resolve(plan.tokenizer_path))
+    if tokenizer.fingerprint != plan.tokenizer:
+        raise UserError(
+            f"{plan.resolve(plan.tokenizer_path)} is not the tokenizer that the plan {config.plan} was "
+            "made with: put that file back, or prepare the data again."
+        )
+    mixture = open_mixture(plan, config.row_length, model.vocab_size)
+    check_length(mixture, config.steps * config.global_batch)
+    heldout = open_split(plan, "heldout", config.row_length, model.vocab_size)
+    if len(heldout) < len(plan.sources):
+        without = [name for i, name in enumerate(plan.names) if i not in heldout]
+        print(f"data: no held-out rows of {', '.join(without)}; not evaluated.")
+
+    # --- Devices, and the state as shapes
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    network = Network(
+        model,
+        transformer.Execution(**config.execution),
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        config.loss_chunks,
+    )
+    objective = configured(config.objective, "objective")
+    make_optimizer = configured(config.optimizer, "optimizer")
+    schedule = configured(config.schedule, "schedule")(config.steps)
+
+    def fresh() -> TrainState:
+        params = transformer.init(model, jax.random.key(config.seed))
+        return init_state(params, make_optimizer)
+
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(fresh)
+        state_shardings = shardings(shapes, mesh)
+        abstract = jax.tree.map(_abstract, shapes, state_shardings)
+        piece_bytes_V = jax.numpy.asarray(tokenizer.piece_bytes())
+
+    # --- The programs
+    step_function = jax.jit(
+        functools.partial(
+            train_step,
+            network=network,
+            objective=objective,
+            make_optimizer=make_optimizer,
+            schedule=schedule,
+            sources=len(plan.sources),
+            microbatches=config.microbatches,
+        ),
+        donate_argnums=0,
+        out_shardings=(state_shardings, None),
+    )
+    return Setup(
+        devices=devices,
+        mesh=mesh,
+        plan=plan,
+        mixture=mixture,
+        tokenizer=tokenizer,
+        model=model,
+        network=network,
+        objective=objective,
+        make_optimizer=make_optimizer,
+        shardings=state_shardings,
+        abstract=abstract,
+        fresh=jax.jit(fresh, out_shardings=state_shardings),
+        step=lambda state, batch: step_function(state, batch, piece_bytes_V),
+        evaluate=functools.partial(
+            evaluate,
+            network=network,
+            heldout=heldout,
+            names=plan.names,
+            rows=config.eval.rows,
+            batch_rows=config.global_batch // config.microbatches,
+            piece_bytes_V=piece_bytes_V,
+            mesh=mesh,
+        ),
+    )
+
+
+def _abstract(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
