@@ -33,7 +33,7 @@ run: $(VENV)/.installed ## text -> tokenizer -> trained, resumed, sampled, expor
 	$(BIN)/python -m mobilellm_jax.generate --checkpoint=$(RUN) --prompt="def __init__(self,"
 	$(BIN)/python -m mobilellm_jax.report $(RUN)
 
-ladder: $(VENV)/.installed ## MobileLLM's architecture ladder at small scale: 57 runs, 80 minutes on 2 cores
+ladder: $(VENV)/.installed ## MobileLLM's architecture ladder at small scale: about 140 runs, 90 minutes on 2 cores
 	$(PREPARE) --out=data/ladder --vocab_size=512
 	$(BIN)/python -m mobilellm_jax.sweep --sweep=configs/ladder.py --workdir=runs/ladder --parallel=2
 

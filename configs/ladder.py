@@ -2,11 +2,12 @@ r"""The architecture ladder of MobileLLM (arXiv 2402.14905) at 1/400 of its size
 
 Three of the paper's comparisons: the roadmap from a shallow ReLU network to MobileLLM-LS (table 10),
 depth against width (table 11), and one to four passes through shared blocks in three orders (tables
-2 and 14).
+2 and 14). And a fourth table: what depth costs or gains after four times as many tokens.
 
 | parameters         | rows x tokens x steps | networks x seeds           | hardware    | time   |
 |--------------------|-----------------------|----------------------------|-------------|--------|
-| 0.31M (tied 0.29M) | 2 x 256 x 720 = 0.37M | 19 x (3 + 3 or more peaks) | 2 CPU cores | 90 min |
+| 0.31M (tied 0.29M) | 2 x 256 x 720 = 0.37M | 19 x (3 + 3 or more peaks) | 2 CPU cores | 60 min |
+| 0.31M              | four times as many    | 2 x (3 + 4 peaks)          | 2 CPU cores | 25 min |
 
     make ladder
 
@@ -31,7 +32,8 @@ from mobilellm_jax.training.config import base_config
 VOCABULARY = 512
 ROW = 256
 STEPS = 720
-PEAKS = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+LONGER = 4  # times as many steps, for the question whether depth needs more tokens
+PEAKS = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 
 # Layers, width, heads, KV heads, MLP width; heads are 16 wide.
 NETWORKS = {
@@ -126,11 +128,17 @@ def get_sweep(argument: str) -> Sweep:
             name = f"{order}-{repeats}"
             rows[name] = config(shared(BASE, repeats, order), plan)
             passes.append(Line(name, f"{order}, {repeats} passes", BASE))
+    longer = []
+    for name in ("depth-3", "depth-12"):
+        rows[f"{name}-long"] = config(network(name), plan, LONGER * STEPS)
+        label = "{} x {}".format(*NETWORKS[name])
+        longer.append(Line(f"{name}-long", label, "depth-3-long" if longer else ""))
     return Sweep(
         rows,
         (
             Table("From ReLU to MobileLLM-LS (table 10)", roadmap),
             Table("Blocks x width at equal parameters (table 11)", tuple(depths)),
             Table("Passes through shared blocks (tables 2 and 14)", tuple(passes)),
+            Table(f"Blocks x width with {LONGER} x the tokens", tuple(longer)),
         ),
     )
