@@ -131,7 +131,7 @@ def test_it_is_restored_into_other_shardings(trained, tmp_path):
         shardings(state, mesh),
     )
     checkpoints = Checkpoints(epath.Path(workdir), 4, 3, 0)
-    found = checkpoints.restore(abstract)
+    found = checkpoints.restore(abstract, 12)
     checkpoints.close()
     assert bits(found) == bits(state)
     assert found.params["embedding"].addressable_shards[0].data.shape == (320, 8)
