@@ -16,8 +16,8 @@ rose again is not said, its table gives the same peak for both.
     python -m mobilellm_jax.train --config=configs/mobilellm_r1.py:140m,pretrain2 \
       --workdir=runs/r1-140m-pretrain2
 
-`--config.plan` names the mixture of the phase, prepared with the tokenizer of Llama 3.2 and rows of
-2,048 tokens.
+The plan has both phases as stages: configs/plans/mobilellm_r1_pretrain.json, tied to the prepared
+sources (docs/data.md) with the tokenizer of Llama 3.2.
 """
 
 from ml_collections import ConfigDict
@@ -43,12 +43,13 @@ def get_config(argument: str = "140m,pretrain1") -> ConfigDict:
             f"{', '.join(SIZES)}, a comma, and one of {', '.join(STAGES)}."
         )
     c = base_config(preset(f"mobilellm-r1-{size}"))
-    if stage == "pretrain2":
-        c.init_from = f"runs/r1-{size}-pretrain1"
-    c.plan = f"data/r1/{stage}/mixture.json"
+    c.plan = "data/r1/mixture.json"
     c.row_length = 2048
     c.steps = 500_000
     c.global_batch = 2048
+    if stage == "pretrain2":
+        c.init_from = f"runs/r1-{size}-pretrain1"
+        c.first_row = c.steps * c.global_batch  # where the plan's second stage begins
     c.loss_chunks = 16  # of so large a vocabulary
     c.optimizer.b1, c.optimizer.b2 = 0.9, 0.95
     c.optimizer.weight_decay = 0.1

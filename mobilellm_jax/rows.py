@@ -50,38 +50,44 @@ class Run:
     rows_N: np.ndarray  # rows consumed after each, int64
 
     def rows_of(self, step: int) -> tuple[int, int]:
-        """The rows of the run that a step sees, [first, last).
+        """The rows of the plan that a step sees, [first, last).
 
         Raises:
           UserError: the run has no such step.
         """
         if not 1 <= step <= self.config["steps"]:
             raise UserError(f"the run has steps 1 to {self.config['steps']:,}, not {step:,}.")
-        at = int(np.searchsorted(self.steps_N, step, side="right")) - 1
-        known_step, known_rows = (
-            (int(self.steps_N[at]), int(self.rows_N[at])) if at >= 0 else (0, 0)
-        )
+        known_step, known_rows = self._known(int(np.searchsorted(self.steps_N, step, "right")))
         last = known_rows + (step - known_step) * self.config["global_batch"]
         return last - self.config["global_batch"], last
 
     def step_of(self, row: int) -> int:
-        """The step that sees a row of the run."""
+        """The step that sees a row of the plan."""
         at = int(np.searchsorted(self.rows_N, row, side="right"))
         if at < len(self.rows_N):
             return int(self.steps_N[at])
-        known_step, known_rows = (
-            (int(self.steps_N[-1]), int(self.rows_N[-1])) if len(self.rows_N) else (0, 0)
-        )
+        known_step, known_rows = self._known(len(self.rows_N))
         return known_step + (row - known_rows) // int(self.config["global_batch"]) + 1
+
+    def _known(self, count: int) -> tuple[int, int]:
+        """The last of the first `count` recorded steps, and the rows consumed after it."""
+        if not count:
+            return 0, self.first
+        return int(self.steps_N[count - 1]), int(self.rows_N[count - 1])
+
+    @property
+    def first(self) -> int:
+        """Rows that runs before this one have read of the plan."""
+        return int(self.config.get("first_row", 0))
 
     @property
     def consumed(self) -> int:
-        """Rows that the run has consumed so far."""
-        return int(self.rows_N[-1]) if len(self.rows_N) else 0
+        """Rows of the plan that are consumed so far."""
+        return self._known(len(self.rows_N))[1]
 
     @property
     def whole(self) -> int:
-        """Rows that the run consumes in all."""
+        """Rows of the plan that are consumed when the run ends."""
         return self.rows_of(self.config["steps"])[1]
 
 
@@ -141,6 +147,7 @@ def document_table(run: Run, document: str) -> list[dict[str, Any]]:
     found = accounting.occurrences(run.mixture, run.whole, id=document)
     if not found and colon and place.isdigit():
         found = accounting.occurrences(run.mixture, run.whole, file=file, place=int(place))
+    found = [o for o in found if o.index >= run.first]
     if not found:
         raise UserError(
             f"no row of this run holds a document {document!r}: name its id, or FILE:PLACE as "
@@ -172,7 +179,7 @@ def usage_table(run: Run, step: int | None = None) -> list[dict[str, Any]]:
             "rows": len(source),
             "tokens": len(source) * length,
             "read": int(given[s]),
-            "share": float(given[s] / max(rows, 1)),
+            "share": float(given[s] / max(given.sum(), 1)),
             "epochs": float(given[s] / len(source)),
             "used": min(float(given[s] / len(source)), 1.0),
             "epochs_at_end": float(end[s] / len(source)),

@@ -80,10 +80,10 @@ def train(
             params = weights.params(run.shardings.params, np.float32)
             begin = functools.partial(init_state, make_optimizer=run.make_optimizer)
             state = jax.jit(begin, out_shardings=run.shardings, donate_argnums=0)(params)
-            rows, origin["init_from"] = 0, weights.identity
+            rows, origin["init_from"] = config.first_row, weights.identity
             print(f"starting at the weights of {weights.directory} ({weights.family})")
         elif meta is None:
-            state, rows = run.fresh(), 0
+            state, rows = run.fresh(), config.first_row
         else:
             check_same_run(meta, config, run.plan, checkpoints.directory)
             for change in changes(meta, origin):
@@ -97,7 +97,8 @@ def train(
         parameters = sum(leaf.size for leaf in jax.tree.leaves(run.abstract.params))
         size = config.row_length, config.global_batch, config.steps
         print(overview.summary(run.model, parameters, *size))
-        print(overview.data(run.plan, config.steps * config.global_batch * config.row_length))
+        ends = config.first_row, config.first_row + config.steps * config.global_batch
+        print(overview.data(run.plan, *(row * config.row_length for row in ends)))
         print(f"tokenizer: {run.tokenizer.fingerprint[:12]} of {run.tokenizer.vocab_size:,} ids")
         kind = run.devices[0].device_kind
         print(f"devices: {len(run.devices)} x {kind}, mesh {dict(run.mesh.shape)}")

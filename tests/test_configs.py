@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, flops_per_token, parameter_count
@@ -83,6 +84,9 @@ def test_mobilellm_r1(size, stage):
     for at, exact in ((0, 0), (1000, 2e-3), (2000, 4e-3), (251_000, 2.2e-3), (500_000, 4e-4)):
         assert float(schedule(at)) == pytest.approx(exact, rel=1e-5), at
     assert bool(config.init_from) == (stage == "pretrain2")
+    published = Plan.load(CONFIGS / "plans" / "mobilellm_r1_pretrain.json")
+    begins = {"pretrain1": 0, "pretrain2": published.stages[0].tokens}
+    assert config.first_row * config.row_length == begins[stage]
 
 
 @pytest.mark.parametrize(

@@ -372,15 +372,16 @@ def open_split(plan: Plan, split: str, row_length: int, vocab_size: int) -> dict
     return opened
 
 
-def check_length(mixture: Mixture, rows: int) -> None:
-    """A run must not be longer than its plan.
+def check_length(mixture: Mixture, first: int, rows: int) -> None:
+    """A run of so many rows, from row `first` on, must not be longer than its plan.
 
     Raises:
       UserError: it is.
     """
-    if rows > len(mixture):
+    if first + rows > len(mixture):
+        begin = f" from row {first:,} on" if first else ""
         raise UserError(
-            f"the run wants {rows:,} rows of {mixture.row_length} tokens, the plan in "
+            f"the run wants {rows:,} rows of {mixture.row_length} tokens{begin}, the plan in "
             f"{mixture.plan.directory} ends after {len(mixture):,}: lower config.steps, or give its "
             "last stage more tokens (null: no end)."
         )

@@ -39,7 +39,8 @@ def base_config(model: ModelConfig) -> ConfigDict:
     c.model = model.to_dict()  # the network (mobilellm_jax/model/config.py), often a preset
     c.init_from = ""  # checkpoint or Hugging Face folder whose weights a new run starts at
     c.plan = ""  # path of the mixture.json to train on, as `prepare` writes it
-    c.row_length = 2048  # targets per row; must be that of the plan
+    c.first_row = 0  # rows of the plan that runs before this one have read; 0: it begins here
+    c.row_length = 2048  # targets per row: what is stored, or a multiple or divisor of it
     c.steps = 1000  # optimizer steps of the whole run
     c.global_batch = 1024  # rows per step, over all devices
     c.microbatches = 1  # parts of a step computed one after another, to save memory
@@ -127,6 +128,8 @@ def check(config: ConfigDict, devices: int) -> None:
     for key in POSITIVE:
         if flat[key] < 1:
             raise UserError(f"config.{key}={flat[key]} must be at least 1.")
+    if config.first_row < 0:
+        raise UserError("config.first_row is negative: 0 begins with the plan.")
     if config.checkpoint.keep_every < 0:
         raise UserError("config.checkpoint.keep_every is negative: 0 keeps none for ever.")
     for key, value in flat.items():

@@ -25,19 +25,20 @@ def parameter_table(params: Any) -> str:
     return textwrap.indent(aligned(lines, "<<><"), "  ")
 
 
-def data(plan: Plan, tokens: int) -> str:
-    """What a run of so many tokens reads: a line per stage, with the shares at its begin and end."""
+def data(plan: Plan, first_token: int, last_token: int) -> str:
+    """What a run reads of a plan: a line per stage, with the shares at the stage's begin and end."""
     lines, begin = [], 0
     for stage, first, last in zip(plan.stages, *plan.weights, strict=True):
-        if begin < tokens:
-            end = tokens if stage.tokens is None else min(tokens, begin + stage.tokens)
+        end = last_token if stage.tokens is None else begin + stage.tokens
+        if begin < last_token and end > first_token:
             shares = ", ".join(
                 f"{name} {a:.1%}" + (f" to {b:.1%}" if a != b else "")
                 for name, a, b in zip(plan.names, first, last, strict=True)
                 if a or b
             )
-            lines.append(f"data, stage {stage.name}: {shares}; tokens {begin:,} to {end:,}")
-            begin = end
+            read = f"{max(begin, first_token):,} to {min(end, last_token):,}"
+            lines.append(f"data, stage {stage.name}: {shares}; tokens {read}")
+        begin = end
     return "\n".join(lines)
 
 

@@ -98,7 +98,7 @@ def replay(
         begun_at = 0 if meta is None else int(meta["step"])
         print(f"replaying {step - begun_at:,} step(s) from step {begun_at:,} ...", flush=True)
         if meta is None:
-            state, rows = run.fresh(), 0
+            state, rows = run.fresh(), config.first_row
         else:
             check_same_run(meta, config, run.plan, checkpoints.directory)
             state, rows = checkpoints.restore(run.abstract, begun_at), int(meta["rows"])

@@ -63,7 +63,7 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
             "made with: put that file back, or prepare the data again."
         )
     mixture = open_mixture(plan, config.row_length, model.vocab_size)
-    check_length(mixture, config.steps * config.global_batch)
+    check_length(mixture, config.first_row, config.steps * config.global_batch)
     heldout = open_split(plan, "heldout", config.row_length, model.vocab_size)
     if len(heldout) < len(plan.sources):
         without = [name for i, name in enumerate(plan.names) if i not in heldout]

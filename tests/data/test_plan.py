@@ -15,6 +15,7 @@ from mobilellm_jax.data.mixture import open_mixture
 from mobilellm_jax.data.plan import Plan, PlanSource, Skip, Stage
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.plan import effective_tokens, fill_in, table, write
+from mobilellm_jax.rows import open_run
 
 PUBLISHED = pathlib.Path(__file__).parents[2] / "configs" / "plans"
 
@@ -249,6 +250,29 @@ def test_a_run_goes_on_when_its_plan_changes_ahead_of_it_and_not_behind(tmp_path
     # And it is as if the plan had always been this one.
     runs.run(config, tmp_path / "whole")
     assert runs.rows_seen(tmp_path / "whole") == runs.rows_seen(tmp_path / "run")
+
+
+def test_a_run_that_begins_inside_a_plan_reads_what_is_left_of_it(tmp_path):
+    """Two runs, the second at the row where the first ended, read what one would have read."""
+    path = tiny.corpus(tmp_path / "data")
+    raw = json.loads(path.read_text())
+    first = 6 * 16
+    raw["stages"][0]["tokens"] = first * tiny.ROW
+    raw["stages"].append({"name": "later", "tokens": first * tiny.ROW, "weights": {"sums": 1.0}})
+    path.write_text(json.dumps(raw))
+    runs.run(tiny.config(path, 12), tmp_path / "whole")
+    config = tiny.config(path, 6)
+    config.first_row = first
+    config.init_from = str(tmp_path / "whole")
+    runs.run(config, tmp_path / "second")
+    whole, second = (runs.rows_seen(tmp_path / name) for name in ("whole", "second"))
+    assert [(rows, crc) for _, rows, crc in second] == [(r, c) for _, r, c in whole[6:]]
+    assert all(line["rows/words"] == 0 for line in runs.lines(tmp_path / "second").values())
+    run = open_run(tmp_path / "second")
+    assert run.rows_of(1) == (first, first + 16) and run.step_of(first + 16) == 2
+    config.first_row = first + 1
+    with pytest.raises(UserError, match="wants 96 rows .* from row 97 on, .* ends after 192"):
+        runs.run(config, tmp_path / "third")
 
 
 def test_epochs_are_logged(tmp_path):
