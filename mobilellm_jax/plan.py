@@ -83,10 +83,15 @@ def table(plan: Plan, tokens: int | None = None) -> str:
     if not seen.sum():
         return text
     touched = np.where(np.isnan(unique), seen, np.fmin(unique, seen)).sum()
+    beside = seen.sum() / QWEN3
     return (
         f"{text}\n\n{_tokens(touched)} of {_tokens(unique.sum())} unique tokens are read, "
-        f"{_tokens(seen.sum())} tokens in all, worth {_tokens(worth.sum())} fresh ones; that is "
-        f"{seen.sum() / QWEN3:.1%} of the 36T that Qwen3 was trained on."
+        f"{_tokens(seen.sum())} tokens in all, worth {_tokens(worth.sum())} fresh ones"
+        + (
+            f"; that is {beside:.1%} of the 36T that Qwen3 was trained on."
+            if beside > 1e-3
+            else "."
+        )
     )
 
 

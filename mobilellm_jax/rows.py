@@ -219,6 +219,9 @@ def skip(run: Run, first: int, last: int, reason: str) -> str:
         )
     new = Skip(begin, end - begin, run.config["row_length"], reason)
     plan = dataclasses.replace(run.plan, skips=(*run.plan.skips, new))
+    short = run.whole + new.rows - len(run.mixture)
+    if short > 0:
+        plan = _longer(plan, short * new.row_length)
     path = epath.Path(run.config["plan"])
     kept = path.with_name(f"{path.stem}.{run.plan.hash[:8]}.json")
     run.plan.save(kept)
@@ -233,6 +236,20 @@ def skip(run: Run, first: int, last: int, reason: str) -> str:
         f"{path}: rows {begin:,} to {end - 1:,} (steps {first:,} to {last:,}) are left out; the plan "
         f"as it was is {kept.name}.{went} Start training again with the same command."
     )
+
+
+def _longer(plan: Plan, tokens: int) -> Plan:
+    """The same plan with more tokens in its last stage, so that a run that skips rows still ends."""
+    *before, last = plan.stages
+    capped = any(source.max_epochs is not None for source in plan.sources)
+    if last.weights_end is not None or (capped and not last.fixed):
+        raise UserError(
+            f"without these rows the plan in {plan.directory} ends {tokens:,} tokens before the run, and "
+            f"its last stage, {last.name!r}, is a ramp or capped: add a stage behind it first "
+            "(`python -m mobilellm_jax.plan --change_at`)."
+        )
+    longer = dataclasses.replace(last, tokens=(last.tokens or 0) + tokens)
+    return dataclasses.replace(plan, stages=(*before, longer))
 
 
 def _print(records: list[dict[str, Any]], as_json: bool) -> None:

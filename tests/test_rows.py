@@ -184,6 +184,25 @@ def test_skipped_steps_are_left_out_and_the_rest_is_as_if_they_had_never_been(pr
         skip(open_run(workdir), 5, 5, "")
 
 
+def test_a_plan_that_ends_with_its_run_is_lengthened_by_what_is_skipped(prepared, tmp_path):
+    data, workdir = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(prepared[0].parent, data)
+    plan = data / "mixture.json"
+    raw = json.loads(plan.read_text())
+    raw["stages"][0]["tokens"] = STEPS * BATCH * tiny.ROW
+    plan.write_text(json.dumps(raw))
+    runs.run(tiny.config(plan, STEPS), workdir)
+    skip(open_run(workdir), 6, 6, "")
+    assert Plan.load(plan).tokens == (STEPS + 1) * BATCH * tiny.ROW
+    runs.run(tiny.config(plan, STEPS), workdir)
+    assert max(runs.lines(workdir)) == STEPS
+    for source in raw["sources"]:
+        source["max_epochs"] = 1e3
+    plan.write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="ends 512 tokens before the run, and .*'train', is"):
+        skip(open_run(workdir), 6, 6, "")
+
+
 def test_what_cannot_be_skipped_or_replayed(prepared, trained):
     run, config = open_run(trained), tiny.config(prepared[0], STEPS)
     for first, last, said in (

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from absl import logging
 from etils import epath
 
 from mobilellm_jax.data.tokenizers import Tokenizer
@@ -72,7 +73,7 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
         )
-        with _explained(self.directory):
+        with _explained(self.directory), _quiet(read_only):
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=options,
@@ -143,6 +144,18 @@ class Checkpoints:
         with _damaged(self.directory / str(step)):
             found = self._manager.restore(step, args=args)
             return dataclasses.replace(abstract, params=found["params"], **found["optimizer"])
+
+
+@contextlib.contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """Orbax warns at length of what reading alone means."""
+    before = logging.get_verbosity()
+    try:
+        if quiet:
+            logging.set_verbosity(logging.ERROR)
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def load_model(directory: epath.PathLike) -> LoadedModel:
