@@ -66,14 +66,14 @@ class Checkpoints:
         """
         self.directory = (workdir / FOLDER).resolve()  # Orbax refuses relative paths
         self._every = every
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            keep_period=keep_every or None,
-            create=not read_only,
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
-        )
         with _explained(self.directory), _quiet(read_only):
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                keep_period=keep_every or None,
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+            )
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=options,
