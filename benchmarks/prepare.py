@@ -161,11 +161,10 @@ def main(_: list[str]) -> None:
                 clock, processor, counts[way] = measure(python, way, text, tokenizer)
                 speeds[way].append((counts[way] / processor, counts[way] / clock))
         print(f"{text.stat().st_size / 1e6:.1f} MB of text, medians of {_REPEATS.value}:")
-    medians = {
-        way: [statistics.median(s) for s in zip(*all_, strict=True)] for way, all_ in speeds.items()
-    }
-    for way, (processor, clock) in medians.items():
-        times = medians["ours"][0] / processor
+    for way, all_ in speeds.items():
+        processor, clock = (statistics.median(s) for s in zip(*all_, strict=True))
+        pairs = zip(speeds["ours"], all_, strict=True)  # one after the other on the same machine
+        times = statistics.median(ours[0] / theirs[0] for ours, theirs in pairs)
         print(
             f"{way:10} {counts[way]:>10,} tokens  {processor / 1e6:.3f}M/s of processor time  "
             f"{clock / 1e6:.3f}M/s by the clock  (ours is {times:.2f} x as fast)"

@@ -37,11 +37,13 @@ load_tokenizer = functools.lru_cache(1)(Tokenizer.load)
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:
     """Texts to ids, without BOS and EOS: the `Encode` of pre-training."""
 
-    def ids(text: str) -> np.ndarray:
-        parts = (text[start : start + LONGEST] for start in range(0, len(text), LONGEST))
-        return np.concatenate([np.asarray(tokenizer.encode(part), np.int32) for part in parts])
+    parts = [[t[at : at + LONGEST] for at in range(0, len(t), LONGEST)] for t in texts]
+    found = iter(tokenizer.encode_batch([part for some in parts for part in some]))
+    return [Ids(next(found) if len(some) == 1 else _joined(found, len(some))) for some in parts]
 
-    return [Ids(ids(text)) for text in texts]
+
+def _joined(ids: Iterator[np.ndarray], count: int) -> np.ndarray:
+    return np.concatenate(list(itertools.islice(ids, count)))
 
 
 def encoded(
@@ -68,6 +70,7 @@ class Workers:
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "Workers":
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is a thread, also this one
         if self.count > 1:
             self._pool = concurrent.futures.ProcessPoolExecutor(
                 self.count, multiprocessing.get_context("spawn"), _start
@@ -103,8 +106,7 @@ class Workers:
 
 
 def _start() -> None:
-    """Prepares a process of `Workers`: one thread, which ends when the process that started it is gone."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    """Prepares a process of `Workers`, which ends when the process that started it is gone."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return

@@ -25,6 +25,7 @@ from mobilellm_jax.data.apportion import SHARES, fixed_point, just_in_time
 from mobilellm_jax.data.contexts import Contexts
 from mobilellm_jax.data.permutation import key_of, mixed, permute
 from mobilellm_jax.data.plan import Plan
+from mobilellm_jax.data.readers import Readers
 from mobilellm_jax.data.rows import open_rows, read_info
 from mobilellm_jax.errors import UserError
 
@@ -340,7 +341,7 @@ def open_split(plan: Plan, split: str, row_length: int, vocab_size: int) -> dict
     Raises:
       UserError: see `open_mixture`.
     """
-    opened = {}
+    opened, readers = {}, Readers()
     for number, source in enumerate(plan.sources):
         path = plan.resolve(source.path)
         info, where = read_info(path), f"source {source.name!r} at {path}"
@@ -361,7 +362,7 @@ def open_split(plan: Plan, split: str, row_length: int, vocab_size: int) -> dict
             )
         if split not in info.splits and split != "train":
             continue
-        rows = Contexts(open_rows(path, split), row_length)
+        rows = Contexts(open_rows(path, split, readers), row_length)
         if len(rows):
             opened[number] = rows
         elif split == "train":

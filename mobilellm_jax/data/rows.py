@@ -23,14 +23,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from array_record.python import array_record_module
 from etils import epath
 
 from mobilellm_jax.data.packing import marked
+from mobilellm_jax.data.readers import Readers
 from mobilellm_jax.errors import UserError
 
 VERSION = 2
-_READ = "readahead_buffer_size:0,max_parallelism:0"  # random access
 _FAILURES = (OSError, RuntimeError, ValueError, IndexError)  # of ArrayRecord
 _PAUSES = (0.1, 0.3, 0.9, 2.7)  # seconds before each further try of a read that failed
 
@@ -83,7 +82,12 @@ class Rows:
     """
 
     def __init__(
-        self, info: SourceInfo, split: str, files: Mapping[str, int], behind: Mapping[str, int]
+        self,
+        info: SourceInfo,
+        split: str,
+        files: Mapping[str, int],
+        behind: Mapping[str, int],
+        readers: Readers,
     ) -> None:
         """Takes shard files with their number of rows, in order; use `open_rows`.
 
@@ -95,16 +99,16 @@ class Rows:
         self._behind = dict(behind)
         self._files = [str(epath.Path(info.path) / file) for file in files]
         self._ends = np.cumsum(list(files.values()), dtype=np.int64)
-        self._readers: dict[int, Any] = {}
+        self._readers = readers
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles everything but what is open."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_readers", "_lock")}
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Opens nothing; readers come with the first read."""
-        self.__dict__.update(state, _readers={}, _lock=threading.Lock())
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -143,16 +147,18 @@ class Rows:
     def _records(self, shard: int, positions: list[int]) -> list[bytes]:
         for pause in _PAUSES:
             try:
-                return self._reader(shard).read(positions)
+                return self._readers.get(self._files[shard]).read(positions)
             except _FAILURES:
-                self._forget(shard)
+                self._readers.forget(self._files[shard])
+                with self._lock:
+                    self.retries += 1
                 time.sleep(pause)
         return [self._record(shard, position) for position in positions]
 
     def _record(self, shard: int, position: int) -> bytes:
         """One of the records that cannot be read together; those that are not bad are found so."""
         try:
-            return self._reader(shard).read([position])[0]
+            return self._readers.get(self._files[shard]).read([position])[0]
         except _FAILURES as error:
             file = self._files[shard]
             if not epath.Path(file).exists():
@@ -162,24 +168,6 @@ class Rows:
                 f"({' '.join(str(error).split())[:200]}): "
                 "delete its source and prepare it again."
             ) from None
-
-    def _reader(self, shard: int) -> Any:
-        reader = self._readers.get(shard)
-        if (
-            reader is None
-        ):  # opened outside the lock: far away it takes long, and others may open too
-            reader = array_record_module.ArrayRecordReader(
-                self._files[shard], _READ, file_reader_buffer_size=1 << 15
-            )
-            with self._lock:
-                reader = self._readers.setdefault(shard, reader)
-        return reader
-
-    def _forget(self, shard: int) -> None:
-        """After a failure: a reader that has failed stays failed, so the next try opens the file anew."""
-        with self._lock:
-            self._readers.pop(shard, None)
-            self.retries += 1
 
 
 def is_complete(path: epath.PathLike) -> bool:
@@ -201,8 +189,8 @@ def read_settings(path: epath.PathLike) -> dict[str, Any]:
     return read_metadata(path)["settings"]
 
 
-def open_rows(path: epath.PathLike, split: str = "train") -> Rows:
-    """Opens a split of a source; reads no row yet.
+def open_rows(path: epath.PathLike, split: str = "train", readers: Readers | None = None) -> Rows:
+    """Opens a split of a source, whose open files count among those of `readers`; reads no row yet.
 
     Raises:
       UserError: there is no complete source, it lacks the split, or a shard is missing or
@@ -220,7 +208,8 @@ def open_rows(path: epath.PathLike, split: str = "train") -> Rows:
                 f"the shard {file} {state}: delete the source {path} and prepare it again."
             )
     files = {name: shard["rows"] for name, shard in shards.items()}
-    return Rows(info, split, files, metadata["behind"])
+    readers = Readers() if readers is None else readers
+    return Rows(info, split, files, metadata["behind"], readers)
 
 
 def shards_of(

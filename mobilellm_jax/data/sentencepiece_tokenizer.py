@@ -145,6 +145,15 @@ class SentencePieceTokenizer(Tokenizer):
         first, *rest = (self._processor.encode(part) for part in text.split(SPACE))
         return first + [i for part in rest for i in (*self._space_sign, *part)]
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """See `Tokenizer`."""
+        return [
+            np.array(self.encode(text), np.int32)
+            if SPACE in text
+            else self._processor.encode(text, return_type="numpy")
+            for text in texts
+        ]
+
     def encode_special(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """See `Tokenizer`; special are the control pieces and that of what is unknown."""
         kinds = _Piece.CONTROL, _Piece.UNKNOWN

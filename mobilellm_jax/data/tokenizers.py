@@ -122,6 +122,10 @@ class Tokenizer(abc.ABC):
         """Ids of a text, without BOS and EOS and without special tokens the text may spell."""
 
     @abc.abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, int32 [N], at what the library is fastest at."""
+
+    @abc.abstractmethod
     def encode_special(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids of a text in which special tokens stand where they are spelled, and where each id is.
 

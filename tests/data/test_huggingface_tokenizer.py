@@ -92,6 +92,8 @@ def test_ids_and_text_are_those_of_transformers(folders, kind):
         assert tokenizer.decode(ids) == reference.decode(ids) == given_back(kind, text), repr(text)
         prefix = kind == "llama2" and text != ""  # it puts a space in front
         assert sizes[ids].sum() == len(given_back(kind, text).encode()) + prefix, repr(text)
+    batch = tokenizer.encode_batch(texts(1500))
+    assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in texts(1500)]
     assert tokenizer.vocab_size == len(reference) == 600
     assert sizes.shape == (600,) and sizes.dtype == np.int32
 

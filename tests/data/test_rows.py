@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import json
+import os
 import pickle
 import time
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from mobilellm_jax.data import rows
+from mobilellm_jax.data import readers, rows
 from mobilellm_jax.data.rows import SourceInfo, SplitInfo, open_rows, read_info
 from mobilellm_jax.data.shards import Batch, SourceWriter, write_source
 from mobilellm_jax.errors import UserError
@@ -142,7 +143,7 @@ def test_damage_within_a_shard_is_told_at_reading(source, monkeypatch):
 
 
 def test_a_read_that_fails_for_a_moment_is_tried_again_and_counted(source, monkeypatch):
-    class Failing(rows.array_record_module.ArrayRecordReader):
+    class Failing(readers.array_record_module.ArrayRecordReader):
         left = 3
 
         def read(self, positions):
@@ -151,12 +152,36 @@ def test_a_read_that_fails_for_a_moment_is_tried_again_and_counted(source, monke
                 raise [OSError, RuntimeError][Failing.left % 2]("the network is away")
             return super().read(positions)
 
-    monkeypatch.setattr(rows.array_record_module, "ArrayRecordReader", Failing)
+    monkeypatch.setattr(readers.array_record_module, "ArrayRecordReader", Failing)
     monkeypatch.setattr(rows, "_PAUSES", (0.001,) * 4)
     stored = open_rows(source)
     assert stored.retries == 0
     assert (stored.read(np.arange(1000)) == TRAIN).all()
     assert stored.retries == 3
+
+
+@pytest.mark.parametrize("most", [1, 2, 100])
+def test_no_more_files_are_open_than_allowed(tmp_path, most):
+    parts = [[Batch("train", TRAIN[i : i + 10])] for i in range(0, 200, 10)]
+    write_source(tmp_path / "many", INFO, {}, *parts)
+    held = readers.Readers(most)
+    stored = open_rows(tmp_path / "many", readers=held)
+    order = np.random.default_rng(0).permutation(200)
+
+    def descriptors():
+        return len(os.listdir("/proc/self/fd"))
+
+    before = descriptors()
+    assert (stored.read(order) == TRAIN[order]).all()
+    assert len(held) == min(most, 20)
+    assert descriptors() - before <= len(held)
+    copy = pickle.loads(pickle.dumps(stored))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # what one reads, another gives up
+        for rows_, found in zip(
+            np.split(order, 20), pool.map(copy.read, np.split(order, 20)), strict=True
+        ):
+            assert (found == TRAIN[rows_]).all()
+    assert descriptors() - before <= 2 * len(held)
 
 
 def test_a_shard_that_goes_missing_is_named(source, monkeypatch):

@@ -75,6 +75,12 @@ def test_any_text_survives(tokenizer, source):
     assert tokenizer.lossless
 
 
+def test_many_at_once_get_the_ids_of_each_alone(tokenizer, source):
+    texts = [*source, *nasty_texts(3000), "", " "]
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        assert ids.dtype == np.int32 and ids.tolist() == tokenizer.encode(text)
+
+
 def test_control_pieces_stand_for_nothing(tokenizer):
     ids = tokenizer.encode("one")
     assert tokenizer.decode([1, *ids, 2, 1]) == "one"
