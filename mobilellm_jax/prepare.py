@@ -213,15 +213,7 @@ def _check_request(
             f"weights are given for {', '.join(weights)} but the sources are {', '.join(names)}: "
             "give every source a weight (0 leaves it out of the mixture)."
         )
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights.values()):
-        raise UserError("a weight is a number that is not negative.")
-    total = math.fsum(weights.values())
-    if abs(total - 1) > plans.TOLERANCE:
-        raise UserError(
-            f"the weights sum to {total:.6g}, not to 1: mend them so that the sum is 1."
-        )
-    if abs(total - 1) > 1e-9:
-        print(f"the weights sum to {total:.6g}; they are renormalised to 1.", flush=True)
+    plans.normalised(weights, "the weights")
 
 
 def _tokenizer(
@@ -450,7 +442,9 @@ if __name__ == "__main__":
         "chat", [], "Conversations of your own: name=PATTERN. May be repeated."
     )
     flags.DEFINE_string(
-        "messages_key", "messages", "Of --chat: field or column with the list of messages."
+        "messages_key",
+        "messages",
+        "Of --chat: field or column with the list of messages, or question+answer, a field each.",
     )
     flags.DEFINE_string(
         "system_prompt", None, "Of --chat: what conversations without a system message begin with."

@@ -461,8 +461,8 @@ def test_the_plan_of_another_tokenizer_is_refused(corpora, out):
         ({"a": 0.5, "b": 0.4}, "sum to 0.9, not to 1"),
         ({"a": 1.0}, "give every source a weight"),
         ({"a": 0.5, "b": 0.3, "c": 0.2}, "weights are given for a, b, c"),
-        ({"a": 1.5, "b": -0.5}, "not negative"),
-        ({"a": float("nan"), "b": 1}, "not negative"),
+        ({"a": 1.5, "b": -0.5}, "a number from 0 on"),
+        ({"a": float("nan"), "b": 1}, "a number from 0 on"),
     ],
 )
 def test_bad_weights_are_told_before_any_work(corpora, out, weights, message):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mobilellm_jax.data.corpora import Document, FileCorpus, Reading
@@ -19,24 +19,38 @@ class ChatReading(Reading):
 
     system_prompt: str | None = None
 
-    def document(self, text: Any, where: Callable[[], str], **origin: Any) -> Document | None:
-        """The document of a list of messages; see `Reading`.
+    def document(
+        self, values: Sequence[Any], where: Callable[[], str], **origin: Any
+    ) -> Document | None:
+        """The document of a list of messages, or of the texts of one or two turns; see `Reading`.
 
         Messages are {"role", "content"}, or ShareGPT's {"from", "value"}; other fields stay, for
         templates that read them. A conversation without a system message gets the `system_prompt`.
 
         Raises:
-          UserError: it is no list of messages.
+          UserError: it is no list of messages, or a turn is no text.
         """
-        if not isinstance(text, list):
+        found = values[0] if len(values) == 1 else self._turns(values, where)
+        if not isinstance(found, list):
             raise UserError(
                 f"{where()}: {self.text_key!r} is not a list of messages but "
-                f"{type(text).__name__}; see --messages_key."
+                f"{type(found).__name__}; see --messages_key."
             )
-        messages = [self._message(message, i, where) for i, message in enumerate(text, 1)]
+        messages = [self._message(message, i, where) for i, message in enumerate(found, 1)]
         if self.system_prompt and (not messages or messages[0]["role"] not in ROLES[:2]):
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        return super().document(json.dumps(messages, ensure_ascii=False), where, **origin)
+        return super().document([json.dumps(messages, ensure_ascii=False)], where, **origin)
+
+    def _turns(self, values: Sequence[Any], where: Callable[[], str]) -> list[dict[str, Any]]:
+        """Messages of a question and its answer, with a system prompt before them if there are three."""
+        roles = ("system", "user", "assistant")[-len(values) :]
+        if len(values) > len(roles):
+            raise UserError(
+                f"--messages_key={self.text_key} names {len(values)} fields: name the one with the "
+                "messages, question+answer, or system+question+answer."
+            )
+        said = [{"role": r, "content": v} for r, v in zip(roles, values, strict=True)]
+        return [m for m in said if m["role"] != "system" or m["content"]]
 
     def _message(self, message: Any, number: int, where: Callable[[], str]) -> dict[str, Any]:
         given = message if isinstance(message, dict) else {}
@@ -65,7 +79,8 @@ class ChatCorpus(FileCorpus):
     """Files of conversations that match a pattern.
 
     Attributes:
-      text_key: field or column with the list of messages.
+      text_key: field or column with the list of messages; or `question+answer`, the fields with the
+        text of a user's and an assistant's turn, or `system+question+answer`.
       system_prompt: what conversations begin with that have no system message.
       too_long: what becomes of one longer than a row: `truncate` cuts its end off, `drop` leaves it
         out.

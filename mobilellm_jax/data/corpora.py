@@ -96,12 +96,15 @@ class Reading:
     heldout: float
     share: float = 1.0
 
-    def document(self, text: Any, where: Callable[[], str], **origin: Any) -> Document | None:
-        """The document of a text, None if it is empty; `origin` are the other fields.
+    def document(
+        self, values: Sequence[Any], where: Callable[[], str], **origin: Any
+    ) -> Document | None:
+        """The document of what `text_key` names, None if it is empty; `origin` are the other fields.
 
         Raises:
           UserError: it is no text.
         """
+        text = inputs.joined(values)
         if not isinstance(text, str):
             kind = type(text).__name__
             raise UserError(f"{where()}: {self.text_key!r} is not a text but {kind}.")
@@ -137,7 +140,7 @@ class FilePart:
         for piece in self.slices:
             for record in inputs.records(piece, self.reading.text_key, self.reading.id_key):
                 document = self.reading.document(
-                    record.text,
+                    record.values,
                     functools.partial(inputs.where, piece, record.place),
                     progress=record.progress,
                     file=piece.file.path,

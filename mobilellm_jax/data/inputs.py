@@ -10,7 +10,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -77,13 +77,13 @@ class Record:
     """What stands at one place of a slice.
 
     Attributes:
-      text: of the document, if the file is right.
+      values: of the fields that make up the document, as the file has them.
       id: what the file calls it, "" for nothing.
       place: line, counted from the begin of the slice, or row of the file, both from 1.
       progress: bytes of the file that were read for it.
     """
 
-    text: Any
+    values: Sequence[Any]
     id: str
     place: int
     progress: int
@@ -167,7 +167,7 @@ def keys_of(text_key: str) -> list[str]:
     return text_key.split("+")
 
 
-def joined(values: list[Any]) -> Any:
+def joined(values: Sequence[Any]) -> Any:
     """The text of several fields, a blank line between them; those that are empty are left out.
 
     What is no text comes back as it is, to be told of.
@@ -205,8 +205,8 @@ def _json_lines(piece: Slice, text_key: str, id_key: str) -> Iterator[Record]:
                 )
             before, position = position, raw.tell()  # in the compressed file
             progress = max(position - before, 0)
-            text = joined([record[key] for key in keys])
-            yield Record(text, text_of(record.get(id_key)), number, progress)
+            values = [record[key] for key in keys]
+            yield Record(values, text_of(record.get(id_key)), number, progress)
 
 
 def _lines(piece: Slice, raw: BinaryIO) -> Iterator[bytes]:
@@ -287,9 +287,9 @@ def _parquet(piece: Slice, text_key: str, id_key: str) -> Iterator[Record]:
             for batch in table.iter_batches(1024, list(groups), columns, use_threads=False):
                 values = [batch.column(key).to_pylist() for key in keys]
                 ids = batch.column(id_key).to_pylist() if id_key in names else [""] * len(batch)
-                for name, *texts in zip(ids, *values, strict=True):
+                for name, *found in zip(ids, *values, strict=True):
                     number += 1
-                    yield Record(joined(texts), text_of(name), number, progress)
+                    yield Record(found, text_of(name), number, progress)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{file.path} is not a readable Parquet file ({error}).") from None
 
@@ -305,7 +305,7 @@ def _plain(file: InputFile) -> Iterator[Record]:
     with file.open() as raw:
         content = raw.read()
     try:
-        yield Record(content.decode("utf-8"), "", 1, len(content))
+        yield Record([content.decode("utf-8")], "", 1, len(content))
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(f"{file.path}, line {line}: not UTF-8.") from None

@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from mobilellm_jax.data.corpora import PART, Document, Reading
-from mobilellm_jax.data.inputs import joined, keys_of, text_of
+from mobilellm_jax.data.inputs import keys_of, text_of
 from mobilellm_jax.errors import UserError
 
 PREFIX = "tfds:"
@@ -38,7 +38,7 @@ class TfdsPart:
             numbers = range(first, min(first + _BATCH, self.stop))
             for number, record in zip(numbers, records.__getitems__(list(numbers)), strict=True):
                 document = reading.document(
-                    joined([_decoded(record[key]) for key in keys]),
+                    [_decoded(record[key]) for key in keys],
                     functools.partial(corpus.where, number),
                     progress=self.size // (self.stop - self.start),
                     file=PREFIX + corpus.dataset,

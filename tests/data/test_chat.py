@@ -328,6 +328,41 @@ def test_conversations_come_back_from_the_store(prepared):
         assert inside.tolist() == encode(chats.conversation(int(piece.id[5:]))).tolist()
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("system", [False, True])
+def test_turns_may_lie_in_fields_of_their_own(tmp_path, kind, system):
+    said = [
+        {"s": s, "q": f"What is {i}?", "a": f"It is {i}."}
+        for i, s in enumerate(["Be brief.", "", None])
+    ]
+    file = tmp_path / f"pairs.{kind}"
+    if kind == "jsonl":
+        file.write_text("".join(json.dumps(line) + "\n" for line in said))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(said), file)
+    key = "s+q+a" if system else "q+a"
+    found = [json.loads(d.text) for d in documents(ChatCorpus("talk", str(file), key))]
+    for line, messages in zip(said, found, strict=True):
+        expected = [("user", line["q"]), ("assistant", line["a"])]
+        if system and line["s"]:
+            expected.insert(0, ("system", line["s"]))
+        assert [(m["role"], m["content"]) for m in messages] == expected
+    prompted = ChatCorpus("talk", str(file), key, system_prompt="Be kind.")
+    first = [json.loads(d.text)[0] for d in documents(prompted)]
+    kept = "Be brief." if system else "Be kind."
+    assert [m["content"] for m in first] == [kept, "Be kind.", "Be kind."]
+
+
+@pytest.mark.parametrize(
+    ("key", "said"), [("q+n", "message 2 is not a text but int"), ("a+b+c+d", "names 4 fields")]
+)
+def test_turns_that_are_none(tmp_path, key, said):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({"q": "Why?", "n": 1, "a": "", "b": "", "c": "", "d": ""}) + "\n")
+    with pytest.raises(UserError, match=said):
+        list(documents(ChatCorpus("talk", str(file), key)))
+
+
 def test_stock_tfds_reads_tokens_mask_and_segments(prepared):
     out, tokenizer = prepared
     data = tfds.builder_from_directory(out / "talk").as_data_source("train")

@@ -188,8 +188,10 @@ def test_commands_of_the_catalogue_fit_its_fields():
     for entry in entries().values():
         name, prepare, download = entry["name"], entry["prepare"], entry["download"]
         if prepare:
-            assert f"--source={name}='{entry['files']}' " in prepare
-            assert f" --text_key={entry['text_key']} " in prepare
+            chat = any("/sft_" in used for used in entry["used_in"])
+            assert f"--{'chat' if chat else 'source'}={name}='{entry['files']}' " in prepare
+            key = "messages_key" if chat else "text_key"
+            assert f" --{key}={entry['text_key']} " in prepare
             assert (" --id_key=" in prepare) == (entry["id_key"] is not None)
             assert re.search(r" --tokenizer=\S+ --row_length=\d+ --out=\S+$", prepare)
         if download and download.startswith("hf "):
