@@ -1,0 +1,63 @@
+"""Our training step for `benchmarks.step`."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mobilellm_jax.model import transformer
+from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.loss import token_losses
+from mobilellm_jax.training.objectives import Batch, Losses, Network, next_token, split_rows
+from mobilellm_jax.training.optimizer import adamw
+from mobilellm_jax.training.step import init_state, train_step
+
+
+def together(params: Any, batch: Batch, network: Network) -> Losses:
+    """The loss of the next token where a row is one document, whatever it holds."""
+    rows = split_rows(batch["tokens"], network.bos_id, network.eos_id)
+    hidden_BTD = transformer.apply(params, network.model, rows.inputs_BT, None, network.execution)
+    unembedding_DV = transformer.unembedding(params, network.model)
+    nll_BT, _ = token_losses(hidden_BTD, unembedding_DV, rows.targets_BT, network.loss_chunks)
+    return Losses(nll_BT, nll_BT, rows.weight_BT)
+
+
+def prepared(
+    job: Any, model: ModelConfig, tokens: np.ndarray
+) -> tuple[Callable[[], Any], Callable[[Any], Any], str, Callable[[], int]]:
+    """A step to call again and again, how to wait for it, the device, and its peak bytes in use."""
+    device = jax.devices()[0]
+    dtype = "float32" if device.platform == "cpu" else "bfloat16"
+    execution = transformer.Execution(dtype=dtype, remat=job.remat)
+    network = Network(model, execution, 1, 2, job.loss_chunks)
+    make_optimizer = functools.partial(adamw, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)
+    state = jax.jit(
+        lambda: init_state(transformer.init(model, jax.random.key(0)), make_optimizer)
+    )()
+    step = jax.jit(
+        functools.partial(
+            train_step,
+            network=network,
+            objective=next_token if job.way == "ours, documents apart" else together,
+            make_optimizer=make_optimizer,
+            schedule=lambda _: 1e-4,
+            sources=1,
+        ),
+        donate_argnums=0,
+    )
+    batch = jax.device_put({"tokens": tokens, "source": np.zeros(len(tokens), np.int32)})
+    piece_bytes_V = jnp.ones(model.vocab_size, jnp.int32)
+
+    def advance() -> Any:
+        nonlocal state
+        state, metrics = step(state, batch, piece_bytes_V)
+        return metrics
+
+    def memory() -> int:
+        stats = device.memory_stats() or {}
+        return int(stats.get("peak_bytes_in_use", 0))
+
+    return advance, jax.block_until_ready, device.device_kind, memory
