@@ -4,8 +4,8 @@ r"""How fast a training step is, beside PyTorch on the same device: tokens/s and
     python -m benchmarks.step --networks=smoke --rows=4 --row_length=256 --rounds=5   # on a CPU
 
 Ours is the step that training runs (`training/step.py`: loss, gradient, clipping, AdamW), on rows
-packed from real text, with attention masked at the borders of documents, and for comparison without that mask,
-which is what the peers compute:
+packed from real text, with attention masked at the borders of documents, and for comparison without
+that mask, which is what the peers compute:
 
   compiled  the same network in transformers, `torch.compile`, fused attention (SDPA) and fused AdamW
   eager     the same without `torch.compile`
