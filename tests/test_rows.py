@@ -144,7 +144,7 @@ def test_the_first_step_is_replayed_from_fresh_weights_with_each_rows_own_gradie
 
         def mean(params):
             losses = next_token(params, batch, run.network)
-            return (losses.loss_BT * losses.weight_BT).sum() / losses.weight_BT.sum()
+            return losses.total / losses.weight_BT.sum()
 
         loss, gradient = jax.value_and_grad(mean)(params)
     norm = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(gradient)))

@@ -10,7 +10,7 @@ from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.model.loss import token_losses
+from mobilellm_jax.model.loss import summed_loss
 
 
 def perplexity(
@@ -46,4 +46,6 @@ def perplexity(
 def _mean_loss(params: Any, tokens_BT: jax.Array, *, model: ModelConfig) -> jax.Array:
     hidden_BTD = transformer.apply(params, model, tokens_BT[:, :-1])
     unembedding_DV = transformer.unembedding(params, model)
-    return token_losses(hidden_BTD, unembedding_DV, tokens_BT[:, 1:])[0].mean()
+    targets_BT = tokens_BT[:, 1:]
+    weight_BT = jax.numpy.ones(targets_BT.shape)
+    return summed_loss(hidden_BTD, unembedding_DV, targets_BT, weight_BT)[1].mean()

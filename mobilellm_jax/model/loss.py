@@ -1,59 +1,214 @@
-"""Cross-entropy in float32, chunked over tokens so that the logits never exist whole.
+"""Sums of per-token losses over the vocabulary, whose gradient is formed in the forward pass.
 
-For a 128,256-row vocabulary the logits of one row of 2,048 tokens take 1 GiB; in a sub-billion
-model the projection onto them is up to half of all work. Chunks split the tokens and keep the
-vocabulary whole, so every product stays large.
+For a 128,256-row vocabulary the logits of one row of 2,048 tokens take 1 GiB, and in a sub-billion
+model the products with the output embedding are up to half of all work. So the tokens of a device
+are walked in chunks, each against the whole vocabulary, and while the logits of a chunk are at hand
+the gradients by its hidden states and by the output embedding are formed as well. What is minimised
+is a sum, whose gradient needs nothing from later: three products in all, none computed twice.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.parallel.sharding import gathered
+from mobilellm_jax.parallel.sharding import BATCH_AXES, batch_mesh, spec, summed
+
+# What targets cost, given their float32 logits [N, V], arrays [N, ...] of their own and arrays that
+# all share: (cost_N, shown_N, gradient_NV), float32, the last of the sum of costs by the logits.
+Cost = Callable[[jax.Array, Any, Any], tuple[jax.Array, jax.Array, jax.Array]]
 
 
-def token_losses(
-    hidden_BTD: jax.Array, unembedding_DV: jax.Array, targets_BT: jax.Array, chunks: int = 1
+def summed_loss(
+    hidden_BTD: jax.Array,
+    unembedding_DV: jax.Array,
+    targets_BT: jax.Array,
+    weight_BT: jax.Array,
+    z_loss: float = 0.0,
+    chunks: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihood of every target and the log of the softmax's normaliser.
+    """Cross-entropy, summed: `sum(weight * (nll + z_loss * log_z**2))`.
 
     Args:
       hidden_BTD: hidden states after the final norm; products are in their dtype, sums in float32.
-      unembedding_DV: output embedding.
+      unembedding_DV: output embedding, float32.
       targets_BT: int token ids.
-      chunks: parts into which T is cut; the backward pass computes each part's logits again. 1
-        keeps them.
+      weight_BT: of each target, float32.
+      z_loss: weight of the squared log normaliser (PaLM, arXiv 2204.02311, section 5).
+      chunks: as in `sum_over_chunks`.
 
     Returns:
-      float32 [B, T] losses in nats, and float32 [B, T] log normalisers (for the z-loss).
+      float32 scalar, the sum, and float32 [B, T], the negative log-likelihood of every target in
+      nats, weighted or not; see `sum_over_chunks` for what has a gradient.
 
     Raises:
       UserError: `chunks` does not divide T.
     """
-    rows, length, width = hidden_BTD.shape
-    unembedding_DV = unembedding_DV.astype(hidden_BTD.dtype)
+    cost = functools.partial(_cross_entropy, z_loss=z_loss)
+    return sum_over_chunks(cost, hidden_BTD, unembedding_DV, (targets_BT, weight_BT), chunks)
 
-    def losses(hidden_BtD: jax.Array, targets_Bt: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_BtV = jnp.einsum(
-            "BtD,DV->BtV", hidden_BtD, unembedding_DV, preferred_element_type=jnp.float32
+
+def _cross_entropy(
+    logits_NV: jax.Array, given: tuple[jax.Array, jax.Array], whole: Any, *, z_loss: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    targets_N, weight_N = given
+    log_z_N = jax.nn.logsumexp(logits_NV, axis=-1)
+    nll_N = log_z_N - jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)[:, 0]
+    cost_N = weight_N * (nll_N + z_loss * log_z_N**2)
+    scale_N = weight_N * (1 + 2 * z_loss * log_z_N)
+    softmax_NV = jnp.exp(logits_NV - log_z_N[:, None])
+    is_target_NV = jnp.arange(logits_NV.shape[-1]) == targets_N[:, None]
+    gradient_NV = scale_N[:, None] * softmax_NV - jnp.where(is_target_NV, weight_N[:, None], 0.0)
+    return cost_N, nll_N, gradient_NV
+
+
+def sum_over_chunks(
+    cost: Cost,
+    hidden_BTD: jax.Array,
+    unembedding_DV: jax.Array,
+    given: Any,
+    chunks: int,
+    whole: Any = (),
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of what every target costs, a chunk of the tokens at a time.
+
+    Over a mesh each device walks the tokens of its own rows: the output embedding is gathered once
+    before, in the dtype of the hidden states, and its gradient, added up in float32, is reduced
+    once after.
+
+    Args:
+      cost: of a chunk of N targets, and its gradient.
+      hidden_BTD: hidden states.
+      unembedding_DV: output embedding, float32.
+      given: pytree of arrays [B, T, ...], which the cost sees as [N, ...].
+      chunks: parts into which each row is cut; the logits of one part exist at once. 1: all.
+      whole: pytree of arrays that the cost sees as they are, the same in every chunk.
+
+    Returns:
+      The sum, float32, and what the cost shows of each target, float32 [B, T]. The sum is
+      differentiable in reverse, once, by hidden states and output embedding alone; what is shown
+      has no gradient.
+
+    Raises:
+      UserError: `chunks` does not divide T.
+    """
+    if hidden_BTD.shape[1] % chunks:
+        raise UserError(
+            f"loss_chunks={chunks} does not divide the row length {hidden_BTD.shape[1]}."
         )
-        log_z_Bt = jax.nn.logsumexp(logits_BtV, axis=-1)
-        target_logit_Bt = jnp.take_along_axis(logits_BtV, targets_Bt[..., None], axis=-1)[..., 0]
-        return log_z_Bt - target_logit_Bt, log_z_Bt
+    total, shown_BT = _sum(cost, chunks, hidden_BTD, unembedding_DV, given, whole)
+    return total, jax.lax.stop_gradient(shown_BT)
 
-    if chunks == 1:
-        return losses(hidden_BTD, targets_BT)
-    if length % chunks:
-        raise UserError(f"loss_chunks={chunks} does not divide the row length {length}.")
-    unembedding_DV = gathered(unembedding_DV)
-    # Rows stay the outermost axis inside a chunk, so that a batch sharded over devices is not
-    # moved.
-    hidden_CBtD = hidden_BTD.reshape(rows, chunks, -1, width).swapaxes(0, 1)
-    targets_CBt = targets_BT.reshape(rows, chunks, -1).swapaxes(0, 1)
-    nll_CBt, log_z_CBt = jax.lax.map(
-        jax.checkpoint(lambda xs: losses(*xs)), (hidden_CBtD, targets_CBt)
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sum(
+    cost: Cost,
+    chunks: int,
+    hidden_BTD: jax.Array,
+    unembedding_DV: jax.Array,
+    given: Any,
+    whole: Any,
+) -> tuple[jax.Array, jax.Array]:
+    walk = functools.partial(_walk, cost, chunks, False)
+    return _per_device(walk, hidden_BTD, unembedding_DV, given, whole)[:2]
+
+
+def _sum_forward(
+    cost: Cost,
+    chunks: int,
+    hidden_BTD: jax.Array,
+    unembedding_DV: jax.Array,
+    given: Any,
+    whole: Any,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    walk = functools.partial(_walk, cost, chunks, True)
+    total, shown_BT, *gradients = _per_device(walk, hidden_BTD, unembedding_DV, given, whole)
+    return (total, shown_BT), (gradients[0], gradients[1].astype(unembedding_DV.dtype))
+
+
+def _sum_backward(
+    cost: Cost,
+    chunks: int,
+    gradients: tuple[jax.Array, jax.Array],
+    cotangents: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, None, None]:
+    by_hidden_BTD, by_unembedding_DV = ((g * cotangents[0]).astype(g.dtype) for g in gradients)
+    return by_hidden_BTD, by_unembedding_DV, None, None
+
+
+_sum.defvjp(_sum_forward, _sum_backward)
+
+
+def _per_device(
+    walk: Callable[..., tuple[jax.Array, ...]],
+    hidden_BTD: jax.Array,
+    unembedding_DV: jax.Array,
+    given: Any,
+    whole: Any,
+) -> tuple[jax.Array, ...]:
+    """`walk` over the rows that each device has, and the sums over devices."""
+    rounded_DV = unembedding_DV.astype(hidden_BTD.dtype)
+    mesh = batch_mesh(hidden_BTD.shape[0])
+    if mesh is None:
+        return walk(hidden_BTD, rounded_DV, given, whole)
+    place = spec("head", unembedding_DV.shape, mesh)  # an embedding's transpose lies likewise
+
+    def local(*arrays: Any) -> tuple[jax.Array, ...]:
+        total, shown_BT, *gradients = walk(*arrays)
+        total = summed(total, P(), mesh)
+        if not gradients:
+            return total, shown_BT
+        return total, shown_BT, gradients[0], summed(gradients[1], place, mesh)
+
+    rows = P(BATCH_AXES)
+    outputs = jax.eval_shape(walk, hidden_BTD, rounded_DV, given, whole)
+    return jax.shard_map(
+        local,
+        in_specs=(rows, P(), rows, P()),
+        out_specs=(P(), rows, rows, place)[: len(outputs)],
+        check_vma=False,  # sums over devices are ours, and nothing is differentiated through here
+    )(hidden_BTD, rounded_DV, given, whole)
+
+
+def _walk(
+    cost: Cost,
+    chunks: int,
+    gradients: bool,
+    hidden_BTD: jax.Array,
+    unembedding_DV: jax.Array,
+    given: Any,
+    whole: Any,
+) -> tuple[jax.Array, ...]:
+    """The sum, what is shown [B, T] and, if asked for, the gradients [B, T, D] and float32 [D, V]."""
+    dtype = hidden_BTD.dtype
+
+    def chunk(by_unembedding_DV: Any, arrays: Any) -> tuple[Any, tuple[jax.Array, ...]]:
+        hidden_ND, given_N = arrays
+        logits_NV = jnp.einsum(
+            "ND,DV->NV", hidden_ND, unembedding_DV, preferred_element_type=jnp.float32
+        )
+        cost_N, shown_N, gradient_NV = cost(logits_NV, given_N, whole)
+        if not gradients:
+            return (), (cost_N, shown_N)
+        gradient_NV = gradient_NV.astype(dtype)
+        by_hidden_ND = jnp.einsum("NV,DV->ND", gradient_NV, unembedding_DV)
+        by_unembedding_DV += jnp.einsum(
+            "ND,NV->DV", hidden_ND, gradient_NV, preferred_element_type=jnp.float32
+        )
+        return by_unembedding_DV, (cost_N, shown_N, by_hidden_ND)
+
+    def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [C, N, ...]
+        return x.reshape(chunks, -1, *x.shape[2:])
+
+    start = jnp.zeros(unembedding_DV.shape, jnp.float32) if gradients else ()
+    by_unembedding_DV, (cost_CN, shown_CN, *by_hidden) = jax.lax.scan(
+        chunk, start, jax.tree.map(cut, (hidden_BTD, given))
     )
-    return (
-        nll_CBt.swapaxes(0, 1).reshape(rows, length),
-        log_z_CBt.swapaxes(0, 1).reshape(rows, length),
-    )
+    sums = cost_CN.sum(), shown_CN.reshape(hidden_BTD.shape[:2])
+    if not gradients:
+        return sums
+    return *sums, by_hidden[0].reshape(hidden_BTD.shape), by_unembedding_DV

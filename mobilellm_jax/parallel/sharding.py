@@ -8,13 +8,14 @@ carry the names of their parameters and so follow them. Rows of a batch are shar
 A third axis is one more name in this table.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 BATCH_AXES = ("data", "fsdp")
@@ -36,7 +37,7 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """The specification of an array by its name.
 
     An axis that does not divide its dimension is left out, because XLA shards evenly or not at all;
@@ -69,13 +70,25 @@ def put_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
+def batch_mesh(rows: int) -> AbstractMesh | None:
+    """The mesh over whose devices this many rows are split evenly, of `jax.set_mesh`.
+
+    None where there is nothing to split: no mesh, rows that do not divide, or code that already
+    runs per device, inside `jax.shard_map`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or set(mesh.manual_axes) & set(BATCH_AXES):
+        return None
+    return None if rows % math.prod(mesh.shape[axis] for axis in BATCH_AXES) else mesh
+
+
 def gathered(table: jax.Array) -> jax.Array:
     """Pins a weight to be whole on every device, before an operation that would else move activations.
 
-    XLA gathers weights for products by itself, but not for a look-up in the embedding, and inside a
-    loop over chunks it would gather them once per chunk.
+    XLA gathers weights for products by itself, but not for a look-up in the embedding.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
         return table
     return jax.lax.with_sharding_constraint(table, P())
 
@@ -85,7 +98,18 @@ def batch_sharded(x: jax.Array) -> jax.Array:
 
     Without a mesh (a single device, no `jax.set_mesh`) there is nothing to pin.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if batch_mesh(x.shape[0]) is None:
         return x
     return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))
+
+
+def summed(x: jax.Array, place: P, mesh: AbstractMesh) -> jax.Array:
+    """Inside `jax.shard_map`: the sum over the devices that split a batch.
+
+    Each device keeps the piece of it that `place` says, or all of it.
+    """
+    kept = {axis: i for i, axis in enumerate(place) if axis and mesh.shape[axis] > 1}
+    for axis, dimension in kept.items():
+        x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
+    others = tuple(a for a in BATCH_AXES if a not in kept and mesh.shape[a] > 1)
+    return jax.lax.psum(x, others) if others else x

@@ -1,8 +1,8 @@
 """Objectives: what a step minimises. `config.objective.use` names one of these or a user's own.
 
-An objective is `f(params, batch, network, **settings) -> Losses`. It says what each target costs
-and which targets count; the step sums, divides by the number of counted targets and differentiates,
-so that microbatches with unequal numbers of targets give the gradient of the whole batch.
+An objective is `f(params, batch, network, **settings) -> Losses`. It says which targets count and
+what they cost together; the step divides by the number of counted targets and differentiates, so
+that microbatches with unequal numbers of targets give the gradient of the whole batch.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from mobilellm_jax.data.packing import counted, segment_ids, token_ids
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.model.loss import token_losses
+from mobilellm_jax.model.loss import summed_loss
 from mobilellm_jax.model.transformer import Execution
 
 # "tokens" int [B, T + 1], rows with the marks of `packing` (`split_rows` takes them off), "source"
@@ -36,10 +36,10 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-    """Per target, float32 [B, T]."""
+    """What a batch costs, all float32."""
 
-    loss_BT: jax.Array  # what is minimised
-    nll_BT: jax.Array  # negative log-likelihood in nats, for the metrics
+    total: jax.Array  # scalar: what is minimised, summed over the targets that count
+    nll_BT: jax.Array  # negative log-likelihood of each target in nats, for the metrics
     weight_BT: jax.Array  # 1 where the target counts, else 0
 
 
@@ -64,11 +64,20 @@ def split_rows(tokens: jax.Array, bos_id: int, eos_id: int) -> Rows:
 def next_token(params: Any, batch: Batch, network: Network, z_loss: float = 0.0) -> Losses:
     """Cross-entropy of the next token, plus `z_loss * log(Z)**2` (PaLM, arXiv 2204.02311, section 5)."""
     rows = split_rows(batch["tokens"], network.bos_id, network.eos_id)
+    return cross_entropy(params, rows, network, z_loss)
+
+
+def cross_entropy(params: Any, rows: Rows, network: Network, z_loss: float = 0.0) -> Losses:
+    """As `next_token`, of rows that are already split: for objectives with weights of their own."""
     hidden_BTD = transformer.apply(
         params, network.model, rows.inputs_BT, rows.segment_ids_BT, network.execution
     )
-    unembedding_DV = transformer.unembedding(params, network.model)
-    nll_BT, log_z_BT = token_losses(
-        hidden_BTD, unembedding_DV, rows.targets_BT, network.loss_chunks
+    total, nll_BT = summed_loss(
+        hidden_BTD,
+        transformer.unembedding(params, network.model),
+        rows.targets_BT,
+        rows.weight_BT,
+        z_loss,
+        network.loss_chunks,
     )
-    return Losses(nll_BT + z_loss * log_z_BT**2, nll_BT, rows.weight_BT)
+    return Losses(total, nll_BT, rows.weight_BT)

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mobilellm_jax.data.accounting import seen_rows
 from mobilellm_jax.data.mixture import batches
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.parallel.sharding import put_rows
+from mobilellm_jax.parallel.sharding import BATCH_AXES, put_rows
 from mobilellm_jax.reporting.history import read_history
 from mobilellm_jax.tables import aligned
 from mobilellm_jax.training.checkpoint import Checkpoints
@@ -168,20 +169,22 @@ def report(found: Replay) -> str:
 def _measure(
     run: Setup, params: Any, batch: dict[str, np.ndarray]
 ) -> list[tuple[float, float, int]]:
-    """(loss, gradient norm, targets) of each row by itself, as many at once as there are devices."""
+    """(loss, gradient norm, targets) of each row by itself, one at a time on each device."""
 
     def one(params: Any, row: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
         def mean(params: Any) -> tuple[jax.Array, jax.Array]:
-            losses = run.objective(params, jax.tree.map(lambda x: x[None], row), run.network)
+            losses = run.objective(params, row, run.network)
             targets = losses.weight_BT.sum()
-            return (losses.loss_BT * losses.weight_BT).sum() / jnp.maximum(targets, 1), targets
+            return losses.total / jnp.maximum(targets, 1), targets
 
         (loss, targets), gradient = jax.value_and_grad(mean, has_aux=True)(params)
-        return loss, optax.tree.norm(gradient), targets
+        return loss[None], optax.tree.norm(gradient)[None], targets[None]
 
     rows, each = len(batch["tokens"]), jax.local_device_count()
     each = min(len(run.devices), each)
-    several = jax.jit(jax.vmap(one, in_axes=(None, 0)))
+    # Unchecked: gradients of a row are not to be summed over devices.
+    specs: Any = {"in_specs": (P(), P(BATCH_AXES)), "out_specs": P(BATCH_AXES), "check_vma": False}
+    several = jax.jit(jax.shard_map(one, mesh=run.mesh, **specs))
     found: list[tuple[float, float, int]] = []
     for first in range(0, rows, each):
         at = np.minimum(np.arange(first, first + each), rows - 1)

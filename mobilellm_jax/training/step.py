@@ -87,8 +87,7 @@ def train_step(
 
     def loss_sum(params: Any, part: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         losses = objective(params, part, network)
-        total = (losses.loss_BT * losses.weight_BT).sum()
-        return total, {"loss": total, **sums(losses, part, piece_bytes_V, sources)}
+        return losses.total, {"loss": losses.total, **sums(losses, part, piece_bytes_V, sources)}
 
     gradient = jax.grad(loss_sum, has_aux=True)
     if microbatches == 1:

@@ -117,7 +117,7 @@ def spoilt(params, batch, network):
     """Infinite where the first token is 9."""
     losses = objectives.next_token(params, batch, network)
     bad = jnp.where(batch["tokens"][:, :1] == 9, jnp.inf, 0.0)
-    return Losses(losses.loss_BT + bad, losses.nll_BT, losses.weight_BT)
+    return Losses(losses.total + bad.sum(), losses.nll_BT, losses.weight_BT)
 
 
 def test_a_non_finite_step_changes_nothing_but_the_counts():
@@ -160,7 +160,9 @@ def test_z_loss_is_minimised_but_not_reported():
         split_rows(batch()["tokens"], BOS, EOS).segment_ids_BT,
     )
     log_z = jax.nn.logsumexp(transformer.logits(start().params, tiny.MODEL, hidden), -1)
-    np.testing.assert_allclose(with_z.loss_BT - with_z.nll_BT, 0.1 * log_z**2, rtol=1e-4)
+    added = (0.1 * log_z**2 * plain.weight_BT).sum()
+    np.testing.assert_allclose(with_z.total - plain.total, added, rtol=1e-4)
+    np.testing.assert_allclose(plain.total, (plain.nll_BT * plain.weight_BT).sum(), rtol=1e-6)
 
 
 def test_decay_acts_on_matrices_and_embedding_only():
