@@ -5,9 +5,10 @@ layer axis of scanned weights is never sharded; what no rule names is replicated
 carry the names of their parameters and so follow them. Rows of a batch are sharded over `data` and
 `fsdp` together.
 
-A third axis is one more name in this table.
+A third axis is one more name in `parallel/mesh.py` and in this table.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -86,6 +87,6 @@ def batch_sharded(x: jax.Array) -> jax.Array:
     Without a mesh (a single device, no `jax.set_mesh`) there is nothing to pin.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if mesh.empty or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
         return x
     return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))
