@@ -3,14 +3,15 @@ r"""Trains a network: every stage of every recipe is this loop under another con
     python -m mobilellm_jax.train --config=configs/smoke.py --workdir=runs/smoke
 
 Started again with the same workdir it goes on where it was. Ctrl-C and SIGTERM save and leave. The
-workdir holds config.json, metrics.jsonl, tensorboard/ and checkpoints/.
+workdir holds config.json, metrics.jsonl, tensorboard/ and checkpoints/. Several processes run the
+same command (launch/README.md).
 """
 
 import functools
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,13 +27,17 @@ from mobilellm_jax.data.mixture import (
 )
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import flops_per_token
+from mobilellm_jax.parallel import distributed
+from mobilellm_jax.parallel.compiled import keep_compiled
 from mobilellm_jax.parallel.sharding import put_rows
 from mobilellm_jax.training import overview
-from mobilellm_jax.training.checkpoint import Checkpoints, saved
-from mobilellm_jax.training.metrics import MetricsWriter, peak_flops, step_values
+from mobilellm_jax.training.checkpoint import FOLDER, saved, saved_steps
+from mobilellm_jax.training.goodput import Goodput, program_start
+from mobilellm_jax.training.metrics import MetricsWriter, NoMetrics, peak_flops, step_values
 from mobilellm_jax.training.progress import Progress
 from mobilellm_jax.training.provenance import changes, provenance
 from mobilellm_jax.training.replay import replay, report
+from mobilellm_jax.training.saving import Checkpoints
 from mobilellm_jax.training.setup import set_up
 from mobilellm_jax.training.signals import Signals
 from mobilellm_jax.training.start import open_start
@@ -45,6 +50,7 @@ def train(
     workdir: epath.PathLike,
     stop_at: int | None = None,
     devices: Sequence[jax.Device] | None = None,
+    began: float | None = None,
 ) -> TrainState:
     """Trains as configured, from the workdir's newest checkpoint if there is one.
 
@@ -53,18 +59,27 @@ def train(
       workdir: local or `gs://` directory of this run and no other.
       stop_at: step after which to save and leave, as if the run had been stopped there.
       devices: to run on; all there are if None.
+      began: time.time() of the program's start, from which goodput counts; now if None.
 
     Returns:
       The last state.
 
     Raises:
-      UserError: the configuration, the data or the workdir is not usable, or too many steps in a
-        row were not finite.
+      UserError: the configuration, the data or the workdir is not usable, the processes are not
+        about to do the same, too many steps in a row were not finite, or the last checkpoint could
+        not be written.
       SystemExit: stopped by a signal, after saving; its status is 128 + the signal's number.
     """
     # --- What is to be trained, on what, with which programs: all checked, nothing written
+    began, leads = began or time.time(), distributed.leads()
     run = set_up(config, devices or jax.devices())
+    origin = provenance(run.devices)
     with jax.set_mesh(run.mesh):
+        distributed.check_same(
+            {"config": config.to_dict(), "plan": run.plan.hash, "workdir": str(workdir)}
+            | {"stop_at": stop_at, "steps saved": saved_steps(epath.Path(workdir) / FOLDER)}
+            | {key: origin[key] for key in ("commit", "packages")}
+        )
         weights = None
         if config.init_from and not saved(workdir):
             weights = open_start(config.init_from, run.model, run.tokenizer)
@@ -73,24 +88,28 @@ def train(
         workdir = claim(workdir, config)
 
         # --- The state: restored, or made in place
+        clock = Goodput(workdir, began, writes=leads)
         checkpoints = Checkpoints(workdir, **config.checkpoint)
-        meta = checkpoints.newest_meta()
-        origin = provenance(run.devices)
-        if meta is None and weights:
+        clock.lap("start")
+        resumed = checkpoints.resume(
+            run.abstract, lambda meta: check_same_run(meta, config, run.plan, checkpoints.directory)
+        )
+        if resumed is None and weights:
             params = weights.params(run.shardings.params, np.float32)
             begin = functools.partial(init_state, make_optimizer=run.make_optimizer)
             state = jax.jit(begin, out_shardings=run.shardings, donate_argnums=0)(params)
             rows, origin["init_from"] = config.first_row, weights.identity
             print(f"starting at the weights of {weights.directory} ({weights.family})")
-        elif meta is None:
+        elif resumed is None:
             state, rows = run.fresh(), config.first_row
         else:
-            check_same_run(meta, config, run.plan, checkpoints.directory)
+            state, meta = resumed
+            rows = int(meta["rows"])
             for change in changes(meta, origin):
                 print(f"resume: {change}; the result may differ in its last bits.")
-            state, rows = checkpoints.restore(run.abstract, meta["step"]), int(meta["rows"])
             origin |= {key: value for key, value in meta.items() if key == "init_from"}
         start = int(state.step)
+        clock.lap("restore" if resumed else "start")
 
         # --- What the user sees before the first step
         print(overview.parameter_table(run.abstract.params))
@@ -102,6 +121,8 @@ def train(
         print(f"tokenizer: {run.tokenizer.fingerprint[:12]} of {run.tokenizer.vocab_size:,} ids")
         kind = run.devices[0].device_kind
         print(f"devices: {len(run.devices)} x {kind}, mesh {dict(run.mesh.shape)}")
+        if jax.process_count() > 1:
+            print(f"processes: {jax.process_count()}, each with its part of every batch")
         if start:
             print(f"resumed at step {start:,} of {config.steps:,} from {checkpoints.directory}")
         sys.stdout.flush()
@@ -111,14 +132,14 @@ def train(
         peak = peak_flops(kind)
         tokens_per_step = config.global_batch * config.row_length
         last = min(config.steps, stop_at or config.steps)
-        writer = MetricsWriter(workdir, start, config.wandb)
+        writer = MetricsWriter(workdir, start, config.wandb) if leads else NoMetrics()
         writer.write(
             "start",
             start,
             {"time": time.time(), "parameters": parameters, "flops_per_token": flops}
             | {"plan": run.plan.hash, "tokenizer": run.tokenizer.fingerprint, **origin},
         )
-        progress = Progress(start, config.steps, config.log_every)
+        progress = Progress(start, config.steps, config.log_every, shown=leads)
         described = {
             "config": config.to_dict(),
             "plan": run.plan.to_dict(),
@@ -126,17 +147,22 @@ def train(
             **origin,
         }
 
-        def save() -> None:
+        def save(how: Callable[..., None]) -> None:
+            clock.record(step)
+            writer.write("goodput", step, clock.values())
             writer.sync()
-            checkpoints.save(state, {"step": step, "rows": rows, **described}, run.tokenizer)
+            how(state, {"step": step, "rows": rows, **described}, run.tokenizer)
+            clock.lap("save")
 
         def record(step: int, rows: int, metrics: Any, host: dict[str, float]) -> None:
             """Fetches and writes a step's metrics; called one step late, so that the device never waits."""
             metrics = jax.device_get(metrics)
+            clock.stepped(step)
             seconds = progress.lap()
             speed = tokens_per_step / seconds
             values = step_values(metrics, run.plan.names) | host
             values |= {"rows": rows, "step_seconds": seconds, "tokens_per_second": speed}
+            values["failed_saves"] = checkpoints.failed
             values |= consumed(run.mixture, rows)
             if peak:
                 values["mfu"] = speed * flops / (peak * len(run.devices))
@@ -159,17 +185,22 @@ def train(
         stream = _prefetched(parts, run.mesh)
         with Signals() as signals:
             try:
-                while step < last and not signals.caught:
+                while step < last and not signals.stop(step):
                     waited = time.perf_counter()
                     batch, crc = next(stream)
                     waited = time.perf_counter() - waited
+                    if step > start and not (pending and not pending[2]["loss"].is_ready()):
+                        clock.lap("data")  # the devices were waiting for it
                     state, metrics = run.step(state, batch)
+                    if step == start:
+                        clock.lap("compile")
                     step, rows = step + 1, rows + config.global_batch
                     if pending:
                         record(*pending)
                     pending = step, rows, metrics, {"data_wait_seconds": waited, "batch_crc32": crc}
                     evaluate_now = step % config.eval.every == 0 or step == config.steps
-                    if evaluate_now or checkpoints.due(step):
+                    save_now = checkpoints.due(step)
+                    if evaluate_now or save_now:
                         record(*pending)  # before the checkpoint: after it nobody would
                         pending = None
                     if evaluate_now:
@@ -177,18 +208,20 @@ def train(
                         writer.write("heldout", step, found)
                         progress.heldout(step, found)
                         progress.lap()
-                    if checkpoints.due(step):
-                        save()
+                        clock.lap("evaluate")
+                    if save_now and step < last:
+                        save(checkpoints.save)
                 if pending:
                     record(*pending)
                 if step > start:
-                    save()
-                checkpoints.wait()
+                    save(checkpoints.save_last)
+                clock.record(step)
             finally:
                 progress.close()
                 writer.close()
                 checkpoints.close()
 
+    print(clock.summary())
     if step < config.steps:
         reason = signals.caught.name if signals.caught else f"--stop_at={stop_at}"
         print(
@@ -217,8 +250,11 @@ def main() -> None:
     args = flags.FLAGS
     if args.replay is not None:
         print(report(replay(args.config, args.workdir, args.replay)))
-    else:
-        train(args.config, args.workdir, args.stop_at)
+        return
+    began = program_start()
+    with distributed.joined(args.distributed, args.distributed_timeout):
+        keep_compiled()
+        train(args.config, args.workdir, args.stop_at, began=began)
 
 
 if __name__ == "__main__":
@@ -230,6 +266,20 @@ if __name__ == "__main__":
         None,
         "Train nothing: run this step again from the nearest checkpoint and rank its rows by loss and "
         "gradient.",
+        lower_bound=1,
+    )
+    flags.DEFINE_enum(
+        "distributed",
+        "auto",
+        ["auto", "on", "off"],
+        "Whether this is one of several processes: `auto` looks for JAX_COORDINATOR_ADDRESS, "
+        "JAX_NUM_PROCESSES and JAX_PROCESS_ID, Slurm, Open MPI and Kubernetes; `on` lets JAX find "
+        "out, as on a TPU pod.",
+    )
+    flags.DEFINE_integer(
+        "distributed_timeout",
+        distributed.TIMEOUT,
+        "Seconds in which all processes must have come.",
         lower_bound=1,
     )
     flags.mark_flag_as_required("config")

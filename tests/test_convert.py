@@ -17,7 +17,7 @@ from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.interop import stored
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, Stack, parameter_count
-from mobilellm_jax.training.checkpoint import Checkpoints
+from mobilellm_jax.training.saving import Checkpoints
 from mobilellm_jax.training.step import init_state
 
 SHARED = ModelConfig(

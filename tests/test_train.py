@@ -13,7 +13,8 @@ from runs import bits, lines, rows_seen, run
 from mobilellm_jax.data.mixture import open_mixture
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.training.checkpoint import Checkpoints, load_model
+from mobilellm_jax.training.checkpoint import load_model
+from mobilellm_jax.training.saving import Checkpoints
 
 POISONED = (4, 7, 8)  # steps whose loss is made NaN
 

@@ -1,32 +1,68 @@
 """The devices of a run as a `data` x `fsdp` mesh."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from mobilellm_jax.errors import UserError
 
+# Outermost first: `data` runs over slices, between which the network is slow. A third axis is one
+# more name here, its size in `config.mesh`, and its rules in `parallel/sharding.py`.
 AXES = ("data", "fsdp")
 
 
-def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device]) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
     """A mesh over `devices`; one of the sizes may be -1, "what is left".
 
     Axes are of type Auto: XLA propagates shardings from the parameters, the batch and the pinned
-    activations.
+    activations. Devices of several slices are arranged so that only `data` crosses slices.
+
+    Args:
+      sizes: of each axis of `AXES`, by name.
+      devices: all of them are used.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or `data` is not a multiple of
+        the number of slices.
     """
-    sizes = [data, fsdp]
-    if sizes.count(-1) == 1:
-        known = data if fsdp == -1 else fsdp
-        if known > 0 and len(devices) % known == 0:
-            sizes[sizes.index(-1)] = len(devices) // known
-    if min(sizes) < 1 or sizes[0] * sizes[1] != len(devices):
+    shape = _shape(sizes, len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        within, between = hybrid_shape(shape, slices)
+        arranged = mesh_utils.create_hybrid_device_mesh(within, between, devices)
+        return Mesh(np.asarray(arranged), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def hybrid_shape(shape: Sequence[int], slices: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The mesh within a slice, and how slices are arranged: along the first axis.
+
+    Raises:
+      UserError: the first axis is not a multiple of the number of slices.
+    """
+    if shape[0] % slices:
         raise UserError(
-            f"config.mesh data={data} x fsdp={fsdp} does not give the {len(devices)} devices there are: "
+            f"config.mesh.{AXES[0]}={shape[0]} is not a multiple of the {slices} slices: weights would "
+            f"be gathered between slices; make config.mesh.{AXES[0]} a multiple of {slices}."
+        )
+    return (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
+
+
+def _shape(sizes: Mapping[str, Any], devices: int) -> tuple[int, ...]:
+    shape = [sizes[axis] for axis in AXES]
+    if shape.count(-1) == 1:
+        known = math.prod(size for size in shape if size != -1)
+        if known > 0 and devices % known == 0:
+            shape[shape.index(-1)] = devices // known
+    if min(shape) < 1 or math.prod(shape) != devices:
+        asked = " x ".join(f"{axis}={sizes[axis]}" for axis in AXES)
+        raise UserError(
+            f"config.mesh {asked} does not give the {devices} devices there are: "
             "their product must be that number; -1 stands for what is left."
         )
-    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    return tuple(shape)

@@ -5,7 +5,7 @@ layer axis of scanned weights is never sharded; what no rule names is replicated
 carry the names of their parameters and so follow them. Rows of a batch are sharded over `data` and
 `fsdp` together.
 
-A third axis is one more name in this table.
+A third axis is one more name in `parallel/mesh.py` and in this table.
 """
 
 import math

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from absl import logging
 from etils import epath
 
 from mobilellm_jax.data.tokenizers import Tokenizer
@@ -29,10 +28,17 @@ from mobilellm_jax.files import new_folder
 from mobilellm_jax.leaves import Leaves, flat, place
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.training.step import TrainState
 
 FORMAT = 1
 FOLDER = "checkpoints"
+
+
+class Damaged(UserError):
+    """A checkpoint that cannot be read; the one before it may be whole."""
+
+    def __init__(self, path: epath.Path, error: BaseException) -> None:
+        self.fact = f"the checkpoint {path} is damaged ({first_line(error)})"
+        super().__init__(f"{self.fact}: move that folder away to go on from the one before it.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,118 +50,6 @@ class LoadedModel:
     tokenizer: Tokenizer
     step: int
     meta: Mapping[str, Any]
-
-
-class Checkpoints:
-    """The checkpoints of one run, saved asynchronously; the newest `keep` stay and every `keep_every`-th."""
-
-    def __init__(
-        self,
-        workdir: epath.Path,
-        every: int,
-        keep: int,
-        keep_every: int,
-        read_only: bool = False,
-    ) -> None:
-        """Opens (and creates) `workdir/checkpoints` and clears away what killed saves left there.
-
-        With `read_only` it does neither: another program may be writing there.
-
-        Raises:
-          UserError: the directory cannot be written.
-        """
-        self.directory = (workdir / FOLDER).resolve()  # Orbax refuses relative paths
-        self._every = every
-        with _explained(self.directory), _quiet(read_only):
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                keep_period=keep_every or None,
-                create=not read_only,
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
-            )
-            self._manager = ocp.CheckpointManager(
-                self.directory,
-                options=options,
-                item_names=("params", "optimizer", "meta", "tokenizer"),
-            )
-
-    def due(self, step: int) -> bool:
-        """Whether this step is one of those after which to save."""
-        return step % self._every == 0
-
-    def save(self, state: TrainState, meta: Mapping[str, Any], tokenizer: Tokenizer) -> None:
-        """Starts to save, unless this step is saved; returns as soon as the state may be changed.
-
-        Raises:
-          UserError: this save or the one before could not be written.
-        """
-        step = int(meta["step"])
-        if step in self._manager.all_steps():
-            return
-        rest = dataclasses.replace(state, params=None)
-        args = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave(_as_dict(rest)),
-            meta=ocp.args.JsonSave({"format": FORMAT, **meta}),
-            tokenizer=ocp.args.JsonSave(tokenizer.to_dict()),
-        )
-        with _explained(self.directory):
-            self._manager.save(step, args=args, force=True)
-
-    def wait(self) -> None:
-        """Returns when all that was saved is on disk.
-
-        Raises:
-          UserError: it could not be written.
-        """
-        with _explained(self.directory):
-            self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Releases what saving used, when all that was saved is on disk.
-
-        Raises:
-          UserError: it could not be written.
-        """
-        with _explained(self.directory):
-            self._manager.close()
-
-    def newest_meta(self, before: int | None = None) -> dict[str, Any] | None:
-        """The description of the newest checkpoint (before a step), None where there is none."""
-        steps = [s for s in self._manager.all_steps() if before is None or s < before]
-        return _read_meta(self.directory / str(max(steps))) if steps else None
-
-    def restore(self, abstract: TrainState, step: int) -> TrainState:
-        """A checkpoint's state, straight into the shardings of `abstract`.
-
-        Args:
-          abstract: a state of `ShapeDtypeStruct`s with shardings.
-          step: of the checkpoint.
-
-        Raises:
-          UserError: the checkpoint is damaged.
-        """
-        rest = dataclasses.replace(abstract, params=None)
-        args = ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract.params),
-            optimizer=ocp.args.StandardRestore(_as_dict(rest)),
-        )
-        with _damaged(self.directory / str(step)):
-            found = self._manager.restore(step, args=args)
-            return dataclasses.replace(abstract, params=found["params"], **found["optimizer"])
-
-
-@contextlib.contextmanager
-def _quiet(quiet: bool) -> Iterator[None]:
-    """Orbax warns at length of what reading alone means."""
-    before = logging.get_verbosity()
-    try:
-        if quiet:
-            logging.set_verbosity(logging.ERROR)
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def load_model(directory: epath.PathLike) -> LoadedModel:
@@ -195,9 +89,9 @@ def open_model(directory: epath.PathLike) -> OpenedModel:
       UserError: see `load_model`.
     """
     path = find(directory)
-    meta = _read_meta(path)
+    meta = read_meta(path)
     model = ModelConfig.from_dict(meta["config"]["model"])
-    with _damaged(path):
+    with damaged(path):
         shapes = flat(transformer.shapes(model))
         leaves = {name: _open_leaf(path, name) for name in shapes}
         for name, leaf in leaves.items():
@@ -230,7 +124,7 @@ def write_model(
     """
     meta = {"step": 0, "rows": 0, **meta, "format": FORMAT}
     meta["config"] = {**meta.get("config", {}), "model": model.to_dict()}
-    with new_folder(epath.Path(out).resolve()) as folder, _explained(folder):
+    with new_folder(epath.Path(out).resolve()) as folder, explained(folder):
         # Weights hardly compress, and compressing them takes half their size in memory.
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as writer:
             writer.save(folder / "params", place(leaves, dtype=dtype))
@@ -275,8 +169,13 @@ def _newest(folder: epath.Path) -> epath.Path | None:
     return folder / str(steps[-1]) if steps else None
 
 
-def _read_meta(path: epath.Path) -> dict[str, Any]:
-    with _damaged(path):
+def read_meta(path: epath.Path) -> dict[str, Any]:
+    """The description of one step's folder.
+
+    Raises:
+      UserError: it is damaged, or of another format.
+    """
+    with damaged(path):
         meta = _read_json(path / "meta")
         written = meta["format"]
     if written != FORMAT:
@@ -307,7 +206,7 @@ class _StoredLeaf:
         return self.array.dtype.numpy_dtype
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        with _damaged(self.path):
+        with damaged(self.path):
             return np.asarray(self.array[index].read().result())
 
 
@@ -324,40 +223,31 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
         return reader.restore(path)
 
 
-def _as_dict(state: TrainState) -> dict[str, Any]:
-    """The fields of a state but for the parameters, as Orbax stores them."""
-    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-    del fields["params"]
-    return fields
-
-
 @contextlib.contextmanager
-def _explained(directory: epath.Path) -> Iterator[None]:
+def explained(directory: epath.Path) -> Iterator[None]:
     """Turns what fails while writing a checkpoint into one sentence."""
     try:
         yield
     except Exception as error:
         raise UserError(
-            f"the checkpoint could not be written to {directory} ({_first_line(error)}): "
+            f"the checkpoint could not be written to {directory} ({first_line(error)}): "
             "free the disk or mend the permissions and start again; "
             "the checkpoints before it are whole."
         ) from error
 
 
 @contextlib.contextmanager
-def _damaged(path: epath.Path) -> Iterator[None]:
+def damaged(path: epath.Path) -> Iterator[None]:
     """Turns what fails while reading a checkpoint into one sentence."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"the checkpoint {path} is damaged ({_first_line(error)}): "
-            "move that folder away to go on from the one before it."
-        ) from error
+        raise Damaged(path, error) from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An exception in one line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"

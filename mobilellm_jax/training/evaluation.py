@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from mobilellm_jax.data.contexts import Contexts
 from mobilellm_jax.parallel.sharding import put_rows
@@ -27,17 +28,21 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and bits per byte on the first `rows` held-out rows of each source, overall and per source.
 
-    The last batch is filled up with rows of BOS alone, which hold no target.
+    Each process reads its own part of a batch. The last batch is filled up with rows of BOS alone,
+    which hold no target.
     """
+    mine, process = batch_rows // jax.process_count(), jax.process_index()
     totals: dict[str, Any] = {}
     for source, split in heldout.items():
         width = split.row_length + 1
         count = min(rows, len(split))
         for first in range(0, count, batch_rows):
-            tokens = np.full((batch_rows, width), network.bos_id, np.int32)
-            read = split.read(np.arange(first, min(first + batch_rows, count)))
-            tokens[: len(read)] = read
-            numbers = np.full(batch_rows, source, np.int32)
+            tokens = np.full((mine, width), network.bos_id, np.int32)
+            begin = first + process * mine
+            if begin < count:
+                read = split.read(np.arange(begin, min(begin + mine, count)))
+                tokens[: len(read)] = read
+            numbers = np.full(mine, source, np.int32)
             batch = put_rows({"tokens": tokens, "source": numbers}, mesh)
             part = _sums(params, batch, piece_bytes_V, network=network, sources=len(names))
             for name, value in jax.device_get(part).items():
@@ -49,4 +54,5 @@ def evaluate(
 def _sums(
     params: Any, batch: Batch, piece_bytes_V: jax.Array, *, network: Network, sources: int
 ) -> dict[str, jax.Array]:
-    return sums(next_token(params, batch, network), batch, piece_bytes_V, sources)
+    found = sums(next_token(params, batch, network), batch, piece_bytes_V, sources)
+    return jax.lax.with_sharding_constraint(found, P())  # whole in every process

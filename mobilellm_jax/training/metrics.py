@@ -163,6 +163,19 @@ class MetricsWriter:
             ) from error
 
 
+class NoMetrics:
+    """Stands for the `MetricsWriter` in the processes that write nothing."""
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def _cut_torn_line(file: BinaryIO) -> None:
     """Cuts off what a kill left of a line: its step is repeated, for lines come before checkpoints."""
     end = file.seek(0, os.SEEK_END)

@@ -10,10 +10,10 @@ from tqdm import tqdm
 class Progress:
     """Steps done, loss and speed, on standard error; held-out results on standard output."""
 
-    def __init__(self, start: int, steps: int, log_every: int) -> None:
-        """Starts to count time; `log_every` is in steps."""
-        self._steps, self._log_every = steps, log_every
-        self._terminal = sys.stderr.isatty()
+    def __init__(self, start: int, steps: int, log_every: int, shown: bool = True) -> None:
+        """Starts to count time; `log_every` is in steps; `shown` in one process of several."""
+        self._steps, self._log_every, self._shown = steps, log_every, shown
+        self._terminal = shown and sys.stderr.isatty()
         self._bar = tqdm(
             total=steps,
             initial=start,
@@ -46,7 +46,7 @@ class Progress:
             self._bar.update(step - self._bar.n)
             return
         self._recent = [*self._recent[-99:], values["step_seconds"]]
-        if step % self._log_every == 0 or step == self._steps:
+        if self._shown and (step % self._log_every == 0 or step == self._steps):
             median = sorted(self._recent)[len(self._recent) // 2]
             left = int(median * (self._steps - step))
             eta = f"{left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
@@ -54,6 +54,8 @@ class Progress:
 
     def heldout(self, step: int, values: Mapping[str, float]) -> None:
         """Prints bits per byte on the held-out rows, in total and per source."""
+        if not self._shown:
+            return
         parts = [
             f"{name.partition('/')[2] or 'all'} {value:.3f}"
             for name, value in values.items()

@@ -20,7 +20,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel.sharding import BATCH_AXES, put_rows
 from mobilellm_jax.reporting.history import read_history
 from mobilellm_jax.tables import aligned
-from mobilellm_jax.training.checkpoint import Checkpoints
+from mobilellm_jax.training.saving import Checkpoints
 from mobilellm_jax.training.setup import Setup, set_up
 from mobilellm_jax.training.workdir import check_same_run
 

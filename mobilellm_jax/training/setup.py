@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mobilellm_jax.data.mixture import Mixture, check_length, open_mixture, open_split
@@ -70,7 +72,7 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
         print(f"data: no held-out rows of {', '.join(without)}; not evaluated.")
 
     # --- Devices, and the state as shapes
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    mesh = make_mesh(config.mesh, devices)
     network = Network(
         model,
         transformer.Execution(**config.execution),
@@ -104,7 +106,7 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
             microbatches=config.microbatches,
         ),
         donate_argnums=0,
-        out_shardings=(state_shardings, None),
+        out_shardings=(state_shardings, NamedSharding(mesh, P())),  # metrics are whole everywhere
     )
     return Setup(
         devices=devices,

@@ -11,11 +11,14 @@ from ml_collections import ConfigDict
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.parallel import distributed
 from mobilellm_jax.training.config import FREE, base_config, differences
 
 
 def claim(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
     """Makes the workdir this run's: writes config.json, or checks the one that is there.
+
+    Of several processes the first does so, and the others look whether they see it.
 
     Raises:
       UserError: the workdir belongs to another run, or has results but no configuration.
@@ -44,10 +47,17 @@ def claim(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
         )
     elif any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints")):
         raise UserError(f"{workdir} holds results but no config.json: choose another --workdir.")
-    workdir.mkdir(parents=True, exist_ok=True)
-    unfinished = workdir / "config.json.unfinished"
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    if distributed.leads():
+        workdir.mkdir(parents=True, exist_ok=True)
+        unfinished = workdir / "config.json.unfinished"
+        unfinished.write_text(text)
+        unfinished.replace(path)
+    distributed.meet("claimed")
+    if not distributed.all_of("workdir is seen", path.exists()):
+        raise UserError(
+            f"not every process sees {path}: all need the same workdir, on a shared file system or in "
+            "an object store."
+        )
     return workdir
 
 

@@ -435,7 +435,7 @@ def test_loss_gradient_and_evaluation_are_those_of_the_answers_alone(folders, tm
         rows=len(heldout),
         batch_rows=2,
         piece_bytes_V=jnp.asarray(tokenizer.piece_bytes()),
-        mesh=make_mesh(1, 1, tiny.one_device()),
+        mesh=make_mesh({"data": 1, "fsdp": 1}, tiny.one_device()),
     )
     targets = sum((c & UNTRAINED == 0).sum() for c in given)
     np.testing.assert_allclose(found["loss"], sum(values) / targets, rtol=1e-5)

@@ -77,7 +77,7 @@ def test_the_network_is_the_same_from_anywhere(place_name, places, workdir):
 @pytest.mark.parametrize("place_name", ["workdir", "llama", "hf_shared"])
 def test_weights_go_straight_into_their_shardings(place_name, places):
     stored = open_model(places[place_name])
-    mesh = make_mesh(2, 4, jax.devices())
+    mesh = make_mesh({"data": 2, "fsdp": 4}, jax.devices())
     wanted = shardings(nested(dict(stored.leaves)), mesh)
     params = stored.params(wanted, "bfloat16")
     for path, array in flat(params).items():
@@ -104,7 +104,9 @@ def test_every_device_asks_for_its_slice_only(mesh):
 
     array = np.arange(6 * 16 * 4, dtype=np.float32).reshape(6, 16, 4)
     leaves = {"stack_0/mlp/up": Watched(array)}
-    wanted = shardings(nested(leaves), make_mesh(*mesh, jax.devices()))
+    wanted = shardings(
+        nested(leaves), make_mesh(dict(zip(("data", "fsdp"), mesh, strict=True)), jax.devices())
+    )
     placed = place(leaves, wanted)["stack_0"]["mlp"]["up"]
     np.testing.assert_array_equal(np.asarray(placed), array)
     assert set(asked) == {array.size // mesh[1]}
@@ -229,7 +231,7 @@ def test_importing_the_package_stays_light():
 
 def test_untied_and_normed_networks_are_placed_as_well(tmp_path):
     """Every kind of leaf, sharded over eight devices: heads interleaved, transposed, biased."""
-    mesh = make_mesh(1, 8, jax.devices())
+    mesh = make_mesh({"data": 1, "fsdp": 8}, jax.devices())
     for i, name in enumerate(["biases", "scaled QK-norm"]):
         model = NETWORKS[name]
         leaves = random_leaves(model)

@@ -15,7 +15,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.presets import PRESETS, preset
 from mobilellm_jax.model.transformer import Execution
-from mobilellm_jax.parallel.mesh import make_mesh
+from mobilellm_jax.parallel.mesh import AXES, make_mesh
 from mobilellm_jax.parallel.sharding import batch_sharding, path_name, shardings, spec
 from mobilellm_jax.training.config import configured
 from mobilellm_jax.training.objectives import Network, next_token
@@ -41,7 +41,7 @@ def named(tree):
 @functools.cache
 def compiled_step(data, fsdp):
     """The train step over eight devices, and its train state as shapes with shardings."""
-    mesh = make_mesh(data, fsdp, jax.devices())
+    mesh = make_mesh({"data": data, "fsdp": fsdp}, jax.devices())
     step = functools.partial(
         train_step,
         network=Network(tiny.MODEL, Execution("float32"), 1, 2, CHUNKS),
@@ -93,7 +93,7 @@ def rows_in(found):
     "model", [*PRESETS.values(), UNTIED, SCALED], ids=[*PRESETS, "untied", "scaled"]
 )
 def test_every_matrix_is_sharded_and_every_norm_replicated(model):
-    mesh = make_mesh(1, 8, jax.devices())
+    mesh = make_mesh({"data": 1, "fsdp": 8}, jax.devices())
     state = jax.eval_shape(functools.partial(fresh, model))
     places = named(shardings(state.params, mesh))
     for name, leaf in named(state.params).items():
@@ -109,7 +109,7 @@ def test_every_matrix_is_sharded_and_every_norm_replicated(model):
 
 
 def test_moments_follow_their_parameters():
-    mesh = make_mesh(2, 4, jax.devices())
+    mesh = make_mesh({"data": 2, "fsdp": 4}, jax.devices())
     places = shardings(jax.eval_shape(fresh), mesh)
     parameters = {name: place.spec for name, place in named(places.params).items()}
     followed = 0
@@ -121,14 +121,14 @@ def test_moments_follow_their_parameters():
 
 
 def test_what_no_rule_names_is_replicated():
-    mesh = make_mesh(1, 8, jax.devices())
+    mesh = make_mesh({"data": 1, "fsdp": 8}, jax.devices())
     assert spec("params/stack_0/router/weights", (4, 64, 8), mesh) == P()
     assert spec("params/stack_0/attention/query", (64, 8), mesh) == P()  # not that rule's axes
     assert spec("params/overhead", (64, 8), mesh) == P()  # `head` is a whole name, not an ending
 
 
 def test_an_axis_that_does_not_divide_is_left_out():
-    mesh = make_mesh(1, 8, jax.devices())
+    mesh = make_mesh({"data": 1, "fsdp": 8}, jax.devices())
     assert spec("embedding", (100, 64), mesh) == P(None, "fsdp")
     assert spec("embedding", (100, 60), mesh) == P(None, None)
 
@@ -151,7 +151,7 @@ def lowered_constraints(repeats, mesh=None):
 
 def test_activations_are_pinned_at_every_application_of_a_block():
     """A constraint outside of `jax.set_mesh` is silently nothing: count them in the lowered program."""
-    mesh = make_mesh(2, 4, jax.devices())
+    mesh = make_mesh({"data": 2, "fsdp": 4}, jax.devices())
     once, thrice = (lowered_constraints(repeats, mesh) for repeats in (1, 3))
     assert once >= 2  # after the embedding, before the block
     assert thrice == once + 2
@@ -163,7 +163,7 @@ def test_weights_and_moments_live_in_eight_pieces():
     places = jax.tree.map(lambda x: x.sharding, state)
     tokens = np.random.default_rng(0).integers(1, tiny.VOCAB, (ROWS, LENGTH + 1), np.int32)
     batch = {"tokens": tokens, "source": np.zeros(ROWS, np.int32)}
-    batch = jax.device_put(batch, batch_sharding(make_mesh(1, 8, jax.devices())))
+    batch = jax.device_put(batch, batch_sharding(make_mesh({"data": 1, "fsdp": 8}, jax.devices())))
     new, _ = compiled(
         jax.device_put(jax.jit(fresh)(), places), batch, np.ones(tiny.VOCAB, np.int32)
     )
@@ -204,7 +204,10 @@ def test_sharded_weights_travel_and_rows_do_not(split):
     [((-1, 1), (8, 1)), ((1, -1), (1, 8)), ((2, -1), (2, 4)), ((-1, 4), (2, 4)), ((4, 2), (4, 2))],
 )
 def test_meshes(sizes, expected):
-    assert tuple(make_mesh(*sizes, jax.devices()).shape.values()) == expected
+    assert (
+        tuple(make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices()).shape.values())
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,4 +215,4 @@ def test_meshes(sizes, expected):
 )
 def test_what_is_no_mesh_is_refused(sizes):
     with pytest.raises(UserError, match=rf"data={sizes[0]} x fsdp={sizes[1]}.* 8 devices"):
-        make_mesh(*sizes, jax.devices())
+        make_mesh(dict(zip(AXES, sizes, strict=True)), jax.devices())

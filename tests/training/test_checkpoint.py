@@ -14,8 +14,9 @@ from runs import bits, files, finish, run, start
 
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.training.checkpoint import FORMAT, Checkpoints, find, load_model
+from mobilellm_jax.training.checkpoint import FORMAT, find, load_model
 from mobilellm_jax.training.provenance import PACKAGES
+from mobilellm_jax.training.saving import Checkpoints
 from mobilellm_jax.training.step import init_state
 
 
@@ -124,7 +125,7 @@ def test_it_is_restored_into_other_shardings(trained, tmp_path):
     from mobilellm_jax.parallel.sharding import shardings
 
     workdir, state = trained
-    mesh = make_mesh(2, 4, jax.devices())
+    mesh = make_mesh({"data": 2, "fsdp": 4}, jax.devices())
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         state,

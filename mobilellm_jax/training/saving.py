@@ -1,0 +1,259 @@
+"""The checkpoints of a run while it goes: when they are saved, and what happens when one fails."""
+
+import contextlib
+import dataclasses
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from mobilellm_jax.data.tokenizers import Tokenizer
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.parallel import distributed
+from mobilellm_jax.training.checkpoint import (
+    FOLDER,
+    FORMAT,
+    Damaged,
+    damaged,
+    explained,
+    first_line,
+    read_meta,
+    saved_steps,
+)
+from mobilellm_jax.training.step import TrainState
+
+READ_GB = 4  # of a checkpoint that are being read at once, to bound the memory beside the state
+RETRY = 10.0, 600.0  # seconds from a save that failed to the next, doubled up to the second number
+LAST_TRIES = (0.0, 2.0, 8.0, 30.0)  # seconds before each try to save the last state
+
+
+class Checkpoints:
+    """The checkpoints of one run, saved asynchronously; the newest `keep` stay and every `keep_every`-th.
+
+    A save that cannot be written is told of at once and tried again: after some seconds, which grow,
+    where there is one process, and at the next due step where there are several, which must save
+    together. Training goes on meanwhile. `failed` counts such saves.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        every: int,
+        keep: int,
+        keep_every: int,
+        read_only: bool = False,
+    ) -> None:
+        """Opens (and creates) `workdir/checkpoints` and clears away what killed saves left there.
+
+        With `read_only` it does neither: another program may be writing there.
+
+        Raises:
+          UserError: the directory cannot be written.
+        """
+        self.directory = (workdir / FOLDER).resolve()  # Orbax refuses relative paths
+        self.failed = 0
+        self._every = every
+        self._saving: int | None = None  # step that is being written
+        self._delay, self._retry_at = RETRY[0], float("inf")
+        with explained(self.directory), _quiet(read_only):
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                keep_period=keep_every or None,
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+            )
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=options,
+                item_names=("params", "optimizer", "meta", "tokenizer"),
+            )
+
+    def due(self, step: int) -> bool:
+        """Whether to save after this step: it is one of those, or a save that failed is to be repeated."""
+        self._settle()
+        return step % self._every == 0 or time.monotonic() >= self._retry_at
+
+    def save(self, state: TrainState, meta: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+        """Starts to save, unless this step is saved; returns as soon as the state may be changed."""
+        self._settle(wait=True)
+        step = int(meta["step"])
+        if step in self._manager.all_steps():
+            return
+        rest = dataclasses.replace(state, params=None)
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            optimizer=ocp.args.StandardSave(_as_dict(rest)),
+            meta=ocp.args.JsonSave({"format": FORMAT, **meta}),
+            tokenizer=ocp.args.JsonSave(tokenizer.to_dict()),
+        )
+        try:
+            self._manager.save(step, args=args, force=True)
+        except Exception as error:
+            self._fail(step, error)
+        else:
+            self._saving = step
+
+    def save_last(self, state: TrainState, meta: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+        """Saves, with a few tries, and returns when it is on disk.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        step = int(meta["step"])
+        for seconds in LAST_TRIES:
+            time.sleep(seconds)
+            self.save(state, meta, tokenizer)
+            self._settle(wait=True)
+            if distributed.all_of("saved", step in self._manager.all_steps()):
+                return
+        raise UserError(
+            f"the checkpoint of the last step, {step:,}, could not be written to {self.directory} in "
+            f"{len(LAST_TRIES)} tries: free the disk or mend the permissions and start again; it goes "
+            f"on from {self._newest_whole()}."
+        )
+
+    def _settle(self, wait: bool = False) -> None:
+        """Takes note of how the save under way has ended, if it has."""
+        if self._saving is None or not (wait or not self._manager.is_saving_in_progress()):
+            return
+        step, self._saving = self._saving, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._fail(step, error)
+        else:
+            self._delay, self._retry_at = RETRY[0], float("inf")
+
+    def _fail(self, step: int, error: Exception) -> None:
+        self.failed += 1
+        when = "at the next due step"
+        if jax.process_count() == 1:
+            when = f"in {self._delay:g} s"
+            self._retry_at = time.monotonic() + self._delay
+            self._delay = min(2 * self._delay, RETRY[1])
+        if distributed.leads():  # what was written of it would keep the disk full
+            for path in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                path.rmtree(missing_ok=True)
+        self._manager.reload()
+        who = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+        print(
+            f"warning: {who}the checkpoint of step {step:,} could not be written to {self.directory} "
+            f"({first_line(error)}): training goes on and tries again {when}; until then a stop goes "
+            f"back to {self._newest_whole()}. Free the disk or mend the permissions.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _newest_whole(self) -> str:
+        steps = saved_steps(self.directory)
+        return f"step {steps[-1]:,}" if steps else "the start, for no checkpoint is written yet"
+
+    def close(self) -> None:
+        """Releases what saving used, when all that was saved is on disk or has failed."""
+        self._settle(wait=True)
+        with explained(self.directory):
+            self._manager.close()
+
+    def newest_meta(self, before: int | None = None) -> dict[str, Any] | None:
+        """The description of the newest checkpoint (before a step), None where there is none."""
+        steps = [s for s in self._manager.all_steps() if before is None or s < before]
+        return read_meta(self.directory / str(max(steps))) if steps else None
+
+    def resume(
+        self, abstract: TrainState, check: Callable[[Mapping[str, Any]], None]
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """State and description of the newest whole checkpoint, None where there is none at all.
+
+        Those that are damaged are told of and renamed to `<step>.damaged`; nothing is deleted.
+
+        Args:
+          abstract: see `restore`.
+          check: raises a UserError if a checkpoint of this description is not this run's.
+
+        Raises:
+          UserError: see `check`; or there are checkpoints and none is whole.
+        """
+        broken: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            found, fact = None, f"another process could not read its part of checkpoint {step:,}"
+            try:
+                meta = read_meta(self.directory / str(step))
+                check(meta)
+                found = self.restore(abstract, step), meta
+            except Damaged as error:
+                fact = error.fact
+            if distributed.all_of("restored", found is not None):
+                self._set_aside(broken)
+                return found
+            broken[step] = fact
+        if broken:
+            first, *others = broken.values()
+            more = f"; so are {len(others)} more" if others else ""
+            raise UserError(
+                f"{first}{more}, and no other is left: move that folder away to begin anew."
+            )
+        return None
+
+    def _set_aside(self, broken: Mapping[int, str]) -> None:
+        for step, fact in broken.items():
+            folder = self.directory / str(step)
+            aside = next(
+                p for p in _numbered(folder.with_name(f"{step}.damaged")) if not p.exists()
+            )
+            if distributed.leads():
+                folder.rename(aside)
+            print(f"warning: {fact}; it is now {aside}, and the one before it is used.", flush=True)
+        if broken:
+            distributed.meet("aside")
+            self._manager.reload()
+
+    def restore(self, abstract: TrainState, step: int) -> TrainState:
+        """A checkpoint's state, straight into the shardings of `abstract`.
+
+        Args:
+          abstract: a state of `ShapeDtypeStruct`s with shardings.
+          step: of the checkpoint.
+
+        Raises:
+          Damaged: the checkpoint is damaged.
+        """
+        path, rest = self.directory / str(step), dataclasses.replace(abstract, params=None)
+        # Not the manager's: where one process fails the others would wait for it.
+        reader = ocp.StandardCheckpointHandler(restore_concurrent_gb=READ_GB)
+        with damaged(path):
+            params = reader.restore(path / "params", args=ocp.args.StandardRestore(abstract.params))
+            optimizer = ocp.args.StandardRestore(_as_dict(rest))
+            fields = reader.restore(path / "optimizer", args=optimizer)
+            return dataclasses.replace(abstract, params=params, **fields)
+
+
+def _numbered(path: epath.Path) -> Iterator[epath.Path]:
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.name}.{number}")
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+    """The fields of a state but for the parameters, as Orbax stores them."""
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    del fields["params"]
+    return fields
+
+
+@contextlib.contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """Orbax warns at length of what reading alone means."""
+    before = logging.get_verbosity()
+    try:
+        if quiet:
+            logging.set_verbosity(logging.ERROR)
+        yield
+    finally:
+        logging.set_verbosity(before)
