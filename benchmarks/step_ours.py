@@ -1,5 +1,6 @@
 """Our training step for `benchmarks.step`."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +11,14 @@ import numpy as np
 
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.model.loss import token_losses
-from mobilellm_jax.training.objectives import Batch, Losses, Network, next_token, split_rows
+from mobilellm_jax.training.objectives import (
+    Batch,
+    Losses,
+    Network,
+    cross_entropy,
+    next_token,
+    split_rows,
+)
 from mobilellm_jax.training.optimizer import adamw
 from mobilellm_jax.training.step import init_state, train_step
 
@@ -19,10 +26,7 @@ from mobilellm_jax.training.step import init_state, train_step
 def together(params: Any, batch: Batch, network: Network) -> Losses:
     """The loss of the next token where a row is one document, whatever it holds."""
     rows = split_rows(batch["tokens"], network.bos_id, network.eos_id)
-    hidden_BTD = transformer.apply(params, network.model, rows.inputs_BT, None, network.execution)
-    unembedding_DV = transformer.unembedding(params, network.model)
-    nll_BT, _ = token_losses(hidden_BTD, unembedding_DV, rows.targets_BT, network.loss_chunks)
-    return Losses(nll_BT, nll_BT, rows.weight_BT)
+    return cross_entropy(params, dataclasses.replace(rows, segment_ids_BT=None), network)
 
 
 def prepared(

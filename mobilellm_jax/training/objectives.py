@@ -49,7 +49,7 @@ class Rows:
 
     inputs_BT: jax.Array
     targets_BT: jax.Array
-    segment_ids_BT: jax.Array
+    segment_ids_BT: jax.Array | None  # None: a row is one document
     weight_BT: jax.Array
 
 
