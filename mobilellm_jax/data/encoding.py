@@ -36,7 +36,6 @@ load_tokenizer = functools.lru_cache(1)(Tokenizer.load)
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:
     """Texts to ids, without BOS and EOS: the `Encode` of pre-training."""
-
     parts = [[t[at : at + LONGEST] for at in range(0, len(t), LONGEST)] for t in texts]
     found = iter(tokenizer.encode_batch([part for some in parts for part in some]))
     return [Ids(next(found) if len(some) == 1 else _joined(found, len(some))) for some in parts]

@@ -13,6 +13,7 @@ from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
+from mobilellm_jax.model.attention import choose
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.parallel.mesh import make_mesh
 from mobilellm_jax.parallel.sharding import shardings
@@ -71,9 +72,10 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
 
     # --- Devices, and the state as shapes
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    kernel = choose(config.execution.attention, mesh.devices.flat[0].platform)
     network = Network(
         model,
-        transformer.Execution(**config.execution),
+        transformer.Execution(**{**config.execution, "attention": kernel}),
         tokenizer.bos_id,
         tokenizer.eos_id,
         config.loss_chunks,
