@@ -72,10 +72,12 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
 
     # --- Devices, and the state as shapes
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    kernel = choose(config.execution.attention, mesh.devices.flat[0].platform)
+    execution = config.execution
+    platform = mesh.devices.flat[0].platform
+    kernel = choose(execution.attention, platform, model, execution.dtype, config.row_length)
     network = Network(
         model,
-        transformer.Execution(**{**config.execution, "attention": kernel}),
+        transformer.Execution(**{**execution, "attention": kernel}),
         tokenizer.bos_id,
         tokenizer.eos_id,
         config.loss_chunks,
