@@ -88,6 +88,8 @@ def refused(config, workdir, *parts, devices=None):
         ("--config.schedule.warmup_steps=12", ("warmup_steps=12", "config.steps=12")),
         ("--config.execution.dtype=float8", ("execution.dtype='float8'", "bfloat16")),
         ("--config.execution.remat=some", ("execution.remat='some'", "full")),
+        ("--config.execution.attention=splash", ("attention='splash'", "tpu", "cpu")),
+        ("--config.execution.attention=fast", ("attention='fast'", "flash")),
         ("--config.model.width=0", ("width",)),
         ("--config.model.stacks[0].kv_heads=3", ("stacks[0]", "kv_heads=3")),
         ("--config.model.max_length=16", ("config.row_length=32", "max_length=16")),

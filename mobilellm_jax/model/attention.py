@@ -1,13 +1,87 @@
-"""Attention over documents: causal, grouped-query, never across a document's border."""
+"""Attention over documents: causal, grouped-query, never across a document's border.
+
+Whole rows are computed by a kernel of the device they run on, or by the reference, which is plain
+XLA and the meaning of all of them. Cached decoding is always the reference.
+"""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.flash_gpu import cudnn, flash
+from mobilellm_jax.model.splash import splash
+from mobilellm_jax.parallel.sharding import BATCH_AXES, batch_mesh
+
+# Of queries [B, T, N, H], keys and values [B, T, K, H] and segment ids [B, T] or None.
+Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+KERNELS: dict[str, Kernel] = {"splash": splash, "flash": flash, "cudnn": cudnn}
+PLATFORMS = {"splash": "tpu", "flash": "gpu", "cudnn": "gpu"}  # of the devices that run them
+ATTENTIONS = ("auto", "reference", *KERNELS)
+
+
+def choose(asked: str, platform: str, model: ModelConfig, dtype: str, length: int) -> str:
+    """The attention that whole rows get: what is asked for, or the kernel of the devices.
+
+    All honour documents and shared heads.
+
+    Args:
+      asked: one of `ATTENTIONS`; "auto" is splash on TPU, flash on GPU, and else the reference.
+      platform: of the devices that the program is compiled for, as `jax.Device.platform` says; it
+        need not be that of this machine.
+      model: the network.
+      dtype: of its activations.
+      length: tokens in a row.
+
+    Returns:
+      "reference" or a key of `KERNELS`.
+
+    Raises:
+      UserError: there is no such attention, or it cannot do this on these devices.
+    """
+    if asked not in ATTENTIONS:
+        raise UserError(f"execution.attention={asked!r} is not one of {', '.join(ATTENTIONS)}.")
+    if asked == "auto":
+        # On GPU the kernel that takes any network, until a measurement says more
+        # (`python -m benchmarks.attention`).
+        return {"tpu": "splash", "gpu": "flash"}.get(platform, "reference")
+    if PLATFORMS.get(asked, platform) != platform:
+        raise UserError(
+            f"execution.attention={asked!r} runs on {PLATFORMS[asked]} devices and these are "
+            f"{platform}: set it to 'auto' or 'reference'."
+        )
+    width = model.head_dim
+    if asked == "cudnn" and (dtype != "bfloat16" or width % 8 or width > 128 or length % 2):
+        raise UserError(
+            f"execution.attention='cudnn' needs execution.dtype='bfloat16' (it is {dtype!r}), "
+            f"model.head_dim a multiple of 8 up to 128 (it is {width}) and an even row_length (it is "
+            f"{length}): set it to 'flash'."
+        )
+    return asked
+
+
+def of_rows(
+    kernel: str,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array | None,
+) -> jax.Array:
+    """Attention over whole rows by a kernel, each device its own rows: [B, T, N, H]."""
+    function = KERNELS[kernel]
+    if batch_mesh(q_BTNH.shape[0]) is None:
+        return function(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    # XLA cannot split a kernel by itself. Unchecked, because kernels do not say what varies.
+    rows = P(BATCH_AXES)
+    local = jax.shard_map(function, in_specs=(rows,) * 4, out_specs=rows, check_vma=False)
+    return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:

@@ -114,7 +114,8 @@ def _sum(
     whole: Any,
 ) -> tuple[jax.Array, jax.Array]:
     walk = functools.partial(_walk, cost, chunks, False)
-    return _per_device(walk, hidden_BTD, unembedding_DV, given, whole)[:2]
+    total, shown_BT = _per_device(walk, hidden_BTD, unembedding_DV, given, whole)
+    return total, shown_BT
 
 
 def _sum_forward(
@@ -204,7 +205,7 @@ def _walk(
     def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [C, N, ...]
         return x.reshape(chunks, -1, *x.shape[2:])
 
-    start = jnp.zeros(unembedding_DV.shape, jnp.float32) if gradients else ()
+    start: Any = jnp.zeros(unembedding_DV.shape, jnp.float32) if gradients else ()
     by_unembedding_DV, (cost_CN, shown_CN, *by_hidden) = jax.lax.scan(
         chunk, start, jax.tree.map(cut, (hidden_BTD, given))
     )

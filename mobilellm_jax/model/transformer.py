@@ -21,7 +21,14 @@ from jax.typing import DTypeLike
 from mobilellm_jax.data.packing import positions
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.imports import import_path
-from mobilellm_jax.model.attention import attention, rope, rope_frequencies, visible
+from mobilellm_jax.model.attention import (
+    KERNELS,
+    attention,
+    of_rows,
+    rope,
+    rope_frequencies,
+    visible,
+)
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.parallel.sharding import batch_sharded, gathered
 
@@ -44,6 +51,7 @@ class Execution:
     )
     remat: str = "none"  # what the backward pass computes again: none, dots, full
     unroll: int = 1  # layers per iteration of the scan
+    attention: str = "reference"  # of whole rows: this, or a kernel as `attention.choose` names it
 
     def __post_init__(self) -> None:
         """Raises `UserError` for a value that is none of those listed."""
@@ -51,6 +59,8 @@ class Execution:
             raise UserError(f"execution.remat={self.remat!r} is not one of {', '.join(REMAT)}.")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"execution.dtype={self.dtype!r} is not float32 or bfloat16.")
+        if self.attention not in ("reference", *KERNELS):
+            raise UserError(f"execution.attention={self.attention!r} is not reference or a kernel.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +73,17 @@ class Context:
 
     positions_BT: jax.Array  # in the document
     slots_BT: jax.Array  # in the cache, of the keys and values that are written
-    visible_BTS: jax.Array
+    visible_BTS: jax.Array | None  # for the reference; None: a kernel reads the segments
+    segment_ids_BT: jax.Array | None = None  # None: a row is one document
+    attention: str = "reference"
     own_keys: bool = True  # False: read the keys and values in the cache and write none
 
 
-jax.tree_util.register_dataclass(Context, ["positions_BT", "slots_BT", "visible_BTS"], ["own_keys"])
+jax.tree_util.register_dataclass(
+    Context,
+    ["positions_BT", "slots_BT", "visible_BTS", "segment_ids_BT"],
+    ["attention", "own_keys"],
+)
 
 
 class RMSNorm(nn.Module):
@@ -79,11 +95,27 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last axis."""
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        scale = None
         if self.scaled:
-            y = y * self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        return y.astype(x.dtype)
+            scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        return _rms_norm(x, scale, self.eps)
+
+
+# Cheap functions of large arrays: the backward pass computes them again from their arguments. What
+# it would keep instead, such as float32 copies of x, is most of the memory of a layer.
+_cheap = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@functools.partial(_cheap, static_argnums=2)
+def _rms_norm(x: jax.Array, scale: jax.Array | None, eps: float) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y if scale is None else y * scale).astype(x.dtype)
+
+
+@_cheap
+def _gated(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+    return nn.silu(gate_BTF) * up_BTF
 
 
 def _matrix(
@@ -135,7 +167,11 @@ class Attention(nn.Module):
                 new = {"key": k_BTKH, "value": v_BTKH}
                 cache = {name: cache[name].at[at].set(new[name]) for name in new}
             k_BSKH, v_BSKH = cache["key"], cache["value"]
-        y_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, context.visible_BTS)
+        if context.visible_BTS is not None:
+            y_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, context.visible_BTS)
+        else:
+            segments_BT = context.segment_ids_BT
+            y_BTNH = of_rows(context.attention, q_BTNH, k_BSKH, v_BSKH, segments_BT)
         out_NHD = matrix("out", s.heads, c.head_dim, c.width)
         return jnp.einsum("BTNH,NHD->BTD", y_BTNH, out_NHD), cache
 
@@ -156,7 +192,7 @@ class MLP(nn.Module):
         if self.config.mlp == "swiglu":
             gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, matrix("gate", width, hidden))
             up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, matrix("up", width, hidden))
-            hidden_BTF = nn.silu(gate_BTF) * up_BTF
+            hidden_BTF = _gated(gate_BTF, up_BTF)
         else:
             hidden_BTF = nn.relu(jnp.einsum("BTD,DF->BTF", x_BTD, matrix("up", width, hidden)))
         return jnp.einsum("BTF,FD->BTD", hidden_BTF, matrix("down", hidden, width))
@@ -307,9 +343,9 @@ def apply(
       tokens_BT: int token ids.
       segment_ids_BT: int, equal for the tokens of one document, which follow each other; None if a
         row is one document.
-      execution: dtype, remat, unroll.
+      execution: dtype, remat, unroll, attention.
     """
-    context = _context(tokens_BT, segment_ids_BT)
+    context = _context(tokens_BT, segment_ids_BT, execution.attention)
     hidden_BTD, _ = Transformer(config, execution).apply(
         {"params": params}, tokens_BT, context, None
     )
@@ -328,7 +364,7 @@ def apply_cached(
 
     A token at position `p` is written to slot `p` and reads slots `0..p`, so rows of one batch may
     stand at different positions, and what was written beyond a row's end is overwritten before it
-    is read.
+    is read. Attention is the reference, whatever the execution says.
 
     Returns:
       [B, T, D] hidden states and the cache with the new keys and values in it.
@@ -374,9 +410,12 @@ def logits(params: Params, config: ModelConfig, hidden_BTD: jax.Array) -> jax.Ar
     return jnp.einsum("BTD,DV->BTV", hidden_BTD, unembedding_DV, preferred_element_type=jnp.float32)
 
 
-def _context(tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> Context:
+def _context(
+    tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None, attention: str = "reference"
+) -> Context:
     slots_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     positions_BT = slots_BT if segment_ids_BT is None else positions(segment_ids_BT)
-    return Context(
-        positions_BT, slots_BT, visible(slots_BT, slots_BT, segment_ids_BT, segment_ids_BT)
-    )
+    visible_BTS = None
+    if attention == "reference":
+        visible_BTS = visible(slots_BT, slots_BT, segment_ids_BT, segment_ids_BT)
+    return Context(positions_BT, slots_BT, visible_BTS, segment_ids_BT, attention)

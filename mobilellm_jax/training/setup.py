@@ -15,6 +15,7 @@ from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
+from mobilellm_jax.model.attention import choose
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.parallel.mesh import make_mesh
 from mobilellm_jax.parallel.sharding import shardings
@@ -73,9 +74,12 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
 
     # --- Devices, and the state as shapes
     mesh = make_mesh(config.mesh, devices)
+    execution = config.execution
+    platform = mesh.devices.flat[0].platform
+    kernel = choose(execution.attention, platform, model, execution.dtype, config.row_length)
     network = Network(
         model,
-        transformer.Execution(**config.execution),
+        transformer.Execution(**{**execution, "attention": kernel}),
         tokenizer.bos_id,
         tokenizer.eos_id,
         config.loss_chunks,
