@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mobilellm_jax.model import transformer
+from mobilellm_jax.model.attention import choose
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.training.objectives import (
     Batch,
@@ -35,7 +36,8 @@ def prepared(
     """A step to call again and again, how to wait for it, the device, and its peak bytes in use."""
     device = jax.devices()[0]
     dtype = "float32" if device.platform == "cpu" else "bfloat16"
-    execution = transformer.Execution(dtype=dtype, remat=job.remat)
+    kernel = choose(job.attention, device.platform, model, dtype, job.row_length)
+    execution = transformer.Execution(dtype, job.remat, attention=kernel)
     network = Network(model, execution, 1, 2, job.loss_chunks)
     make_optimizer = functools.partial(adamw, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)
     state = jax.jit(
