@@ -17,7 +17,7 @@ from mobilellm_jax.model import transformer
 from mobilellm_jax.prepare import prepare
 from mobilellm_jax.rows import document_table, open_run, skip, step_table, usage_table
 from mobilellm_jax.training.objectives import next_token
-from mobilellm_jax.training.replay import replay, report
+from mobilellm_jax.training.replay import _measure, replay, report
 from mobilellm_jax.training.setup import set_up
 
 STEPS, BATCH = 12, 16
@@ -151,6 +151,18 @@ def test_the_first_step_is_replayed_from_fresh_weights_with_each_rows_own_gradie
     assert row.loss == pytest.approx(float(loss), rel=1e-5)
     assert row.gradient_norm == pytest.approx(norm, rel=1e-4)
     shutil.rmtree(trained / "replay")
+
+
+def test_rows_are_measured_alike_on_eight_devices(prepared):
+    """One row on each device, weights in pieces, and a last turn that is not full."""
+    config, found = tiny.config(prepared[0], STEPS), []
+    for devices, fsdp in ((tiny.one_device(), 1), (jax.devices(), 4)):
+        config.mesh.fsdp = fsdp
+        run = set_up(config, devices)
+        with jax.set_mesh(run.mesh):
+            batch = run.mixture.read(np.arange(11))
+            found.append(_measure(run, run.fresh().params, batch))
+    np.testing.assert_allclose(*found, rtol=1e-4)
 
 
 def test_skipped_steps_are_left_out_and_the_rest_is_as_if_they_had_never_been(prepared, tmp_path):

@@ -81,7 +81,7 @@ def sum_over_chunks(
     once after.
 
     Args:
-      cost: of a chunk of N targets, and its gradient.
+      cost: of a chunk of N targets, and its gradient; it closes over no array that is traced.
       hidden_BTD: hidden states.
       unembedding_DV: output embedding, float32.
       given: pytree of arrays [B, T, ...], which the cost sees as [N, ...].
