@@ -9,7 +9,8 @@ usage: launch/local_pod.sh [--processes=N] [--devices=M] [--logs=DIR] [--dry-run
 
 Runs COMMAND N times (default 2) as the processes of one run, each with M simulated CPU devices
 (default 1), and ends with the worst of their statuses. The output of each goes to
-DIR/process-<i>.log if --logs is given, else all of it here. Signals go to every process.
+DIR/process-<i>.log and its number to DIR/process-<i>.pid if --logs is given, else all output comes
+here. Signals go to every process.
 
   launch/local_pod.sh --processes=4 -- python -m mobilellm_jax.train \
     --config=configs/smoke.py --workdir=runs/pod
@@ -66,6 +67,7 @@ for ((i = 0; i < processes; i++)); do
   elif [[ -n "$logs" ]]; then
     env "${settings[@]}" "$@" >"$logs/process-$i.log" 2>&1 &
     pids+=($!)
+    echo $! >"$logs/process-$i.pid"
   else
     env "${settings[@]}" "$@" &
     pids+=($!)

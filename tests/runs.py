@@ -109,8 +109,8 @@ def config_file(directory, plan, **changes):
     return path
 
 
-def start(*arguments, **environment):
-    """Starts Python with these arguments as a process of its own, on one device."""
+def start(*arguments, program=(sys.executable,), **environment):
+    """Starts Python (or another program) with these arguments as a process of its own, on one device."""
     simulated = "--xla_force_host_platform_device_count=8"
     environment = {
         **os.environ,
@@ -121,7 +121,7 @@ def start(*arguments, **environment):
         **environment,
     }
     return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
+        [*program, *map(str, arguments)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -132,6 +132,19 @@ def start(*arguments, **environment):
 def start_training(config, workdir):
     """Starts the training program."""
     return start("-m", "mobilellm_jax.train", f"--config={config}", f"--workdir={workdir}")
+
+
+def start_pod(processes, devices, logs, config, workdir, *arguments):
+    """Starts training as several processes, each with its log below `logs`."""
+    return start(
+        f"--processes={processes}",
+        f"--devices={devices}",
+        f"--logs={logs}",
+        "--",
+        *(sys.executable, "-m", "mobilellm_jax.train"),
+        *(f"--config={config}", f"--workdir={workdir}", *arguments),
+        program=("bash", TESTS.parent / "launch" / "local_pod.sh"),
+    )
 
 
 def finish(process, timeout=120):

@@ -255,7 +255,7 @@ class _Pulse:
                 if "DEADLINE" in str(error):
                     continue
                 return
-            if news:
+            if news and not self._over.is_set():
                 _exit(f"process {self._number}: {news}", linger=self._number == 0)
             return
 
@@ -264,10 +264,14 @@ class _Pulse:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._client.key_value_set("end", news)
 
+    def stop(self) -> None:
+        """Gives no more signs of life and heeds no news."""
+        self._over.set()
+
     def leave(self) -> None:
         """Waits until all have finished, so that nobody is missed who has merely been quicker."""
         meet("left")
-        self._over.set()
+        self.stop()
         if self._number == 0:
             self.end("")
         for thread in self._threads:
@@ -288,6 +292,7 @@ def _fail(error: BaseException, pulse: _Pulse) -> None:
     else:
         traceback.print_exception(error)
         sentence = f"{type(error).__name__}: {first[:300]}"
+    pulse.stop()  # this process has a sentence of its own
     pulse.end(f"process {number} has failed ({sentence.rstrip('.')}): the run ends here.")
     _exit(f"process {number}: {sentence}", linger=number == 0)
 
