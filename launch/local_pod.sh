@@ -51,7 +51,7 @@ free_port() {  # below those that the system gives to outgoing connections
 port="${port:-$(free_port)}"
 
 pids=()
-trap 'for pid in "${pids[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done' TERM INT
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 [[ -z "$logs" || -n "$dry" ]] || mkdir -p "$logs"
 for ((i = 0; i < processes; i++)); do
   settings=(

@@ -321,17 +321,16 @@ def test_a_checkpoint_that_was_cut_short(intact, workdir, tmp_path):
     last = ended.err.splitlines()[-1]
     assert ended.status == 1
     assert last.startswith(f"error: the checkpoint {newest(workdir)} is damaged")
-    assert "move that folder away" in last and "Traceback" not in ended.err
+    assert "move that folder away to begin anew" in last and "Traceback" not in ended.err
     assert files(workdir) == before
 
 
-def test_a_damaged_checkpoint_moved_away_leaves_the_one_before(intact, tmp_path):
-    run(tiny.config(intact), tmp_path / "run", stop_at=9)
-    newest = tmp_path / "run" / "checkpoints" / "9"
-    (newest / "meta" / "metadata").unlink()
-    refused(tiny.config(intact), tmp_path / "run", newest, "damaged")
-    newest.rename(tmp_path / "away")
-    assert int(run(tiny.config(intact), tmp_path / "run", stop_at=8).step) == 8
+def test_several_damaged_checkpoints_and_no_whole_one(intact, tmp_path):
+    run(tiny.config(intact), tmp_path / "run", stop_at=8)
+    for step in (4, 8):
+        (tmp_path / "run" / "checkpoints" / str(step) / "meta" / "metadata").unlink()
+    config = tiny.config(intact)
+    refused(config, tmp_path / "run", "checkpoints/8 is damaged", "so are 1 more", "no other is left")
 
 
 def test_what_kills_leave_behind_is_cleared_away(intact, workdir):

@@ -93,7 +93,11 @@ def killed(processes, victim, config, workdir, logs):
 
 @pytest.mark.parametrize(
     "processes, victim",
-    [(2, 1), pytest.param(2, 0, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)],
+    [
+        (2, 1),
+        pytest.param(2, 0, marks=pytest.mark.slow),
+        pytest.param(4, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_kill_9_of_one_ends_all_and_the_same_command_goes_on(plan, tmp_path, processes, victim):
     config = config_file(tmp_path, plan, steps=40, checkpoint__every=3, eval__every=20)

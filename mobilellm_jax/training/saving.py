@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import sys
 import time
@@ -30,7 +31,7 @@ from mobilellm_jax.training.step import TrainState
 
 READ_GB = 4  # of a checkpoint that are being read at once, to bound the memory beside the state
 RETRY = 10.0, 600.0  # seconds from a save that failed to the next, doubled up to the second number
-LAST_TRIES = (0.0, 2.0, 8.0, 30.0)  # seconds before each try to save the last state
+LAST_TRIES = (0.0, 1.0, 4.0, 15.0)  # seconds before each try to save the last state
 
 
 class Checkpoints:
@@ -61,19 +62,22 @@ class Checkpoints:
         self._every = every
         self._saving: int | None = None  # step that is being written
         self._delay, self._retry_at = RETRY[0], float("inf")
+        self._broken = False  # what a failed save left in Orbax would fail the next one too
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=keep_every or None,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+        )
+        self._open = functools.partial(
+            ocp.CheckpointManager,
+            self.directory,
+            options=options,
+            item_names=("params", "optimizer", "meta", "tokenizer"),
+        )
         with explained(self.directory), _quiet(read_only):
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                keep_period=keep_every or None,
-                create=not read_only,
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
-            )
-            self._manager = ocp.CheckpointManager(
-                self.directory,
-                options=options,
-                item_names=("params", "optimizer", "meta", "tokenizer"),
-            )
+            self._manager = self._open()
 
     def due(self, step: int) -> bool:
         """Whether to save after this step: it is one of those, or a save that failed is to be repeated."""
@@ -83,6 +87,7 @@ class Checkpoints:
     def save(self, state: TrainState, meta: Mapping[str, Any], tokenizer: Tokenizer) -> None:
         """Starts to save, unless this step is saved; returns as soon as the state may be changed."""
         self._settle(wait=True)
+        self._mend()
         step = int(meta["step"])
         if step in self._manager.all_steps():
             return
@@ -138,10 +143,9 @@ class Checkpoints:
             when = f"in {self._delay:g} s"
             self._retry_at = time.monotonic() + self._delay
             self._delay = min(2 * self._delay, RETRY[1])
-        if distributed.leads():  # what was written of it would keep the disk full
-            for path in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-                path.rmtree(missing_ok=True)
-        self._manager.reload()
+        self._broken = True
+        if jax.process_count() == 1:
+            self._mend()  # at once: what was written of it would keep the disk full
         who = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
         print(
             f"warning: {who}the checkpoint of step {step:,} could not be written to {self.directory} "
@@ -150,6 +154,18 @@ class Checkpoints:
             file=sys.stderr,
             flush=True,
         )
+
+    def _mend(self) -> None:
+        """Opens the checkpoints anew, in all processes, if a save has failed in one of them."""
+        if distributed.all_of("saves", not self._broken):
+            return
+        with contextlib.suppress(Exception):  # it has been told of
+            self._manager.close()
+        try:
+            self._manager = self._open()
+            self._broken = False
+        except Exception as error:
+            logging.debug("checkpoints cannot be opened yet: %s", error)
 
     def _newest_whole(self) -> str:
         steps = saved_steps(self.directory)

@@ -1,0 +1,218 @@
+"""Saves that fail do not stop a run and are not hushed up; damaged checkpoints are set aside."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import subprocess
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from etils import epath
+from runs import bits, config_file, files, finish, lines, run, start_training
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.train import train
+from mobilellm_jax.training import saving
+from mobilellm_jax.training.checkpoint import load_model
+from mobilellm_jax.training.saving import Checkpoints
+from mobilellm_jax.training.step import init_state
+
+# Threads of Orbax stumble over a checkpoint that cannot be read or written, after it has been told.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning",
+)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    return tiny.corpus(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(plan, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    return workdir, run(tiny.config(plan), workdir)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(saving, "RETRY", (0.0, 0.0))
+    monkeypatch.setattr(saving, "LAST_TRIES", (0.0, 0.01))
+
+
+def steps_saved(workdir):
+    return sorted(p.name for p in (workdir / "checkpoints").iterdir())
+
+
+# --- Saves that fail ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def full_disk(monkeypatch, fails):
+    """The disk is full at each save for which `fails(step)` says so, as a thread of Orbax finds it."""
+    handler = saving.ocp.StandardCheckpointHandler
+    write = handler.async_save
+
+    async def writes(self, directory, *args, **kwargs):
+        step = int(directory.parent.name.split(".")[0])
+        if fails(step):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return await write(self, directory, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(handler, "async_save", writes)
+        yield
+
+
+def test_a_save_that_fails_is_told_counted_and_repeated(
+    plan, whole, tmp_path, monkeypatch, impatient, capsys
+):
+    tried = set()  # steps; the first two fail
+
+    def fails(step):
+        tried.add(step)
+        return len(tried) <= 2
+
+    with full_disk(monkeypatch, fails):
+        state = train(tiny.config(plan), tmp_path / "run", devices=tiny.one_device())
+    err = capsys.readouterr().err
+    assert bits(state) == bits(whole[1])
+    for step in sorted(tried)[:2]:
+        assert f"warning: the checkpoint of step {step} could not be written" in err
+    assert "No space left" in err and "tries again in 0 s" in err
+    assert "no checkpoint is written yet" in err
+    assert sorted(tried)[:1] == [4] and {8, 12} <= tried and len(tried) >= 4  # due, and repeated
+    assert {*steps_saved(tmp_path / "run")} <= {str(step) for step in sorted(tried)[2:]}
+    failed = [record["failed_saves"] for record in lines(tmp_path / "run").values()]
+    assert failed[0] == 0 and failed[-1] == 2 and failed == sorted(failed)
+    assert bits(load_model(tmp_path / "run").params) == bits(whole[1].params)
+
+
+def test_a_last_save_that_fails_is_an_error(plan, tmp_path, monkeypatch, impatient):
+    with full_disk(monkeypatch, lambda step: step > 8), pytest.raises(UserError) as error:
+        run(tiny.config(plan), tmp_path / "run")
+    assert "step, 12, could not be written" in str(error.value)
+    assert "goes on from step 8" in str(error.value)
+    assert steps_saved(tmp_path / "run") == [
+        "4",
+        "8",
+    ]  # nothing half-written is left to fill the disk
+    assert int(run(tiny.config(plan), tmp_path / "run").step) == 12
+
+
+def test_the_delay_grows_and_a_success_resets_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(saving, "RETRY", (10.0, 30.0))
+    now = [0.0]
+    monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
+    checkpoints = Checkpoints(epath.Path(tmp_path), 1000, 3, 0)
+    state = init_state({"w": jnp.arange(3.0)}, lambda rate: optax.adam(rate))
+    broken = [True]
+    tried = []
+    with full_disk(monkeypatch, lambda step: broken[0]):
+        checkpoints.save(state, {"step": 1}, tiny.tokenizer())
+        for step in range(2, 120):
+            checkpoints._settle(wait=True)
+            broken[0] = step < 90
+            now[0] += 1.0
+            if checkpoints.due(step):
+                tried.append(step)
+                checkpoints.save(state, {"step": step}, tiny.tokenizer())
+    checkpoints.close()
+    assert np.diff([1, *tried]).tolist() == [
+        10,
+        20,
+        30,
+        30,
+    ]  # and none after the last, which succeeds
+    assert checkpoints.failed == 4
+    assert steps_saved(tmp_path) == [str(tried[-1])]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
+def test_a_disk_that_is_really_full(plan, whole, tmp_path):
+    """Checkpoints on a file system with room for the first few, which then becomes larger."""
+    disk, workdir = tmp_path / "disk", tmp_path / "run"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        workdir.mkdir()
+        (workdir / "checkpoints").symlink_to(disk)
+        config = config_file(tmp_path, plan, checkpoint__keep=20, checkpoint__every=1)
+        (workdir / "config.json").write_text(json.dumps(tiny.config(plan).to_dict()))
+        ended = finish(start_training(config, workdir))
+        assert ended.status == 1
+        assert "tries again in 10 s" in ended.err
+        assert ended.err.splitlines()[-1].startswith("error: the checkpoint of the last step, 12, ")
+        assert sorted(lines(workdir)) == list(range(1, 13))  # training went on all the same
+        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+        ended = finish(start_training(config, workdir))
+        assert ended.status == 0, ended.err
+        assert bits(load_model(workdir).params) == bits(whole[1].params)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# --- Damaged checkpoints ----------------------------------------------------------------------------
+
+
+def cut(folder):
+    for file in (folder / "params").rglob("d/*"):
+        os.truncate(file, file.stat().st_size // 2)
+
+
+def garble(folder):
+    rng = np.random.default_rng(0)
+    for file in (folder / "optimizer").rglob("d/*"):
+        data = np.frombuffer(file.read_bytes(), np.uint8).copy()
+        data[len(data) // 4 : len(data) // 2] = rng.integers(
+            0, 256, len(data) // 2 - len(data) // 4
+        )
+        file.write_bytes(data.tobytes())
+
+
+DAMAGES = {
+    "cut": cut,
+    "garbled": garble,
+    "no weights": lambda folder: shutil.rmtree(folder / "params"),
+    "no description": lambda folder: (folder / "meta" / "metadata").unlink(),
+    "torn description": lambda folder: os.truncate(folder / "meta" / "metadata", 100),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_is_set_aside_and_the_one_before_used(
+    plan, whole, tmp_path, capsys, damage
+):
+    run(tiny.config(plan), tmp_path / "run", stop_at=9)
+    newest = tmp_path / "run" / "checkpoints" / "9"
+    DAMAGES[damage](newest)
+    content = {p.relative_to(newest): data for p, data in files(newest).items()}
+    capsys.readouterr()
+    state = train(tiny.config(plan), tmp_path / "run", devices=tiny.one_device())
+    out = capsys.readouterr().out
+    aside = newest.with_name("9.damaged")
+    assert f"warning: the checkpoint {newest} is damaged (" in out
+    assert f"it is now {aside}, and the one before it is used" in out
+    assert "resumed at step 8 of 12" in out
+    assert {p.relative_to(aside): data for p, data in files(aside).items()} == content
+    assert bits(state) == bits(whole[1])
+    assert int(run(tiny.config(plan), tmp_path / "run").step) == 12  # it hinders nobody
+
+
+def test_another_runs_checkpoint_is_refused_and_not_taken_for_damaged(plan, tmp_path):
+    run(tiny.config(plan), tmp_path / "run", stop_at=9)
+    meta = tmp_path / "run" / "checkpoints" / "9" / "meta" / "metadata"
+    told = json.loads(meta.read_text())
+    told["config"]["seed"] = 7
+    meta.write_text(json.dumps(told))
+    with pytest.raises(UserError, match="another run .*config.seed: 7 there, 0 here"):
+        run(tiny.config(plan), tmp_path / "run")
+    assert steps_saved(tmp_path / "run") == ["4", "8", "9"]
