@@ -85,7 +85,7 @@ def refused(config, workdir, *parts, devices=None):
         ("--config.checkpoint.keep=0", ("config.checkpoint.keep=0", "at least 1")),
         ("--config.checkpoint.keep_every=-1", ("config.checkpoint.keep_every", "negative")),
         ("--config.schedule.peak=nan", ("config.schedule.peak", "not a number")),
-        ("--config.schedule.warmup_steps=12", ("warmup_steps=12", "config.steps=12")),
+        ("--config.schedule.warmup_steps=12", ("warmup_steps=12", "12 steps of the run")),
         ("--config.execution.dtype=float8", ("execution.dtype='float8'", "bfloat16")),
         ("--config.execution.remat=some", ("execution.remat='some'", "full")),
         ("--config.model.width=0", ("width",)),

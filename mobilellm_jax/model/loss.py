@@ -12,6 +12,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel.sharding import gathered
 
 
+@jax.named_scope("loss")
 def token_losses(
     hidden_BTD: jax.Array, unembedding_DV: jax.Array, targets_BT: jax.Array, chunks: int = 1
 ) -> tuple[jax.Array, jax.Array]:

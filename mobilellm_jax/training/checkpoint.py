@@ -146,6 +146,18 @@ class Checkpoints:
             return dataclasses.replace(abstract, params=found["params"], **found["optimizer"])
 
 
+def restore_state(path: epath.Path, abstract: TrainState) -> TrainState:
+    """The state of the checkpoint in a step's folder, straight into the shardings of `abstract`.
+
+    Raises:
+      UserError: the checkpoint is damaged.
+    """
+    with _damaged(path), ocp.StandardCheckpointer() as reader:
+        params = reader.restore(path / "params", abstract.params)
+        rest = reader.restore(path / "optimizer", _as_dict(abstract))
+        return dataclasses.replace(abstract, params=params, **rest)
+
+
 @contextlib.contextmanager
 def _quiet(quiet: bool) -> Iterator[None]:
     """Orbax warns at length of what reading alone means."""
@@ -325,10 +337,9 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
-    """The fields of a state but for the parameters, as Orbax stores them."""
+    """The fields of a state but for the parameters and what it does not have, as Orbax stores them."""
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-    del fields["params"]
-    return fields
+    return {name: value for name, value in fields.items() if name != "params" and value is not None}
 
 
 @contextlib.contextmanager
