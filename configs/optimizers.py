@@ -1,8 +1,8 @@
 r"""AdamW beside Muon: the network of `smoke.py` on real text, each at the peak that is best for it.
 
-| parameters | rows x tokens x steps | optimizers x seeds    | hardware    | time   |
-|------------|-----------------------|-----------------------|-------------|--------|
-| 951,424    | 4 x 256 x 400 = 0.41M | 2 x (3 + 3 peaks)     | 2 CPU cores | 15 min |
+| parameters | rows x tokens x steps | optimizers x seeds     | hardware    | time   |
+|------------|-----------------------|------------------------|-------------|--------|
+| 951,424    | 4 x 256 x 400 = 0.41M | 2 x (3 + 3 to 6 peaks) | 2 CPU cores | 25 min |
 
     python -m mobilellm_jax.prepare --embedded --out=data/smoke --row_length=256 --vocab_size=2048 \
       --weights=code=0.4,prose=0.4,math=0.2

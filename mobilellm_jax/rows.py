@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from absl import flags
 from etils import epath
 
@@ -33,6 +32,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.reporting.history import read_history
 from mobilellm_jax.tables import aligned
 from mobilellm_jax.training.checkpoint import FOLDER, saved_steps
+from mobilellm_jax.training.length import Length, length_of
 from mobilellm_jax.training.workdir import read_config
 
 SHOWN = 400  # characters of a row's text in a table
@@ -46,8 +46,8 @@ class Run:
     config: dict[str, Any]
     plan: Plan
     mixture: Mixture
-    steps_N: np.ndarray  # recorded steps, int64
-    rows_N: np.ndarray  # rows consumed after each, int64
+    length: Length
+    done: int  # steps recorded so far
 
     def rows_of(self, step: int) -> tuple[int, int]:
         """The rows of the plan that a step sees, [first, last).
@@ -55,40 +55,19 @@ class Run:
         Raises:
           UserError: the run has no such step.
         """
-        if not 1 <= step <= self.config["steps"]:
-            raise UserError(f"the run has steps 1 to {self.config['steps']:,}, not {step:,}.")
-        known_step, known_rows = self._known(int(np.searchsorted(self.steps_N, step, "right")))
-        last = known_rows + (step - known_step) * self.config["global_batch"]
-        return last - self.config["global_batch"], last
-
-    def step_of(self, row: int) -> int:
-        """The step that sees a row of the plan."""
-        at = int(np.searchsorted(self.rows_N, row, side="right"))
-        if at < len(self.rows_N):
-            return int(self.steps_N[at])
-        known_step, known_rows = self._known(len(self.rows_N))
-        return known_step + (row - known_rows) // int(self.config["global_batch"]) + 1
-
-    def _known(self, count: int) -> tuple[int, int]:
-        """The last of the first `count` recorded steps, and the rows consumed after it."""
-        if not count:
-            return 0, self.first
-        return int(self.steps_N[count - 1]), int(self.rows_N[count - 1])
-
-    @property
-    def first(self) -> int:
-        """Rows that runs before this one have read of the plan."""
-        return int(self.config.get("first_row", 0))
+        if not 1 <= step <= self.length.steps:
+            raise UserError(f"the run has steps 1 to {self.length.steps:,}, not {step:,}.")
+        return self.length.rows(step - 1), self.length.rows(step)
 
     @property
     def consumed(self) -> int:
         """Rows of the plan that are consumed so far."""
-        return self._known(len(self.rows_N))[1]
+        return self.length.rows(self.done)
 
     @property
     def whole(self) -> int:
         """Rows of the plan that are consumed when the run ends."""
-        return self.rows_of(self.config["steps"])[1]
+        return self.length.rows(self.length.steps)
 
 
 def open_run(workdir: epath.PathLike) -> Run:
@@ -103,10 +82,10 @@ def open_run(workdir: epath.PathLike) -> Run:
     mixture = open_mixture(plan, config["row_length"], config["model"]["vocab_size"])
     try:
         history = read_history(workdir)
-        steps_N, rows_N = history.train.steps_N, history.train.column("rows").astype(np.int64)
+        done = int(history.train.steps_N[-1])
     except UserError:  # nothing is trained yet; what will be read is known all the same
-        steps_N = rows_N = np.zeros(0, np.int64)
-    return Run(workdir, config, plan, mixture, steps_N, rows_N)
+        done = 0
+    return Run(workdir, config, plan, mixture, length_of(config), done)
 
 
 def step_table(run: Run, step: int, source: str = "") -> Iterator[dict[str, Any]]:
@@ -147,7 +126,7 @@ def document_table(run: Run, document: str) -> list[dict[str, Any]]:
     found = accounting.occurrences(run.mixture, run.whole, id=document)
     if not found and colon and place.isdigit():
         found = accounting.occurrences(run.mixture, run.whole, file=file, place=int(place))
-    found = [o for o in found if o.index >= run.first]
+    found = [o for o in found if o.index >= run.length.rows(0)]
     if not found:
         raise UserError(
             f"no row of this run holds a document {document!r}: name its id, or FILE:PLACE as "
@@ -155,7 +134,7 @@ def document_table(run: Run, document: str) -> list[dict[str, Any]]:
         )
     return [
         {
-            "step": run.step_of(o.index),
+            "step": run.length.step_of(o.index),
             "index": o.index,
             "seen": o.index < run.consumed,
             "epoch": o.epoch,

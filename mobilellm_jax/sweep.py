@@ -28,6 +28,7 @@ from mobilellm_jax.sweeps import summary, tuning
 from mobilellm_jax.sweeps.description import Cell, Sweep, cell_name, load_sweep
 from mobilellm_jax.sweeps.outcomes import Outcome, read_outcome
 from mobilellm_jax.sweeps.processes import run_cells
+from mobilellm_jax.training.length import length_of
 
 
 def sweep(described: Sweep, workdir: Path, only: str = "", parallel: int = 1) -> list[Outcome]:
@@ -167,7 +168,7 @@ class _Progress:
 def _flops(cell: Cell) -> float:
     c = cell.config
     per_token = flops_per_token(ModelConfig.from_dict(c.model), c.row_length)
-    return float(per_token) * c.steps * c.global_batch * c.row_length
+    return float(per_token) * length_of(c).tokens
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ workdir holds config.json, metrics.jsonl, tensorboard/ and checkpoints/. Several
 same command (launch/README.md).
 """
 
-import functools
 import sys
 import time
 import zlib
@@ -21,10 +20,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from mobilellm_jax import cli
-from mobilellm_jax.data.mixture import (
-    batches,
-    consumed,
-)
+from mobilellm_jax.data.mixture import consumed
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import flops_per_token
 from mobilellm_jax.parallel import distributed
@@ -33,15 +29,17 @@ from mobilellm_jax.parallel.sharding import put_rows
 from mobilellm_jax.training import overview
 from mobilellm_jax.training.checkpoint import FOLDER, saved, saved_steps
 from mobilellm_jax.training.goodput import Goodput, program_start
+from mobilellm_jax.training.length import stream
 from mobilellm_jax.training.metrics import MetricsWriter, NoMetrics, peak_flops, step_values
+from mobilellm_jax.training.profile import Profiler
 from mobilellm_jax.training.progress import Progress
 from mobilellm_jax.training.provenance import changes, provenance
 from mobilellm_jax.training.replay import replay, report
 from mobilellm_jax.training.saving import Checkpoints
 from mobilellm_jax.training.setup import set_up
 from mobilellm_jax.training.signals import Signals
-from mobilellm_jax.training.start import open_start
-from mobilellm_jax.training.step import TrainState, init_state
+from mobilellm_jax.training.start import begin, open_start
+from mobilellm_jax.training.step import TrainState
 from mobilellm_jax.training.workdir import check_same_run, claim
 
 
@@ -80,9 +78,9 @@ def train(
             | {"stop_at": stop_at, "steps saved": saved_steps(epath.Path(workdir) / FOLDER)}
             | {key: origin[key] for key in ("commit", "packages")}
         )
-        weights = None
+        source = None
         if config.init_from and not saved(workdir):
-            weights = open_start(config.init_from, run.model, run.tokenizer)
+            source = open_start(config, run)
 
         # All is checked: from here on the workdir is this run's.
         workdir = claim(workdir, config)
@@ -94,44 +92,41 @@ def train(
         resumed = checkpoints.resume(
             run.abstract, lambda meta: check_same_run(meta, config, run.plan, checkpoints.directory)
         )
-        if resumed is None and weights:
-            params = weights.params(run.shardings.params, np.float32)
-            begin = functools.partial(init_state, make_optimizer=run.make_optimizer)
-            state = jax.jit(begin, out_shardings=run.shardings, donate_argnums=0)(params)
-            rows, origin["init_from"] = config.first_row, weights.identity
-            print(f"starting at the weights of {weights.directory} ({weights.family})")
+        if resumed is None and source:
+            state, origin["init_from"] = begin(source, config, run), source.identity
+            taken = "the weights" if config.init_state == "weights" else "weights, moments and step"
+            print(f"starting at {taken} of {source.directory} ({source.family})")
         elif resumed is None:
-            state, rows = run.fresh(), config.first_row
+            state = run.fresh()
         else:
             state, meta = resumed
-            rows = int(meta["rows"])
             for change in changes(meta, origin):
                 print(f"resume: {change}; the result may differ in its last bits.")
             origin |= {key: value for key, value in meta.items() if key == "init_from"}
-        start = int(state.step)
+        length, start = run.length, int(state.step)
+        rows = length.rows(start)
         clock.lap("restore" if resumed else "start")
 
         # --- What the user sees before the first step
         print(overview.parameter_table(run.abstract.params))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(run.abstract.params))
-        size = config.row_length, config.global_batch, config.steps
-        print(overview.summary(run.model, parameters, *size))
-        ends = config.first_row, config.first_row + config.steps * config.global_batch
-        print(overview.data(run.plan, *(row * config.row_length for row in ends)))
+        print(overview.summary(run.model, parameters, length))
+        ends = (length.rows(step) * config.row_length for step in (0, length.steps))
+        print(overview.data(run.plan, *ends))
         print(f"tokenizer: {run.tokenizer.fingerprint[:12]} of {run.tokenizer.vocab_size:,} ids")
         kind = run.devices[0].device_kind
         print(f"devices: {len(run.devices)} x {kind}, mesh {dict(run.mesh.shape)}")
         if jax.process_count() > 1:
             print(f"processes: {jax.process_count()}, each with its part of every batch")
         if start:
-            print(f"resumed at step {start:,} of {config.steps:,} from {checkpoints.directory}")
+            place = source.directory if source else checkpoints.directory
+            print(f"resumed at step {start:,} of {length.steps:,} from {place}")
         sys.stdout.flush()
 
         # --- The loop
         flops = flops_per_token(run.model, config.row_length)
         peak = peak_flops(kind)
-        tokens_per_step = config.global_batch * config.row_length
-        last = min(config.steps, stop_at or config.steps)
+        last = min(length.steps, stop_at or length.steps)
         writer = MetricsWriter(workdir, start, config.wandb) if leads else NoMetrics()
         writer.write(
             "start",
@@ -139,7 +134,8 @@ def train(
             {"time": time.time(), "parameters": parameters, "flops_per_token": flops}
             | {"plan": run.plan.hash, "tokenizer": run.tokenizer.fingerprint, **origin},
         )
-        progress = Progress(start, config.steps, config.log_every, shown=leads)
+        progress = Progress(start, length, config.log_every, shown=leads)
+        profiler = Profiler(config.profile, workdir)
         described = {
             "config": config.to_dict(),
             "plan": run.plan.to_dict(),
@@ -159,7 +155,7 @@ def train(
             metrics = jax.device_get(metrics)
             clock.stepped(step)
             seconds = progress.lap()
-            speed = tokens_per_step / seconds
+            speed = length.batch(step) * config.row_length / seconds
             values = step_values(metrics, run.plan.names) | host
             values |= {"rows": rows, "step_seconds": seconds, "tokens_per_second": speed}
             values["failed_saves"] = checkpoints.failed
@@ -181,24 +177,23 @@ def train(
         step, pending = start, None
         part = jax.process_index(), jax.process_count()
         ahead = {key: config[key] for key in ("prefetch", "readers", "workers")}
-        parts = batches(run.mixture, rows, config.global_batch, *part, **ahead)
-        stream = _prefetched(parts, run.mesh)
+        batches = _prefetched(stream(run.mixture, length, start, *part, **ahead), run.mesh)
         with Signals() as signals:
             try:
                 while step < last and not signals.stop(step):
                     waited = time.perf_counter()
-                    batch, crc = next(stream)
+                    batch, crc = next(batches)
                     waited = time.perf_counter() - waited
                     if step > start and not (pending and not pending[2]["loss"].is_ready()):
                         clock.lap("data")  # the devices were waiting for it
-                    state, metrics = run.step(state, batch)
+                    state, metrics = profiler.call(step + 1, run.step, state, batch)
                     if step == start:
                         clock.lap("compile")
-                    step, rows = step + 1, rows + config.global_batch
+                    step, rows = step + 1, length.rows(step + 1)
                     if pending:
                         record(*pending)
                     pending = step, rows, metrics, {"data_wait_seconds": waited, "batch_crc32": crc}
-                    evaluate_now = step % config.eval.every == 0 or step == config.steps
+                    evaluate_now = step % config.eval.every == 0 or step == length.steps
                     save_now = checkpoints.due(step)
                     if evaluate_now or save_now:
                         record(*pending)  # before the checkpoint: after it nobody would
@@ -217,15 +212,16 @@ def train(
                     save(checkpoints.save_last)
                 clock.record(step)
             finally:
+                profiler.close()
                 progress.close()
                 writer.close()
                 checkpoints.close()
 
     print(clock.summary())
-    if step < config.steps:
+    if step < length.steps:
         reason = signals.caught.name if signals.caught else f"--stop_at={stop_at}"
         print(
-            f"stopped by {reason} at step {step:,} of {config.steps:,}; saved in {checkpoints.directory}. "
+            f"stopped by {reason} at step {step:,} of {length.steps:,}; saved in {checkpoints.directory}. "
             "The same command goes on from here."
         )
         if signals.caught:

@@ -85,7 +85,7 @@ def refused(config, workdir, *parts, devices=None):
         ("--config.checkpoint.keep=0", ("config.checkpoint.keep=0", "at least 1")),
         ("--config.checkpoint.keep_every=-1", ("config.checkpoint.keep_every", "negative")),
         ("--config.schedule.peak=nan", ("config.schedule.peak", "not a number")),
-        ("--config.schedule.warmup_steps=12", ("warmup_steps=12", "config.steps=12")),
+        ("--config.schedule.warmup_steps=12", ("warmup_steps=12", "12 steps of the run")),
         ("--config.execution.dtype=float8", ("execution.dtype='float8'", "bfloat16")),
         ("--config.execution.remat=some", ("execution.remat='some'", "full")),
         ("--config.execution.attention=splash", ("attention='splash'", "tpu", "cpu")),
@@ -330,7 +330,9 @@ def test_several_damaged_checkpoints_and_no_whole_one(intact, tmp_path):
     for step in (4, 8):
         (tmp_path / "run" / "checkpoints" / str(step) / "meta" / "metadata").unlink()
     config = tiny.config(intact)
-    refused(config, tmp_path / "run", "checkpoints/8 is damaged", "so are 1 more", "no other is left")
+    refused(
+        config, tmp_path / "run", "checkpoints/8 is damaged", "so are 1 more", "no other is left"
+    )
 
 
 def test_what_kills_leave_behind_is_cleared_away(intact, workdir):

@@ -13,7 +13,7 @@ from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, flops_per_token, parameter_count
 from mobilellm_jax.model.presets import COMPARED, PRESETS, preset
 from mobilellm_jax.sweeps.description import load_sweep
-from mobilellm_jax.training.config import check, configured
+from mobilellm_jax.training.config import check, configured, differences
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SIZES = {"125m": 124_635_456, "350m": 345_355_200, "600m": 603_188_352}
@@ -133,3 +133,12 @@ def test_the_ladder_compares_like_with_like(tmp_path):
     assert configs["depth-12-long"].steps == configs["depth-3-long"].steps == 4 * 720
     assert len(sweep.tables) == 4
     assert {line.row for t in sweep.tables for line in t.lines} == set(sweep.rows)
+
+
+def test_the_optimizers_are_compared_in_all_else_alike(tmp_path):
+    sweep = load_sweep(f"{CONFIGS / 'optimizers.py'}:{tmp_path}/mixture.json")
+    adamw, muon = (sweep.rows[name] for name in ("adamw", "muon"))
+    for row in (adamw, muon):
+        whole(row.config)
+    found = differences(adamw.config.to_dict(), muon.config.to_dict())
+    assert set(found) == {"optimizer.use"} and adamw.values == muon.values

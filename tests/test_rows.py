@@ -130,6 +130,16 @@ def test_a_step_is_replayed_bit_for_bit_and_its_rows_ranked(prepared, trained):
     shutil.rmtree(trained / "replay")
 
 
+def test_a_step_of_a_ramp_is_replayed_with_its_own_rows(prepared, tmp_path):
+    config = tiny.config(prepared[0], STEPS)
+    config.batch_ramp = ((4, 20 * tiny.ROW), (8, 60 * tiny.ROW))  # 5 steps, 5 steps, 2 of 16 rows
+    runs.run(config, tmp_path / "run")
+    for step, rows in ((9, range(44, 52)), (11, range(60, 76))):  # from the checkpoint of step 8
+        found = replay(config, tmp_path / "run", step, tiny.one_device())
+        assert found.exact and found.begun_at == 8
+        assert sorted(row.index for row in found.rows) == list(rows)
+
+
 def test_the_first_step_is_replayed_from_fresh_weights_with_each_rows_own_gradient(
     prepared, trained
 ):

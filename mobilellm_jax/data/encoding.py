@@ -99,8 +99,7 @@ class Workers:
                 yield waiting.popleft().result()
         except concurrent.futures.BrokenExecutor:
             raise UserError(
-                "a worker process was killed, probably for want of memory: give fewer "
-                "--workers."
+                "a worker process was killed, probably for want of memory: give fewer --workers."
             ) from None
 
 

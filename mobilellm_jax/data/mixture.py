@@ -383,8 +383,8 @@ def check_length(mixture: Mixture, first: int, rows: int) -> None:
         begin = f" from row {first:,} on" if first else ""
         raise UserError(
             f"the run wants {rows:,} rows of {mixture.row_length} tokens{begin}, the plan in "
-            f"{mixture.plan.directory} ends after {len(mixture):,}: lower config.steps, or give its "
-            "last stage more tokens (null: no end)."
+            f"{mixture.plan.directory} ends after {len(mixture):,}: lower config.steps (or "
+            "config.tokens), or give its last stage more tokens (null: no end)."
         )
 
 

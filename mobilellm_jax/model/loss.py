@@ -23,6 +23,7 @@ from mobilellm_jax.parallel.sharding import BATCH_AXES, batch_mesh, spec, summed
 Cost = Callable[[jax.Array, Any, Any], tuple[jax.Array, jax.Array, jax.Array]]
 
 
+@jax.named_scope("loss")
 def summed_loss(
     hidden_BTD: jax.Array,
     unembedding_DV: jax.Array,

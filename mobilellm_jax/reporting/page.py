@@ -18,6 +18,7 @@ from mobilellm_jax.reporting.curves import Line, compact
 from mobilellm_jax.reporting.history import History
 from mobilellm_jax.reporting.samples import Sample
 from mobilellm_jax.reporting.sources import Source
+from mobilellm_jax.training.length import length_of
 
 MARK = "mobilellm_jax.report"  # at the head of every page, so that only a report is replaced by one
 COLOURS = 7  # of the palette in page.css; colour 0 is the total of all sources
@@ -75,7 +76,7 @@ def render(facts: Facts) -> str:
 def summary(facts: Facts) -> str:
     """One sentence: what was trained, on what, for how long, and how far it is."""
     train = facts.history.train
-    done, planned = int(train.steps_N[-1]), facts.config.get("steps")
+    done, planned = int(train.steps_N[-1]), _planned(facts)
     if planned is None:
         progress = f"in {done:,} steps."
     elif done >= planned:
@@ -89,6 +90,12 @@ def summary(facts: Facts) -> str:
     size = f" of {compact(parameters)} parameters" if parameters else ""
     tokens = compact(facts.history.tokens_so_far()[-1])
     return f"A network{size}, trained on {tokens} tokens of {many} {progress}"
+
+
+def _planned(facts: Facts) -> int | None:
+    """Steps of the whole run; None where its configuration is not there."""
+    counted = length_of(facts.config).steps if facts.config.get("tokens") else None
+    return counted or facts.config.get("steps")
 
 
 def _tiles(facts: Facts) -> list[tuple[str, str, str]]:
@@ -112,7 +119,7 @@ def _tiles(facts: Facts) -> list[tuple[str, str, str]]:
     tokens = float(history.tokens_so_far()[-1])
     rows = sum(source.rows for source in facts.sources)
     tiles.append(("Tokens", compact(tokens), f"{rows:,} rows"))
-    planned = facts.config.get("steps")
+    planned = _planned(facts)
     steps = f"{train.steps_N[-1]:,}" + (f" of {planned:,}" if planned else "")
     tiles.append(("Steps", steps, f"resumed {_times(len(history.resumes)) or 'never'}"))
     tiles.append(("Training time", duration(seconds), f"began {_date(began)}" if began else ""))

@@ -13,6 +13,8 @@ from mobilellm_jax.reporting.history import read_history
 from mobilellm_jax.sweeps.description import Cell
 from mobilellm_jax.training.checkpoint import FOLDER
 from mobilellm_jax.training.config import FREE, differences
+from mobilellm_jax.training.length import length_of
+from mobilellm_jax.training.workdir import complete
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ def read_outcome(cell: Cell, directory: epath.Path) -> Outcome | None:
     Raises:
       UserError: the cell is complete, but nothing finite was measured.
     """
-    steps = cell.config.steps
+    steps = length_of(cell.config).steps
     if not (directory / FOLDER / str(steps)).exists() or not _is_run_of(cell, directory):
         return None
     history = read_history(directory)
@@ -78,5 +80,5 @@ def _is_run_of(cell: Cell, directory: epath.Path) -> bool:
         old = json.loads((directory / "config.json").read_text())
     except (FileNotFoundError, ValueError):
         return False
-    changed = differences(old, cell.config.to_dict())
+    changed = differences(complete(old), complete(cell.config.to_dict()))
     return all(key.split(".")[0] in FREE for key in changed)

@@ -11,17 +11,21 @@ from ml_collections import ConfigDict
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.imports import import_path
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.training.length import length_of, microbatches
+from mobilellm_jax.training.profile import profiled_steps
 
 # Keys that may differ when a run is continued: they change how it is computed or watched, not what
 # it is.
 FREE: tuple[str, ...] = ("plan", "mesh", "microbatches", "execution", "loss_chunks", "prefetch")
-FREE += ("readers", "workers", "max_skipped", "eval", "checkpoint", "log_every", "wandb")
+FREE += ("readers", "workers", "max_skipped", "eval", "checkpoint", "log_every", "wandb", "profile")
+
+INIT_STATES = ("weights", "all")
 
 # Arguments that the loop itself gives to such a function, before those of the configuration.
 GIVEN = {"objective": 3, "optimizer": 1, "schedule": 1}
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
-POSITIVE: tuple[str, ...] = ("row_length", "steps", "global_batch", "microbatches")
+POSITIVE: tuple[str, ...] = ("row_length", "global_batch", "microbatches")
 POSITIVE += ("loss_chunks", "prefetch")
 POSITIVE += ("eval.every", "eval.rows", "checkpoint.every", "checkpoint.keep")
 POSITIVE += ("max_skipped", "log_every")
@@ -37,12 +41,17 @@ def base_config(model: ModelConfig) -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # of the initial weights; the order of the data has its seed in the plan
     c.model = model.to_dict()  # the network (mobilellm_jax/model/config.py), often a preset
-    c.init_from = ""  # checkpoint or Hugging Face folder whose weights a new run starts at
+    c.init_from = (
+        ""  # where a new run starts: checkpoint, DIR@STEP for one of several, or HF folder
+    )
+    c.init_state = "weights"  # what it takes from there; all: moments, step and rows go on as well
     c.plan = ""  # path of the mixture.json to train on, as `prepare` writes it
     c.first_row = 0  # rows of the plan that runs before this one have read; 0: it begins here
     c.row_length = 2048  # targets per row: what is stored, or a multiple or divisor of it
-    c.steps = 1000  # optimizer steps of the whole run
+    c.steps = 1000  # optimizer steps of the whole run; 0: as many as `tokens` take
+    c.tokens = 0  # tokens of the whole run, instead of steps; 0: as many as `steps` read
     c.global_batch = 1024  # rows per step, over all devices
+    c.batch_ramp = ()  # before that: ((rows per step, tokens of the run at which they end), ...)
     c.microbatches = 1  # parts of a step computed one after another, to save memory
 
     c.execution = ConfigDict()
@@ -63,6 +72,7 @@ def base_config(model: ModelConfig) -> ConfigDict:
     c.optimizer.eps = 1e-8  # added to the root of the second moment
     c.optimizer.weight_decay = 0.1  # of matrices and embedding, not of norm scales
     c.optimizer.clip = 1.0  # global norm to which gradients are cut
+    c.optimizer.mu_dtype = "float32"  # of the first moment as it is kept; bfloat16 halves it
 
     c.schedule = ConfigDict()
     c.schedule.use = "mobilellm_jax.training.optimizer:warmup_cosine"
@@ -87,6 +97,10 @@ def base_config(model: ModelConfig) -> ConfigDict:
     c.checkpoint.keep_every = 0  # steps between those kept for ever; 0: none
 
     c.max_skipped = 10  # non-finite steps in a row after which the run stops
+    c.skip = ConfigDict()
+    c.skip.window = 0  # steps with which each is compared, to skip outliers; 0: none is skipped
+    c.skip.deviations = 6.0  # above their median loss or gradient norm at which a step is skipped
+    c.profile = ""  # steps to trace for XProf, FIRST:LAST, both included, into WORKDIR/profile
     c.wandb = ""  # Weights & Biases project to log to as well; needs the extra [wandb]
     c.log_every = 50  # steps between lines where there is no terminal for a progress bar
     return c.lock()
@@ -138,12 +152,26 @@ def check(config: ConfigDict, devices: int) -> None:
             raise UserError(f"config.{key} is not a number.")
     if not config.plan:
         raise UserError("config.plan is empty: point it at the mixture.json that `prepare` wrote.")
-    if config.global_batch % (config.microbatches * devices):
+    for batch in (phase.batch for phase in length_of(config).phases):
+        if batch % (parts := microbatches(config, batch) * devices):
+            key = "global_batch" if batch == config.global_batch else "batch_ramp"
+            raise UserError(
+                f"config.{key}={batch} cannot be split into config.microbatches="
+                f"{parts // devices} parts over {devices} device(s): make it a multiple of their product."
+            )
+    if config.init_state not in INIT_STATES:
         raise UserError(
-            f"config.global_batch={config.global_batch} cannot be split into "
-            f"config.microbatches={config.microbatches} parts over {devices} device(s): "
-            "make it a multiple of their product."
+            f"config.init_state={config.init_state!r} is unknown: {' or '.join(INIT_STATES)}."
         )
+    if config.init_state == "all" and not config.init_from:
+        raise UserError("config.init_state=all needs a checkpoint: name it in config.init_from.")
+    if config.skip.window < 0 or config.skip.window == 1:
+        raise UserError(
+            f"config.skip.window={config.skip.window} must be at least 2, or 0 to skip no step."
+        )
+    if config.skip.deviations <= 0:
+        raise UserError(f"config.skip.deviations={config.skip.deviations} must be positive.")
+    profiled_steps(config.profile)
     if config.row_length % config.loss_chunks:
         raise UserError(
             f"config.loss_chunks={config.loss_chunks} does not divide "

@@ -70,7 +70,7 @@ def step_values(metrics: Mapping[str, Any], names: Sequence[str]) -> dict[str, A
     values |= {key: float(metrics[key]) for key in ("loss", "gradient_norm", "learning_rate")}
     for key in ("rows", "tokens"):
         values |= {f"{key}/{n}": int(v) for n, v in zip(names, metrics[key], strict=True)}
-    return values | {"skipped": int(metrics["skipped"])}
+    return values | {k: int(metrics[k]) for k in ("skipped", "outliers") if k in metrics}
 
 
 class MetricsWriter:

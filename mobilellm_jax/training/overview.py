@@ -9,6 +9,7 @@ from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.model.config import ModelConfig, flops_per_token
 from mobilellm_jax.parallel.sharding import path_name
 from mobilellm_jax.tables import aligned
+from mobilellm_jax.training.length import Length
 
 
 def parameter_table(params: Any) -> str:
@@ -42,16 +43,15 @@ def data(plan: Plan, first_token: int, last_token: int) -> str:
     return "\n".join(lines)
 
 
-def summary(
-    model: ModelConfig, parameters: int, row_length: int, global_batch: int, steps: int
-) -> str:
+def summary(model: ModelConfig, parameters: int, length: Length) -> str:
     """What will be trained, on how many tokens, with how many FLOPs."""
-    tokens = steps * global_batch * row_length
+    tokens, row_length = length.tokens, length.row_length
     flops = flops_per_token(model, row_length)
+    batches = ", then ".join(f"{phase.batch:,}" for phase in length.phases)
     distinct = sum(stack.layers for stack in model.stacks)
     return (
         f"model: {parameters:,} parameters, {distinct} blocks applied {model.depth} times, "
         f"{flops / 1e6:,.1f} MFLOPs per token (forward and backward, rows of {row_length:,})\n"
-        f"run: {steps:,} steps x {global_batch:,} rows x {row_length:,} tokens = {tokens:,} tokens, "
+        f"run: {length.steps:,} steps x {batches} rows x {row_length:,} tokens = {tokens:,} tokens, "
         f"{tokens * flops:.2e} FLOPs"
     )

@@ -6,16 +6,18 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
+from mobilellm_jax.training.length import Length
+
 
 class Progress:
     """Steps done, loss and speed, on standard error; held-out results on standard output."""
 
-    def __init__(self, start: int, steps: int, log_every: int, shown: bool = True) -> None:
+    def __init__(self, start: int, length: Length, log_every: int, shown: bool = True) -> None:
         """Starts to count time; `log_every` is in steps; `shown` in one process of several."""
-        self._steps, self._log_every, self._shown = steps, log_every, shown
+        self._length, self._log_every, self._shown = length, log_every, shown
         self._terminal = shown and sys.stderr.isatty()
         self._bar = tqdm(
-            total=steps,
+            total=length.steps,
             initial=start,
             unit="step",
             desc="train",
@@ -41,16 +43,20 @@ class Progress:
             text += f"  {values['mfu']:.1%} MFU"
         if values["skipped"]:
             text += f"  {values['skipped']} skipped"
+        if values.get("outliers"):
+            text += f"  {values['outliers']:.0f} outliers"
         if self._terminal:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
             return
         self._recent = [*self._recent[-99:], values["step_seconds"]]
-        if self._shown and (step % self._log_every == 0 or step == self._steps):
+        steps = self._length.steps
+        if self._shown and (step % self._log_every == 0 or step == steps):
             median = sorted(self._recent)[len(self._recent) // 2]
-            left = int(median * (self._steps - step))
+            rows = self._length.rows(steps) - self._length.rows(step)
+            left = int(median * rows / self._length.batch(step))  # as long as rows take now
             eta = f"{left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
-            print(f"step {step:,}/{self._steps:,}  {text}  ETA {eta}", file=sys.stderr, flush=True)
+            print(f"step {step:,}/{steps:,}  {text}  ETA {eta}", file=sys.stderr, flush=True)
 
     def heldout(self, step: int, values: Mapping[str, float]) -> None:
         """Prints bits per byte on the held-out rows, in total and per source."""

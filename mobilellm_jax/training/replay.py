@@ -15,11 +15,11 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mobilellm_jax.data.accounting import seen_rows
-from mobilellm_jax.data.mixture import batches
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.parallel.sharding import BATCH_AXES, put_rows
 from mobilellm_jax.reporting.history import read_history
 from mobilellm_jax.tables import aligned
+from mobilellm_jax.training.length import stream
 from mobilellm_jax.training.saving import Checkpoints
 from mobilellm_jax.training.setup import Setup, set_up
 from mobilellm_jax.training.workdir import check_same_run
@@ -85,8 +85,8 @@ def replay(
       UserError: the configuration is another run's, or the step cannot be reached.
     """
     run, workdir = set_up(config, devices or jax.devices()), epath.Path(workdir)
-    if not 1 <= step <= config.steps:
-        raise UserError(f"the run has steps 1 to {config.steps:,}, not {step:,}.")
+    if not 1 <= step <= run.length.steps:
+        raise UserError(f"the run has steps 1 to {run.length.steps:,}, not {step:,}.")
     history = read_history(workdir)
     checkpoints = Checkpoints(workdir, **config.checkpoint, read_only=True)
     with jax.set_mesh(run.mesh):
@@ -99,22 +99,21 @@ def replay(
         begun_at = 0 if meta is None else int(meta["step"])
         print(f"replaying {step - begun_at:,} step(s) from step {begun_at:,} ...", flush=True)
         if meta is None:
-            state, rows = run.fresh(), config.first_row
+            state = run.fresh()
         else:
             check_same_run(meta, config, run.plan, checkpoints.directory)
-            state, rows = checkpoints.restore(run.abstract, begun_at), int(meta["rows"])
+            state = checkpoints.restore(run.abstract, begun_at)
         checkpoints.close()
         part = jax.process_index(), jax.process_count()
-        stream = batches(run.mixture, rows, config.global_batch, *part, prefetch=config.prefetch)
+        parts = stream(run.mixture, run.length, begun_at, *part, prefetch=config.prefetch)
         for _ in range(begun_at, step - 1):
-            state, _ = run.step(state, put_rows(next(stream), run.mesh))
-            rows += config.global_batch
-        batch = next(stream)
+            state, _ = run.step(state, put_rows(next(parts), run.mesh))
+        batch = next(parts)
         measured = _measure(run, state.params, batch)
         _, metrics = run.step(state, put_rows(batch, run.mesh))
         metrics = jax.device_get(metrics)
 
-    first = rows + part[0] * len(batch["tokens"])
+    first = run.length.rows(step - 1) + part[0] * len(batch["tokens"])
     seen = seen_rows(run.mixture, first, first + len(batch["tokens"]))
     found = [
         ReplayedRow(

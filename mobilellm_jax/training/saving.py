@@ -91,10 +91,9 @@ class Checkpoints:
         step = int(meta["step"])
         if step in self._manager.all_steps():
             return
-        rest = dataclasses.replace(state, params=None)
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave(_as_dict(rest)),
+            optimizer=ocp.args.StandardSave(_as_dict(state)),
             meta=ocp.args.JsonSave({"format": FORMAT, **meta}),
             tokenizer=ocp.args.JsonSave(tokenizer.to_dict()),
         )
@@ -240,14 +239,22 @@ class Checkpoints:
         Raises:
           Damaged: the checkpoint is damaged.
         """
-        path, rest = self.directory / str(step), dataclasses.replace(abstract, params=None)
-        # Not the manager's: where one process fails the others would wait for it.
-        reader = ocp.StandardCheckpointHandler(restore_concurrent_gb=READ_GB)
-        with damaged(path):
-            params = reader.restore(path / "params", args=ocp.args.StandardRestore(abstract.params))
-            optimizer = ocp.args.StandardRestore(_as_dict(rest))
-            fields = reader.restore(path / "optimizer", args=optimizer)
-            return dataclasses.replace(abstract, params=params, **fields)
+        return restore_state(self.directory / str(step), abstract)
+
+
+def restore_state(path: epath.Path, abstract: TrainState) -> TrainState:
+    """The state of the checkpoint in a step's folder, straight into the shardings of `abstract`.
+
+    Raises:
+      Damaged: the checkpoint is damaged.
+    """
+    # Not a manager's: where one process fails the others would wait for it.
+    reader = ocp.StandardCheckpointHandler(restore_concurrent_gb=READ_GB)
+    with damaged(path):
+        params = reader.restore(path / "params", args=ocp.args.StandardRestore(abstract.params))
+        optimizer = ocp.args.StandardRestore(_as_dict(abstract))
+        fields = reader.restore(path / "optimizer", args=optimizer)
+        return dataclasses.replace(abstract, params=params, **fields)
 
 
 def _numbered(path: epath.Path) -> Iterator[epath.Path]:
@@ -257,10 +264,9 @@ def _numbered(path: epath.Path) -> Iterator[epath.Path]:
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
-    """The fields of a state but for the parameters, as Orbax stores them."""
+    """The fields of a state but for the parameters and what it does not have, as Orbax stores them."""
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-    del fields["params"]
-    return fields
+    return {name: value for name, value in fields.items() if name != "params" and value is not None}
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from mobilellm_jax.parallel.mesh import make_mesh
 from mobilellm_jax.parallel.sharding import shardings
 from mobilellm_jax.training.config import check, configured
 from mobilellm_jax.training.evaluation import evaluate
+from mobilellm_jax.training.length import Length, length_of, microbatches
 from mobilellm_jax.training.objectives import Network
 from mobilellm_jax.training.step import Objective, TrainState, init_state, train_step
 
@@ -33,6 +34,7 @@ class Setup:
     mesh: jax.sharding.Mesh
     plan: Plan
     mixture: Mixture
+    length: Length
     tokenizer: Tokenizer
     model: ModelConfig
     network: Network
@@ -66,7 +68,8 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
             "made with: put that file back, or prepare the data again."
         )
     mixture = open_mixture(plan, config.row_length, model.vocab_size)
-    check_length(mixture, config.first_row, config.steps * config.global_batch)
+    length = length_of(config)
+    check_length(mixture, length.rows(0), length.rows(length.steps) - length.rows(0))
     heldout = open_split(plan, "heldout", config.row_length, model.vocab_size)
     if len(heldout) < len(plan.sources):
         without = [name for i, name in enumerate(plan.names) if i not in heldout]
@@ -86,11 +89,11 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
     )
     objective = configured(config.objective, "objective")
     make_optimizer = configured(config.optimizer, "optimizer")
-    schedule = configured(config.schedule, "schedule")(config.steps)
+    schedule = configured(config.schedule, "schedule")(length.steps)
 
     def fresh() -> TrainState:
         params = transformer.init(model, jax.random.key(config.seed))
-        return init_state(params, make_optimizer)
+        return init_state(params, make_optimizer, config.skip.window)
 
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(fresh)
@@ -107,9 +110,10 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
             make_optimizer=make_optimizer,
             schedule=schedule,
             sources=len(plan.sources),
-            microbatches=config.microbatches,
+            deviations=config.skip.deviations,
         ),
         donate_argnums=0,
+        static_argnames="microbatches",
         out_shardings=(state_shardings, NamedSharding(mesh, P())),  # metrics are whole everywhere
     )
     return Setup(
@@ -117,6 +121,7 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
         mesh=mesh,
         plan=plan,
         mixture=mixture,
+        length=length,
         tokenizer=tokenizer,
         model=model,
         network=network,
@@ -125,7 +130,9 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
         shardings=state_shardings,
         abstract=abstract,
         fresh=jax.jit(fresh, out_shardings=state_shardings),
-        step=lambda state, batch: step_function(state, batch, piece_bytes_V),
+        step=lambda state, batch: step_function(
+            state, batch, piece_bytes_V, microbatches=microbatches(config, len(batch["tokens"]))
+        ),
         evaluate=functools.partial(
             evaluate,
             network=network,

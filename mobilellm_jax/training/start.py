@@ -1,20 +1,152 @@
-"""Where a new run starts when it does not start at random weights (`config.init_from`)."""
+"""Where a new run starts when it does not start at random weights (`config.init_from`).
 
+It takes the weights alone, or, with `config.init_state=all`, goes on with everything that another
+run of ours had at a checkpoint: moments, step and place in the data. So a cooldown is forked off a
+long run at any checkpoint that is kept.
+"""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.interop.stored import StoredModel, open_model
+from mobilellm_jax.interop.stored import CHECKPOINT, StoredModel, open_model
 from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.training.checkpoint import FOLDER, saved_steps
 from mobilellm_jax.training.config import differences
+from mobilellm_jax.training.outliers import init_window
+from mobilellm_jax.training.saving import restore_state
+from mobilellm_jax.training.setup import Setup
+from mobilellm_jax.training.step import TrainState, init_state
+from mobilellm_jax.training.workdir import check_past
 
 # What a run may change of the network at whose weights it starts.
 MAY_CHANGE = ("max_length", "rope_theta", "rope_scaling", "init_std")
 
 
-def open_start(directory: epath.PathLike, model: ModelConfig, tokenizer: Tokenizer) -> StoredModel:
+def open_start(config: ConfigDict, run: Setup) -> StoredModel:
+    """Opens what a run starts at, and checks that it can; reads no weights.
+
+    Args:
+      config: of the run, with `init_from`.
+      run: what its configuration means.
+
+    Raises:
+      UserError: see `open_weights` and `check_state`; or there is no checkpoint of that step.
+    """
+    start = open_weights(located(config.init_from), run.model, run.tokenizer)
+    if config.init_state == "all":
+        check_state(start, config, run)
+    return start
+
+
+def located(name: str) -> epath.PathLike:
+    """The directory that `config.init_from` names: itself, or of DIR@STEP that step's folder.
+
+    Raises:
+      UserError: DIR has no checkpoint of that step.
+    """
+    match = re.fullmatch(r"(.+)@(\d+)", name)
+    if not match:
+        return name
+    directory, step = epath.Path(match[1]), int(match[2])
+    folder = directory / FOLDER if (directory / FOLDER).exists() else directory
+    steps = saved_steps(folder)
+    if step not in steps:
+        there = ", ".join(f"{s:,}" for s in steps) or "none"
+        raise UserError(
+            f"config.init_from={name}: there is no checkpoint of step {step:,} in {folder}; its steps are: "
+            f"{there}."
+        )
+    return folder / str(step)
+
+
+def begin(start: StoredModel, config: ConfigDict, run: Setup) -> TrainState:
+    """The state in which the run starts, in its shardings.
+
+    Args:
+      start: as `open_start` gave it.
+      config: of the run.
+      run: what its configuration means.
+
+    Raises:
+      UserError: the checkpoint is damaged.
+    """
+    if config.init_state == "all":
+        return _continued(start, config, run)
+    params = start.params(run.shardings.params, np.float32)
+    fresh = functools.partial(
+        init_state, make_optimizer=run.make_optimizer, window=config.skip.window
+    )
+    return jax.jit(fresh, out_shardings=run.shardings, donate_argnums=0)(params)
+
+
+def _continued(start: StoredModel, config: ConfigDict, run: Setup) -> TrainState:
+    """The state of that checkpoint; a window of another size begins empty."""
+    there = start.meta["config"].get("skip", {}).get("window", 0)
+    if there == config.skip.window:
+        return restore_state(start.directory, run.abstract)
+    place = run.shardings.step
+    stored = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        jax.eval_shape(lambda: init_window(there)),
+    )
+    state = restore_state(start.directory, dataclasses.replace(run.abstract, window=stored))
+    empty = jax.jit(lambda: init_window(config.skip.window), out_shardings=run.shardings.window)()
+    return dataclasses.replace(state, window=empty)
+
+
+def check_state(start: StoredModel, config: ConfigDict, run: Setup) -> None:
+    """Meets what forbids to go on from a checkpoint with its moments, step and rows.
+
+    Schedule, length, batches from here on, objective and rates may be others than that run's.
+
+    Raises:
+      UserError: there is no train state; it is of another optimizer, or from behind the end of this
+        run; or that run has read other rows up to there than this configuration says.
+    """
+    where = f"config.init_from={config.init_from} with config.init_state=all"
+    if start.family != CHECKPOINT or not (start.directory / "optimizer").exists():
+        raise UserError(
+            f"{where}: {start.directory} holds weights but no optimizer; set config.init_state=weights."
+        )
+    there = start.meta["config"]
+    for key in ("use", "mu_dtype"):
+        old, new = (c["optimizer"].get(key) for c in (there, config))
+        if key == "mu_dtype":
+            old, new = old or "float32", new or "float32"
+        if old != new:
+            raise UserError(
+                f"{where}: config.optimizer.{key} is {old!r} there and {new!r} here; keep it, or set "
+                "config.init_state=weights."
+            )
+    if start.step >= run.length.steps:
+        raise UserError(
+            f"{where}: that is step {start.step:,} and this run ends at step {run.length.steps:,}; a run "
+            "that goes on counts the steps before it."
+        )
+    rows, expected = int(start.meta["rows"]), run.length.rows(start.step)
+    if (rows, there["row_length"]) != (expected, config.row_length):
+        raise UserError(
+            f"{where}: after step {start.step:,} that run had read {rows:,} rows of "
+            f"{there['row_length']:,} tokens, this configuration says {expected:,} of "
+            f"{config.row_length:,}; give it the row_length, first_row, global_batch and batch_ramp of "
+            "that run up to there (a new global_batch may follow a ramp that ends there)."
+        )
+    check_past(start.meta, run.plan, config.row_length, str(start.directory))
+
+
+def open_weights(
+    directory: epath.PathLike, model: ModelConfig, tokenizer: Tokenizer
+) -> StoredModel:
     """Opens the weights that a run of this network starts at; says what the run changes of them.
 
     Args:

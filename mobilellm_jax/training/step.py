@@ -10,6 +10,7 @@ import optax
 
 from mobilellm_jax.data.packing import token_ids
 from mobilellm_jax.training.objectives import Batch, Losses, Network
+from mobilellm_jax.training.outliers import Window, init_window, judge
 
 Objective = Callable[[Any, Batch, Network], Losses]
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
@@ -25,12 +26,14 @@ class TrainState:
     opt_state: Any  # as the optimizer made it
     skipped: jax.Array  # int32: non-finite steps so far
     skipped_in_row: jax.Array  # int32: those since the last finite step
+    window: Window | None = None  # None: no step is compared with those before
 
 
-def init_state(params: Any, make_optimizer: MakeOptimizer) -> TrainState:
-    """Step 0 of a run that starts at `params`."""
+def init_state(params: Any, make_optimizer: MakeOptimizer, window: int = 0) -> TrainState:
+    """Step 0 of a run that starts at `params` and compares its steps with the `window` before."""
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, make_optimizer(0.0).init(params), zero, zero)
+    opt_state = make_optimizer(0.0).init(params)
+    return TrainState(zero, params, opt_state, zero, zero, init_window(window))
 
 
 def sums(
@@ -63,11 +66,13 @@ def train_step(
     schedule: optax.Schedule,
     sources: int,
     microbatches: int = 1,
+    deviations: float = 0.0,
 ) -> tuple[TrainState, dict[str, Any]]:
     """One optimizer step.
 
     A step whose loss, gradient or update is not finite changes neither weights nor moments; it is counted,
-    and it keeps its place in the schedule and in the data.
+    and it keeps its place in the schedule and in the data. A step that stands out of the state's window
+    (see `training.outliers`) is treated alike and counted apart.
 
     Args:
       state: donated by the caller.
@@ -79,10 +84,12 @@ def train_step(
       schedule: learning rate by step.
       sources: number of sources.
       microbatches: parts of the batch computed one after another; gradients are added in float32.
+      deviations: from which on a step stands out.
 
     Returns:
       The next state, and metrics: scalars `loss` (per counted target), `gradient_norm`,
-      `learning_rate`, `skipped`, `skipped_in_row`, and the per-source sums of `sums`.
+      `learning_rate`, `skipped`, `skipped_in_row`, with a window `outliers`, and the per-source
+      sums of `sums`.
     """
 
     def loss_sum(params: Any, part: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -111,12 +118,19 @@ def train_step(
     loss = totals.pop("loss") / targets
     norm = optax.tree.norm(grads)
     learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
-    updates, opt_state = make_optimizer(learning_rate).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimizer"):
+        optimizer = make_optimizer(learning_rate)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
 
+    taken, window = finite, state.window
+    if window is not None:
+        outlier, window = judge(window, loss, norm, finite, deviations)
+        taken = finite & ~outlier
+
     def keep(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        return jax.tree.map(lambda n, o: jnp.where(taken, n, o), new, old)
 
     bad = (~finite).astype(jnp.int32)
     new = TrainState(
@@ -125,6 +139,7 @@ def train_step(
         opt_state=keep(opt_state, state.opt_state),
         skipped=state.skipped + bad,
         skipped_in_row=(state.skipped_in_row + bad) * bad,
+        window=window,
     )
     metrics = {
         "loss": loss,
@@ -132,6 +147,7 @@ def train_step(
         "learning_rate": learning_rate,
         "skipped": new.skipped,
         "skipped_in_row": new.skipped_in_row,
+        **({"outliers": window.skipped} if window is not None else {}),
         **totals,
     }
     return new, metrics

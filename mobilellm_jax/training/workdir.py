@@ -62,7 +62,7 @@ def claim(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
 
 
 def _same_config(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> None:
-    found = differences(_complete(old), _complete(new))
+    found = differences(complete(old), complete(new))
     fixed = {key: pair for key, pair in found.items() if key.split(".")[0] not in FREE}
     if fixed:
         listed = "; ".join(
@@ -73,12 +73,25 @@ def _same_config(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> 
         print(f"resume: config.{key} was {a!r}, is {b!r}.")
 
 
-def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration with the keys that did not exist yet when its run began, at their defaults."""
     if "model" not in config:  # not one of ours: everything differs
         return dict(config)
     model = ModelConfig.from_dict(config["model"])
-    return {**base_config(model).to_dict(), **config, "model": model.to_dict()}
+    return {**_merged(base_config(model).to_dict(), config), "model": model.to_dict()}
+
+
+def _merged(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config`, and what it lacks; the arguments of a function belong to that function alone."""
+    if defaults.get("use") != config.get("use"):
+        return dict(config)
+    both = {k: (v, config[k]) for k, v in defaults.items() if k in config}
+    parts = {
+        k: _merged(a, b)
+        for k, (a, b) in both.items()
+        if isinstance(a, Mapping) and isinstance(b, Mapping)
+    }
+    return {**defaults, **config, **parts}
 
 
 def read_config(workdir: epath.Path) -> dict[str, Any]:
@@ -114,9 +127,18 @@ def check_same_run(
         {k: v for k, v in config.to_dict().items() if k not in FREE},
         str(where),
     )
+    check_past(meta, plan, config.row_length, str(where))
+
+
+def check_past(meta: Mapping[str, Any], plan: Plan, row_length: int, where: str) -> None:
+    """What the run of a checkpoint has read so far must be in the plan as it is now.
+
+    Raises:
+      UserError: it is not; the sentence lists what differs.
+    """
     if meta["plan_hash"] != plan.hash:
         # A plan may change from here on; what the run has read it cannot change.
-        tokens = int(meta["rows"]) * config.row_length
+        tokens = int(meta["rows"]) * row_length
         old = Plan.from_dict(meta["plan"], f"the plan of the checkpoint in {where}").past(tokens)
         if changed := [key for key, value in plan.past(tokens).items() if value != old[key]]:
             raise UserError(

@@ -1,6 +1,7 @@
 """One step: the objective's targets, microbatches, non-finite steps, schedules, the optimizer's mask."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,16 @@ def start():
 
 
 PIECE_BYTES = jnp.arange(tiny.VOCAB) % 5
+
+
+def test_parts_of_a_step_are_named_in_the_program():
+    """As a trace shows them: see docs/profiling.md."""
+    program = step().lower(start(), batch(), PIECE_BYTES).compile().as_text()
+    names = {part for name in re.findall(r'op_name="([^"]*)"', program) for part in name.split("/")}
+    named = {"stack_0", "attention", "attention_norm", "mlp", "mlp_norm", "optimizer"}
+    assert named <= names
+    for part in ("loss", "final_norm"):
+        assert any(part in name for name in names)
 
 
 def test_rows_become_inputs_targets_documents():
