@@ -101,7 +101,10 @@ def train(
         print(overview.data(run.plan, *(row * config.row_length for row in ends)))
         print(f"tokenizer: {run.tokenizer.fingerprint[:12]} of {run.tokenizer.vocab_size:,} ids")
         kind = run.devices[0].device_kind
-        print(f"devices: {len(run.devices)} x {kind}, mesh {dict(run.mesh.shape)}")
+        kernel = run.network.execution.attention
+        print(
+            f"devices: {len(run.devices)} x {kind}, mesh {dict(run.mesh.shape)}, attention {kernel}"
+        )
         if start:
             print(f"resumed at step {start:,} of {config.steps:,} from {checkpoints.directory}")
         sys.stdout.flush()

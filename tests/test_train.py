@@ -161,7 +161,7 @@ def poisoned(plan, tmp_path_factory):
         "    losses = next_token(params, batch, network)\n"
         "    bad = jnp.isin(batch['tokens'].sum(), jnp.array(sums))\n"
         "    factor = jnp.where(bad, jnp.nan, 1.0)\n"
-        "    return dataclasses.replace(losses, loss_BT=losses.loss_BT * factor)\n"
+        "    return dataclasses.replace(losses, total=losses.total * factor)\n"
     )
     mixture = open_mixture(Plan.load(plan), tiny.ROW, tiny.VOCAB)
     sums = [int(mixture.read(np.arange(16) + 16 * s)["tokens"].sum()) for s in range(12)]
