@@ -115,7 +115,10 @@ def train(
         print(overview.data(run.plan, *ends))
         print(f"tokenizer: {run.tokenizer.fingerprint[:12]} of {run.tokenizer.vocab_size:,} ids")
         kind = run.devices[0].device_kind
-        print(f"devices: {len(run.devices)} x {kind}, mesh {dict(run.mesh.shape)}")
+        kernel = run.network.execution.attention
+        print(
+            f"devices: {len(run.devices)} x {kind}, mesh {dict(run.mesh.shape)}, attention {kernel}"
+        )
         if jax.process_count() > 1:
             print(f"processes: {jax.process_count()}, each with its part of every batch")
         if start:

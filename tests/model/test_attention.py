@@ -221,8 +221,11 @@ def test_the_gpu_kernel_lowers_without_a_gpu():
     def total(q, k, v):
         return KERNELS["flash"](q, k, v, ids).sum()
 
-    traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(q, k, v)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    gpu = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=gpu)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(q, k, v)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__gpu$xla.gpu.triton(") == 3  # forwards, and two passes backwards
 
 
