@@ -64,7 +64,7 @@ def save(folder: str) -> None:
         return jax.device_put(values, x.sharding)
 
     state = jax.tree.map(random, abstract_state())
-    tokenizer = train_tokenizer([f"{i} + {i} = {2 * i}" for i in range(1000)], 280)
+    tokenizer = train_tokenizer([f"{i} + {i} = {2 * i}" for i in range(1000)], 273)
     size = sum(x.nbytes for x in jax.tree.leaves(state)) / 1e9
     checkpoints = Checkpoints(epath.Path(folder), every=1, keep=1, keep_every=0)
     blocked, whole = [], []

@@ -328,7 +328,9 @@ def test_several_damaged_checkpoints_and_no_whole_one(intact, tmp_path):
     for step in (4, 8):
         (tmp_path / "run" / "checkpoints" / str(step) / "meta" / "metadata").unlink()
     config = tiny.config(intact)
-    refused(config, tmp_path / "run", "checkpoints/8 is damaged", "so are 1 more", "no other is left")
+    refused(
+        config, tmp_path / "run", "checkpoints/8 is damaged", "so are 1 more", "no other is left"
+    )
 
 
 def test_what_kills_leave_behind_is_cleared_away(intact, workdir):
