@@ -29,6 +29,7 @@ from mobilellm_jax.training.checkpoint import (
 )
 from mobilellm_jax.training.step import TrainState
 
+PIECE = 1 << 24  # bytes of an array that are stored, and so read, at once
 READ_GB = 4  # of a checkpoint that are being read at once, to bound the memory beside the state
 RETRY = 10.0, 600.0  # seconds from a save that failed to the next, doubled up to the second number
 LAST_TRIES = (0.0, 1.0, 4.0, 15.0)  # seconds before each try to save the last state
@@ -92,8 +93,8 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         args = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave(_as_dict(state)),
+            params=_pieces(state.params),
+            optimizer=_pieces(_as_dict(state)),
             meta=ocp.args.JsonSave({"format": FORMAT, **meta}),
             tokenizer=ocp.args.JsonSave(tokenizer.to_dict()),
         )
@@ -261,6 +262,12 @@ def _numbered(path: epath.Path) -> Iterator[epath.Path]:
     yield path
     for number in itertools.count(2):
         yield path.with_name(f"{path.name}.{number}")
+
+
+def _pieces(tree: Any) -> ocp.args.StandardSave:
+    """Arrays stored in pieces, so that each device of another mesh reads little more than its part."""
+    pieces = ocp.SaveArgs(chunk_byte_size=PIECE)
+    return ocp.args.StandardSave(tree, save_args=jax.tree.map(lambda _: pieces, tree))
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

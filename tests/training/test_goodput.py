@@ -1,0 +1,85 @@
+"""Seconds are counted once each, and what a kill undid is not counted as progress."""
+
+import json
+
+import pytest
+import tiny
+from etils import epath
+from runs import lines, run
+
+from mobilellm_jax.training import goodput
+from mobilellm_jax.training.goodput import KINDS, Goodput
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(goodput.time, "time", lambda: now[0])
+
+    def wait(seconds):
+        now[0] += seconds
+
+    return wait
+
+
+def seconds(values, prefix):
+    return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+
+
+def test_every_second_goes_somewhere(tmp_path, clock):
+    counted = Goodput(epath.Path(tmp_path), began=990.0)
+    for kind, taken in (("start", 5), ("compile", 7), ("data", 1), ("save", 2), ("evaluate", 3)):
+        clock(taken)
+        counted.lap(kind)
+    for step in (1, 2, 3):
+        clock(4)
+        counted.stepped(step)
+    values = counted.values()
+    spent = seconds(values, "seconds/")
+    assert spent["start"] == 15 and spent["train"] == 12 and spent["redone"] == 0
+    assert sum(spent.values()) == 10 + 18 + 12
+    assert values["goodput"] == values["run/goodput"] == 12 / 40
+    assert counted.summary().startswith("goodput: 30.0% of 0 min 40 s; the rest: start 37.5%")
+
+
+def test_steps_done_again_and_time_without_a_program_are_lost(tmp_path, clock):
+    first = Goodput(epath.Path(tmp_path), began=1000.0)
+    for step in range(1, 6):
+        clock(10)
+        first.stepped(step)
+    first.record(5)
+    clock(100)  # killed here, with a checkpoint of step 3
+    second = Goodput(epath.Path(tmp_path), began=1150.0)
+    for step in range(4, 8):
+        clock(10)
+        second.stepped(step)
+    values = second.values()
+    assert seconds(values, "seconds/")["redone"] == 20
+    assert values["goodput"] == 20 / 40
+    assert values["run/starts"] == 2
+    assert values["run/seconds/down"] == 100
+    assert values["run/goodput"] == (50 + 20) / 190
+    assert "goodput over 2 starts" in second.summary()
+
+
+def test_a_torn_record_stops_nothing(tmp_path, clock):
+    (tmp_path / goodput.FILE).write_text('{"began": 1')
+    assert Goodput(epath.Path(tmp_path), began=1000.0).values()["run/starts"] == 1
+
+
+def test_a_run_records_it(tmp_path, capsys):
+    plan = tiny.corpus(tmp_path / "data")
+    for stop_at in (5, None):
+        run(tiny.config(plan), tmp_path / "run", stop_at)
+    found = lines(tmp_path / "run", "goodput")
+    assert list(found) == [4, 5, 8, 12]
+    last = found[12]
+    assert last["run/starts"] == 2 and last["run/seconds/redone"] == 0
+    assert 0 < last["goodput"] < 1 and 0 < last["run/goodput"] < 1
+    assert {*seconds(last, "seconds/")} == {*KINDS} and last["seconds/restore"] > 0
+    assert json.loads((tmp_path / "run" / goodput.FILE).read_text())["step"] == 12
+
+
+def test_the_start_of_this_program_lies_in_the_past():
+    now = goodput.time.time()
+    assert now - 100_000 < goodput.program_start() < now
