@@ -26,10 +26,11 @@ from mobilellm_jax.data.mixture import (
 )
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import flops_per_token
+from mobilellm_jax.parallel.chips import peak_flops
 from mobilellm_jax.parallel.sharding import put_rows
 from mobilellm_jax.training import overview
 from mobilellm_jax.training.checkpoint import Checkpoints, saved
-from mobilellm_jax.training.metrics import MetricsWriter, peak_flops, step_values
+from mobilellm_jax.training.metrics import MetricsWriter, step_values
 from mobilellm_jax.training.progress import Progress
 from mobilellm_jax.training.provenance import changes, provenance
 from mobilellm_jax.training.replay import replay, report

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from mobilellm_jax.errors import UserError
@@ -29,4 +30,6 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device]) -> Mesh:
             f"config.mesh data={data} x fsdp={fsdp} does not give the {len(devices)} devices there are: "
             "their product must be that number; -1 stands for what is left."
         )
-    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    # An axis of the mesh may be a part of an axis of the machine: 32 x 8 on a torus of 16 x 16.
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

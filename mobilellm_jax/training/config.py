@@ -135,8 +135,6 @@ def check(config: ConfigDict, devices: int) -> None:
     for key, value in flat.items():
         if isinstance(value, float) and math.isnan(value):
             raise UserError(f"config.{key} is not a number.")
-    if not config.plan:
-        raise UserError("config.plan is empty: point it at the mixture.json that `prepare` wrote.")
     if config.global_batch % (config.microbatches * devices):
         raise UserError(
             f"config.global_batch={config.global_batch} cannot be split into "
