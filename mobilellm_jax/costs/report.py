@@ -176,6 +176,7 @@ def _time(costs: StepCosts, config: ConfigDict, utilisation: float) -> list[str]
         return [f"no peak of {costs.device_kind} is known, so no bound of the time."]
     slowest = max(seconds, key=lambda name: seconds[name])
     parts = ", ".join(f"{name} {1e3 * s:,.1f} ms" for name, s in seconds.items())
+    parts += "; the others are not known" if len(seconds) < 3 else ""
     lines = [
         f"roofline: a step takes at least {1e3 * seconds[slowest]:,.1f} ms, bound by {slowest} "
         f"({parts}); at most {figures['attainable']:.0%} model FLOPs utilisation.",

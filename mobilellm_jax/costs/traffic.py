@@ -3,15 +3,9 @@
 from mobilellm_jax.costs.hlo import Array, Computation, Instruction, Program, Run
 
 # These move nothing, or what they move is counted where it happens.
-_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional")
-_FREE += (
-    "call",
-    "after-all",
-    "partition-id",
-    "replica-id",
-    "opt-barrier",
-    "domain",
-    "async-update",
+_FREE = frozenset(
+    "parameter constant tuple get-tuple-element bitcast while conditional call after-all domain "
+    "partition-id replica-id opt-barrier async-update".split()
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
 # Operations that keep or move their first operand's bytes in place.
@@ -42,14 +36,14 @@ def _bytes(run: Run, program: Program) -> float:
         body = program.computations[at.called("calls") or ""]
         return _of_fusion(at, where, body, program)
     if at.opcode in _SLICES:
-        read = where.instructions[at.operands[0]].arrays[0]
+        on_chip = where.instructions[at.operands[0]].arrays[0].on_chip
         size = sum(a.bytes for a in at.arrays)
-        return sum(map(_of_array, at.arrays)) + (0.0 if read.on_chip else size)
+        return sum(map(_of_array, at.arrays)) + (0.0 if on_chip else size)
     if at.opcode == "dynamic-update-slice":
         update = where.instructions[at.operands[1]].arrays[0]
         return _of_array(update) + (0.0 if at.arrays[0].on_chip else update.bytes)
-    read = sum(_of_array(a) for name in at.operands for a in where.instructions[name].arrays)
-    return read + sum(map(_of_array, at.arrays))
+    operands = [a for name in at.operands for a in where.instructions[name].arrays]
+    return sum(map(_of_array, [*operands, *at.arrays]))
 
 
 def _of_array(array: Array) -> float:
