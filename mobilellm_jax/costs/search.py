@@ -1,6 +1,7 @@
 """Which microbatches, remat, sharding and loss chunks fit, and how fast each could be at best."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -75,7 +76,7 @@ def lines_to_try(config: ConfigDict, devices: Sequence[jax.Device], sources: int
     logits = 4.0 * config.row_length * config.model.vocab_size
     chunks = {config.loss_chunks} | ({1} if logits <= room / 4 else set())
     grid = itertools.product(fitting[:2], REMAT, sorted(chunks))
-    return [Point(*one, config.microbatches) for one in grid]
+    return [Point(fsdp, remat, some, config.microbatches) for fsdp, remat, some in grid]
 
 
 def search(
@@ -118,15 +119,17 @@ def search(
                 found[point] = _cached(
                     cache,
                     [setting.to_dict(), topology, sources],
-                    lambda setting=setting: measure(
-                        make_programs(setting, devices, sources), setting
-                    ),
+                    functools.partial(_measure, setting, devices, sources),
                 )
                 bar.update()
         bar.total = bar.n
     rows_found = _rows(found)
     print(_table(rows_found))
     return rows_found
+
+
+def _measure(config: ConfigDict, devices: Sequence[jax.Device], sources: int) -> StepCosts:
+    return measure(make_programs(config, devices, sources), config)
 
 
 def _bisect(line: Point, divisors: Sequence[int], fits: Callable[[Point], bool]) -> Iterator[Point]:
