@@ -24,13 +24,14 @@ from mobilellm_jax.data.mixture import consumed
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import flops_per_token
 from mobilellm_jax.parallel import distributed
+from mobilellm_jax.parallel.chips import peak_flops
 from mobilellm_jax.parallel.compiled import keep_compiled
 from mobilellm_jax.parallel.sharding import put_rows
 from mobilellm_jax.training import overview
 from mobilellm_jax.training.checkpoint import FOLDER, saved, saved_steps
 from mobilellm_jax.training.goodput import Goodput, program_start
 from mobilellm_jax.training.length import stream
-from mobilellm_jax.training.metrics import MetricsWriter, NoMetrics, peak_flops, step_values
+from mobilellm_jax.training.metrics import MetricsWriter, NoMetrics, step_values
 from mobilellm_jax.training.profile import Profiler
 from mobilellm_jax.training.progress import Progress
 from mobilellm_jax.training.provenance import changes, provenance

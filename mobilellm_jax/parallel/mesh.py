@@ -34,9 +34,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
         within, between = hybrid_shape(shape, slices)
-        arranged = mesh_utils.create_hybrid_device_mesh(within, between, devices)
-        return Mesh(np.asarray(arranged), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+        arranged = mesh_utils.create_hybrid_device_mesh(
+            within, between, devices, allow_split_physical_axes=True
+        )
+    else:
+        # An axis of the mesh may be a part of an axis of the machine: 32 x 8 on a torus of 16 x 16.
+        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(np.asarray(arranged), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def hybrid_shape(shape: Sequence[int], slices: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -150,8 +150,6 @@ def check(config: ConfigDict, devices: int) -> None:
     for key, value in flat.items():
         if isinstance(value, float) and math.isnan(value):
             raise UserError(f"config.{key} is not a number.")
-    if not config.plan:
-        raise UserError("config.plan is empty: point it at the mixture.json that `prepare` wrote.")
     for batch in (phase.batch for phase in length_of(config).phases):
         if batch % (parts := microbatches(config, batch) * devices):
             key = "global_batch" if batch == config.global_batch else "batch_ramp"

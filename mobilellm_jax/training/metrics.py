@@ -19,26 +19,6 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from mobilellm_jax.errors import UserError
 
-# Dense bf16 peak FLOP/s per device, by a part of `device_kind`; the first that matches counts.
-PEAK_FLOPS = (
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5p", 459e12),
-    ("TPU v5", 459e12),
-    ("TPU v6", 918e12),
-    ("TPU7x", 2307e12),
-    ("A100", 312e12),
-    ("H100", 989e12),
-    ("H200", 989e12),
-    ("B200", 2250e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """bf16 peak of one device in FLOP/s, or None where it is not known (a CPU, for one)."""
-    return next((peak for part, peak in PEAK_FLOPS if part in device_kind), None)
-
 
 def per_source(totals: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
     """Loss (nats per token) and bits per byte, over all sources and for each that has tokens.

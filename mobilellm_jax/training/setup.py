@@ -18,32 +18,39 @@ from mobilellm_jax.model import transformer
 from mobilellm_jax.model.attention import choose
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.parallel.mesh import make_mesh
-from mobilellm_jax.parallel.sharding import shardings
+from mobilellm_jax.parallel.sharding import batch_sharding, shardings
 from mobilellm_jax.training.config import check, configured
 from mobilellm_jax.training.evaluation import evaluate
 from mobilellm_jax.training.length import Length, length_of, microbatches
 from mobilellm_jax.training.objectives import Network
-from mobilellm_jax.training.step import Objective, TrainState, init_state, train_step
+from mobilellm_jax.training.step import Batch, Objective, TrainState, init_state, train_step
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
-    """A run that is ready to begin or to go on."""
+class Programs:
+    """What a configuration computes, on which devices; the same with and without data at hand."""
 
     devices: Sequence[jax.Device]
     mesh: jax.sharding.Mesh
-    plan: Plan
-    mixture: Mixture
     length: Length
-    tokenizer: Tokenizer
     model: ModelConfig
     network: Network
     objective: Objective
     make_optimizer: Callable[..., Any]
     shardings: TrainState  # where each array of the state lives
     abstract: TrainState  # the state as `ShapeDtypeStruct`s with these shardings
+    abstract_batch: dict[str, jax.ShapeDtypeStruct]  # likewise the batch of a step
     fresh: Callable[[], TrainState]  # makes the state of step 0 in place
-    step: Callable[..., tuple[TrainState, Any]]  # state, batch -> state, metrics; donates the state
+    step: Any  # jitted: state, batch, piece_bytes_V -> state, metrics; donates the state
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup(Programs):
+    """A run that is ready to begin or to go on: here `step` is a function of state and batch alone."""
+
+    plan: Plan
+    mixture: Mixture
+    tokenizer: Tokenizer
     evaluate: Callable[[Any], dict[str, float]]  # params -> held-out measurements
 
 
@@ -59,6 +66,8 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
     """
     # --- What is to be trained, on what
     check(config, len(devices))
+    if not config.plan:
+        raise UserError("config.plan is empty: point it at the mixture.json that `prepare` wrote.")
     model = ModelConfig.from_dict(config.model)
     plan = Plan.load(config.plan)
     tokenizer = Tokenizer.load(plan.resolve(plan.tokenizer_path))
@@ -75,16 +84,54 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
         without = [name for i, name in enumerate(plan.names) if i not in heldout]
         print(f"data: no held-out rows of {', '.join(without)}; not evaluated.")
 
-    # --- Devices, and the state as shapes
-    mesh = make_mesh(config.mesh, devices)
+    # --- The programs, given what each token stands for
+    made = programs(config, devices, tokenizer.bos_id, tokenizer.eos_id, len(plan.sources))
+    with jax.set_mesh(made.mesh):
+        piece_bytes_V = jax.numpy.asarray(tokenizer.piece_bytes())
+    return Setup(
+        **{**vars(made), "step": lambda state, batch: made.step(state, batch, piece_bytes_V)},
+        plan=plan,
+        mixture=mixture,
+        tokenizer=tokenizer,
+        evaluate=functools.partial(
+            evaluate,
+            network=made.network,
+            heldout=heldout,
+            names=plan.names,
+            rows=config.eval.rows,
+            batch_rows=config.global_batch // config.microbatches,
+            piece_bytes_V=piece_bytes_V,
+            mesh=made.mesh,
+        ),
+    )
+
+
+def programs(
+    config: ConfigDict, devices: Sequence[jax.Device], bos_id: int, eos_id: int, sources: int
+) -> Programs:
+    """The programs of a configuration, made without data and without arrays; they compile when called.
+
+    Args:
+      config: see `training.config.base_config`; its plan is not looked at.
+      devices: to run on, or those of a topology, for which one can only compile.
+      bos_id: token that begins a document.
+      eos_id: token that ends one.
+      sources: number of sources of the plan.
+
+    Raises:
+      UserError: the configuration is not usable, or does not divide over the devices.
+    """
+    check(config, len(devices))
+    model = ModelConfig.from_dict(config.model)
+    mesh, length = make_mesh(config.mesh, devices), length_of(config)
     execution = config.execution
     platform = mesh.devices.flat[0].platform
     kernel = choose(execution.attention, platform, model, execution.dtype, config.row_length)
     network = Network(
         model,
         transformer.Execution(**{**execution, "attention": kernel}),
-        tokenizer.bos_id,
-        tokenizer.eos_id,
+        bos_id,
+        eos_id,
         config.loss_chunks,
     )
     objective = configured(config.objective, "objective")
@@ -99,49 +146,48 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
         shapes = jax.eval_shape(fresh)
         state_shardings = shardings(shapes, mesh)
         abstract = jax.tree.map(_abstract, shapes, state_shardings)
-        piece_bytes_V = jax.numpy.asarray(tokenizer.piece_bytes())
 
-    # --- The programs
-    step_function = jax.jit(
-        functools.partial(
-            train_step,
+    rows = config.global_batch
+    shapes_of_batch = {"tokens": (rows, config.row_length + 1), "source": (rows,)}
+
+    def step(
+        state: TrainState, batch: Batch, piece_bytes_V: jax.Array
+    ) -> tuple[TrainState, dict[str, Any]]:
+        return train_step(
+            state,
+            batch,
+            piece_bytes_V,
             network=network,
             objective=objective,
             make_optimizer=make_optimizer,
             schedule=schedule,
-            sources=len(plan.sources),
+            sources=sources,
+            microbatches=microbatches(config, batch["tokens"].shape[0]),
             deviations=config.skip.deviations,
-        ),
-        donate_argnums=0,
-        static_argnames="microbatches",
-        out_shardings=(state_shardings, NamedSharding(mesh, P())),  # metrics are whole everywhere
-    )
-    return Setup(
+        )
+
+    return Programs(
         devices=devices,
         mesh=mesh,
-        plan=plan,
-        mixture=mixture,
         length=length,
-        tokenizer=tokenizer,
         model=model,
         network=network,
         objective=objective,
         make_optimizer=make_optimizer,
         shardings=state_shardings,
         abstract=abstract,
+        abstract_batch={
+            name: jax.ShapeDtypeStruct(shape, "int32", sharding=batch_sharding(mesh))
+            for name, shape in shapes_of_batch.items()
+        },
         fresh=jax.jit(fresh, out_shardings=state_shardings),
-        step=lambda state, batch: step_function(
-            state, batch, piece_bytes_V, microbatches=microbatches(config, len(batch["tokens"]))
-        ),
-        evaluate=functools.partial(
-            evaluate,
-            network=network,
-            heldout=heldout,
-            names=plan.names,
-            rows=config.eval.rows,
-            batch_rows=config.global_batch // config.microbatches,
-            piece_bytes_V=piece_bytes_V,
-            mesh=mesh,
+        step=jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(
+                state_shardings,
+                NamedSharding(mesh, P()),
+            ),  # metrics are whole everywhere
         ),
     )
 

@@ -18,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.reporting.history import read_history
-from mobilellm_jax.training.metrics import MetricsWriter, peak_flops, per_source
+from mobilellm_jax.training.metrics import MetricsWriter, per_source
 from mobilellm_jax.training.workdir import claim
 
 
@@ -187,13 +187,6 @@ def test_a_workdir_in_an_object_store_is_claimed_and_defended(bucket):
     config.seed = 1
     with pytest.raises(UserError, match="belongs to another run .config.seed: 0 there, 1 here"):
         claim(bucket, config)
-
-
-def test_the_peak_of_a_device_is_known_by_its_kind():
-    assert peak_flops("TPU v5 lite") == 197e12
-    assert peak_flops("TPU v5p") == peak_flops("TPU v5") == 459e12
-    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert peak_flops("cpu") is None
 
 
 def test_wandb_gets_what_is_recorded_and_a_resumed_run_goes_on_in_its_run(tmp_path, monkeypatch):

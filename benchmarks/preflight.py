@@ -1,0 +1,123 @@
+r"""Proof of fit: the published runs compiled for whole TPU slices, on any CPU machine.
+
+    python -m benchmarks.preflight                          every run, and depth against compile time
+    python -m benchmarks.preflight --only=950m --out=data/preflight
+
+Prints two tables in Markdown and the command of each line. A line takes half a minute to some
+minutes; with `--out` its JSON is kept there and not computed again.
+"""
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from mobilellm_jax.tables import markdown_table
+
+GIB = 2**30
+BASE = "configs/mobilellm.py"
+R1 = "configs/mobilellm_r1.py:950m,pretrain1"
+
+# Name, configuration, topology, keys that make it fit.
+RUNS = (
+    ("125M", f"{BASE}:125m", "v5e:16x16", ("microbatches=4",)),
+    ("LS-125M", f"{BASE}:125m,ls", "v5e:16x16", ("microbatches=4", "execution.remat=dots")),
+    ("1.5B", f"{BASE}:1.5b", "v5p:4x4x8", ("microbatches=2", "execution.remat=dots")),
+    ("R1-950M", R1, "v5p:8x8x16", ("microbatches=1", "execution.remat=dots")),
+    ("R1-950M", R1, "v6e:16x16", ("microbatches=8", "execution.remat=dots")),
+    ("R1-950M", R1, "tpu7x:4x4x4", ("microbatches=8", "execution.remat=dots")),
+)
+# The widths of the 1B network at two depths.
+WIDTHS = ("microbatches=4", "execution.remat=dots", "mesh.fsdp=4")
+DEPTHS = (
+    ("1B, 54 layers", f"{BASE}:1b", "v5e:16x16", WIDTHS),
+    ("1B, 12 layers", "benchmarks/depth.py:1b,12", "v5e:16x16", WIDTHS),
+)
+
+
+def command(config: str, topology: str, keys: tuple[str, ...]) -> list[str]:
+    """The arguments after `python -m`."""
+    settings = [f"--config.{key}" for key in keys]
+    return ["mobilellm_jax.preflight", f"--config={config}", f"--topology={topology}", *settings]
+
+
+def measured(name: str, *described: Any) -> dict[str, Any] | None:
+    """What pre-flight says of a line as JSON, with the CPU seconds of its process; None: it failed."""
+    arguments = command(*described)
+    print("python -m " + " ".join(arguments), file=sys.stderr, flush=True)
+    kept = Path(flags.FLAGS.out) / (re.sub(r"\W+", "_", " ".join(arguments)) + ".json")
+    if flags.FLAGS.out and kept.exists():
+        return json.loads(kept.read_text())
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    ended = subprocess.run(
+        [sys.executable, "-m", *arguments, "--json"], capture_output=True, text=True
+    )
+    if ended.returncode:
+        print(ended.stderr[-2000:], file=sys.stderr)
+        return None
+    found = json.loads(ended.stdout)
+    found["cpu_seconds"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    if flags.FLAGS.out:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(found))
+    return found
+
+
+def fit(found: dict[str, Any], name: str, topology: str, keys: tuple[str, ...]) -> list[str]:
+    """A line of the table of runs."""
+    memory, run = found["memory"], found["run"]
+    seconds = found["seconds"]
+    slowest = max(seconds, key=seconds.get)
+    return [
+        name,
+        topology,
+        " ".join(keys),
+        f"{(memory['weights'] + memory['optimizer']) / GIB:.2f}",
+        f"{(memory['temporaries'] or 0) / GIB:.2f}",
+        f"{memory['peak'] / GIB:.2f} of {memory['capacity'] / GIB:.2f}"
+        + ("" if found["fits"] else ", does not fit"),
+        f"{found['matmul'] / found['model_matmul']:.3f}",
+        f"{found['attention'] / found['model_attention']:.2f}",
+        f"{1e3 * seconds[slowest]:,.0f} ms, {slowest}"
+        if found["exchanged"] is not None
+        else f"{1e3 * seconds[slowest]:,.0f} ms, compute alone",
+        f"{run['tokens_per_second']:,.0f}",
+        f"{run['days']:.1f}",
+        f"{run['chip_hours']:,.0f}",
+        f"{found['trace_seconds'] + found['compile_seconds']:.0f} ({found['cpu_seconds']:.0f})",
+    ]
+
+
+def main(argv: list[str]) -> None:
+    """Prints the tables."""
+    del argv
+    header = "run|slice|keys|state, GiB|temporaries, GiB|peak, GiB of a device|matrices / model"
+    header += "|attention / causal half|a step at least|tokens/s at 40 %|days|chip-hours"
+    lines = [(header + "|seconds (of CPU)").split("|")]
+    for name, *described in RUNS:
+        wanted = re.search(flags.FLAGS.only, " ".join([name, *map(str, described)]), re.IGNORECASE)
+        if wanted and (found := measured(name, *described)):
+            lines.append(fit(found, name, described[1], described[2]))
+    print(markdown_table(lines, "<<<>>>>>>>>>>"), flush=True)
+    lines = [["network", "seconds", "seconds of CPU", "program, bytes", "compiled, bytes"]]
+    for name, *described in DEPTHS:
+        wanted = re.search(flags.FLAGS.only, name, re.IGNORECASE)
+        if wanted and (found := measured(name, *described)):
+            seconds = found["trace_seconds"] + found["compile_seconds"]
+            sizes = found["program_bytes"], found["memory"]["code"]
+            numbers = f"{seconds:.1f}", f"{found['cpu_seconds']:.1f}"
+            lines.append([name, *numbers, *(f"{size:,.0f}" for size in sizes)])
+    print("\n" + markdown_table(lines, "<>>>>"))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string(
+        "only", "", "Regular expression: lines in which it is not found are left out."
+    )
+    flags.DEFINE_string("out", "", "Folder that keeps the JSON of each line.")
+    app.run(main)

@@ -1,0 +1,154 @@
+"""What is read from a compiled program: how often it runs what, what it exchanges, what it moves."""
+
+import dataclasses
+import functools
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mobilellm_jax.costs.collectives import collectives, summary
+from mobilellm_jax.costs.hlo import Program
+from mobilellm_jax.costs.step import make_programs
+from mobilellm_jax.costs.traffic import memory_bytes
+from mobilellm_jax.model.config import ModelConfig, Stack
+from mobilellm_jax.parallel.mesh import make_mesh
+from mobilellm_jax.parallel.topologies import topology_devices
+
+LAYERS, MATRICES, MICROBATCHES = 3, 7, 2  # matrices of a block
+MODEL = ModelConfig(2048, 1024, (Stack(LAYERS, 8, 4, 1536),), head_dim=128, max_length=128)
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the extra [preflight] is not installed"
+)
+
+
+@functools.cache
+def exchanged(topology, fsdp, repeats=1):
+    """The collectives of a step over eight devices that hold shards of 128 and more."""
+    (stack,) = MODEL.stacks
+    stack = dataclasses.replace(stack, repeats=repeats)
+    config = tiny.config("unused")
+    config.model = dataclasses.replace(MODEL, stacks=(stack,)).to_dict()
+    config.row_length, config.global_batch, config.microbatches = 128, 16, MICROBATCHES
+    config.execution.dtype, config.mesh.fsdp = "bfloat16", fsdp
+    made = make_programs(config, topology_devices(topology), 2)
+    sizes = jax.ShapeDtypeStruct((MODEL.vocab_size,), "int32")
+    with jax.set_mesh(made.mesh):
+        compiled = made.step.lower(made.abstract, made.abstract_batch, sizes).compile()
+    program = Program(compiled.as_text())
+    assert not program.unknown_loops
+    return collectives(program, 8)
+
+
+def moved(found, *kinds):
+    """How many pieces of matrices these kinds of collectives move in one step."""
+    least = MODEL.width * 4 * 128 / 8  # a shard of the smallest matrix
+    return sum(
+        one.times
+        for one in found
+        if one.kind in kinds
+        for array in one.arrays
+        if len(array.shape) > 1 and array.bytes / 2 >= least
+    )
+
+
+TOPOLOGIES = [
+    "cpu:8",
+    pytest.param("v5e:2x4", marks=[pytest.mark.slow, needs_libtpu]),
+]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("fsdp", [1, 4, 8])
+def test_one_gather_per_weight_and_pass_one_reduction_per_gradient(topology, fsdp):
+    """Per microbatch. The tied embedding is used twice; over two axes a reduction has two parts."""
+    found = exchanged(topology, fsdp)
+    assert "all-to-all" not in {one.kind for one in found}
+    assert "collective-permute" not in {one.kind for one in found}
+    gathers = moved(found, "all-gather")
+    if fsdp == 1:
+        assert gathers == 0
+    else:
+        blocks = MATRICES * LAYERS * 2 * MICROBATCHES
+        assert blocks + 1 <= gathers <= blocks + 2 * MICROBATCHES
+    reductions = moved(found, "all-reduce", "reduce-scatter")
+    gradients = (MATRICES * LAYERS + 2) * MICROBATCHES
+    two_axes = MATRICES * LAYERS * MICROBATCHES * (fsdp == 4)
+    assert gradients + two_axes <= reductions <= gradients * (2 if fsdp == 4 else 1)
+    assert {one.group for one in found} <= ({2, 4, 8} if fsdp == 4 else {8})
+
+
+def test_a_shared_block_s_gradient_is_reduced_for_each_application():
+    """And its weights are gathered as often at most."""
+    once, twice = (exchanged("cpu:8", 8, repeats) for repeats in (1, 2))
+    assert moved(once, "all-gather") <= moved(twice, "all-gather") < 2 * moved(once, "all-gather")
+    more = moved(twice, "all-reduce") - moved(once, "all-reduce")
+    assert more == MATRICES * LAYERS * MICROBATCHES
+
+
+def test_scans_count_their_length_and_bytes_are_those_of_whole_arrays():
+    mesh = make_mesh(1, 8, jax.devices())
+    split = NamedSharding(mesh, P(None, "fsdp"))
+
+    def walk(x, weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    x = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
+    weights = jax.ShapeDtypeStruct((5, 64, 64), jnp.float32, sharding=split)
+    place = NamedSharding(mesh, P("fsdp"))
+    text = jax.jit(walk, out_shardings=place).lower(x, weights).compile().as_text()
+    found = summary(collectives(Program(text), 8))
+    (gather,) = [row for row in found if row["kind"] == "all-gather"]
+    assert gather["group"] == 8
+    assert gather["bytes"] == 5 * 64 * 64 * 4
+    assert gather["sent"] == pytest.approx(gather["bytes"] * 7 / 8)
+
+
+def test_traffic_of_a_scan_counts_slices():
+    """A scan reads and writes each layer once, not the whole stack at every turn."""
+
+    def walk(x, weights):
+        return jax.lax.scan(lambda x, w: (x, w + 1.0), x, weights)[1]
+
+    x, weights = jnp.zeros(8), jax.ShapeDtypeStruct((16, 256, 256), jnp.float32)
+    text = jax.jit(walk).lower(x, weights).compile().as_text()
+    stack = 16 * 256 * 256 * 4
+    # Read and written once by the scan; XLA may copy a layer on its way, or clear the result first.
+    assert 2 * stack <= memory_bytes(Program(text)) <= 6 * stack
+
+
+# As the TPU compiler writes: a scan without a noted length, a reduce-scatter as a fusion, a gather
+# in two fusions that share a channel, arrays in the core's own memory, S(1).
+TPU = (Path(__file__).parent / "tpu_step.hlo").read_text()
+
+
+def test_the_text_of_the_tpu_compiler():
+    program = Program(TPU)
+    found = {one.kind: one for one in collectives(program, 8)}
+    assert sorted(found) == ["all-gather", "collective-permute", "reduce-scatter"]
+    assert len(collectives(program, 8)) == 3
+    assert {one.times for one in found.values()} == {30} and not program.unknown_loops
+    assert {kind: one.group for kind, one in found.items()} == {
+        "all-gather": 4,
+        "reduce-scatter": 4,
+        "collective-permute": 8,
+    }
+    assert found["all-gather"].bytes == 64 * 64 * 2
+    assert found["reduce-scatter"].bytes == 512 * 64 * 2
+    assert found["reduce-scatter"].sent == 30 * 512 * 64 * 2 * 3 / 4
+    assert found["collective-permute"].bytes == 128 * 64 * 2
+    # In memory: the gather's first fusion reads a shard and writes a whole, its last reads a shard;
+    # the rest lies in the core.
+    shard, whole = 16 * 64 * 2, 64 * 64 * 2
+    assert memory_bytes(program) == 30 * (shard + whole + shard)
+
+
+def test_a_loop_that_does_not_tell_its_turns_is_remembered():
+    program = Program(TPU.replace("direction=LT", "direction=NE"))
+    assert {one.times for one in collectives(program, 8)} == {1}
+    assert program.unknown_loops == {"while"}

@@ -1,0 +1,238 @@
+"""The program as a user starts it: what it says of a step, what it refuses, what it advises."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+
+import jax
+import pytest
+import tiny
+from runs import config_file, program
+
+from mobilellm_jax import preflight
+from mobilellm_jax.costs import report, search, step
+from mobilellm_jax.costs.flops import count
+from mobilellm_jax.costs.search import Point, lines_to_try
+from mobilellm_jax.costs.step import make_programs, measure, needed_bytes, state_memory
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.config import flops_per_token
+from mobilellm_jax.model.presets import preset
+from mobilellm_jax.parallel import topologies
+from mobilellm_jax.parallel.topologies import topology_devices
+from mobilellm_jax.training.config import base_config
+from mobilellm_jax.training.setup import set_up
+
+PROGRAM = "mobilellm_jax.preflight"
+GIB = 2**30
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the extra [preflight] is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def costs():
+    """Of the tiny step on eight devices."""
+    config = tiny.config("unused")
+    config.mesh.fsdp = 4
+    return measure(make_programs(config, topology_devices("cpu:8"), 2), config)
+
+
+def on_v5e(costs, peak):
+    """The same, said of a chip with a data sheet and needing this many bytes."""
+    memory = dataclasses.replace(costs.memory, capacity=15.75 * GIB, peak=peak)
+    return dataclasses.replace(costs, device_kind="TPU v5 lite", memory=memory)
+
+
+def test_the_step_is_the_one_that_training_runs(tmp_path):
+    config = tiny.config(tiny.corpus(tmp_path))
+    config.mesh.fsdp, config.microbatches = 4, 2
+    run = set_up(config, jax.devices())
+    made = make_programs(config, jax.devices(), preflight.sources(config))
+    assert preflight.sources(config) == 2
+    assert jax.tree.map(lambda x: (x.shape, x.sharding), made.abstract) == jax.tree.map(
+        lambda x: (x.shape, x.sharding), run.abstract
+    )
+    sizes = jax.ShapeDtypeStruct((tiny.VOCAB,), "int32")
+    with jax.set_mesh(run.mesh):
+        real = jax.make_jaxpr(run.step)(run.abstract, run.abstract_batch)
+        ours = made.step.trace(made.abstract, made.abstract_batch, sizes).jaxpr
+        assert count(real) == count(ours)
+        state = run.fresh()
+    on_first = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.params)]
+    assert state_memory(made, None).weights == sum(on_first)
+
+
+def test_what_is_printed_and_what_is_json(tmp_path, costs):
+    config = config_file(tmp_path, tmp_path / "nowhere.json", mesh__fsdp=4)
+    ended = program(PROGRAM, f"--config={config}", "--topology=cpu:8")
+    assert ended.status == 0, ended.err
+    for part in (
+        "14 sources assumed",
+        "mesh data 2 x fsdp 4",
+        "temporaries",
+        "all-gather",
+        "x the",
+    ):
+        assert part in ended.out
+    said = json.loads(program(PROGRAM, f"--config={config}", "--topology=cpu:8", "--json").out)
+    tokens = 16 * tiny.ROW
+    assert said["tokens"] == tokens and said["fits"] and said["advice"] == []
+    assert said["model_matmul"] == tokens * flops_per_token(tiny.MODEL, 0) / 8
+    assert said["matmul"] == pytest.approx(costs.matmul, rel=1e-4)  # of 14 sources, not 2
+    assert said["memory"]["optimizer"] == pytest.approx(2 * said["memory"]["weights"], rel=1e-3)
+    assert said["memory"]["peak"] > said["memory"]["arguments"] >= 3 * said["memory"]["weights"]
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--topology=v9:2x2"], ("--topology=v9:2x2", "v5p:8x8x16")),
+        (["--topology=v5e"], ("--topology=v5e is no topology",)),
+        (["--topology=v5e:0x2"], ("--topology=v5e:0x2 is no topology",)),
+        (["--topology=v5e:16x32"], ("no slice of a v5e pod", "256 chips")),
+        (["--topology=v5p:4x4"], ("no slice of a v5p pod", "3 axes")),
+        (["--topology=cpu:0"], ("--topology=cpu:0",)),
+        (["--topology=cpu:900"], ("900 simulated devices", "8")),
+        (["--topology=cpu:8", "--config.mesh.data=3"], ("data=3", "8 devices")),
+        (["--topology=cpu:8", "--config.global_batch=12"], ("global_batch=12", "8 device")),
+        (["--topology=cpu:8", "--utilisation=40"], ("--utilisation=40", "0.4")),
+    ],
+)
+def test_bad_input_is_one_sentence_before_any_compilation(tmp_path, monkeypatch, arguments, parts):
+    monkeypatch.setattr(step, "measure", lambda *_: pytest.fail("compiled"))
+    config = config_file(tmp_path, tmp_path / "nowhere.json")
+    ended = program(PROGRAM, f"--config={config}", *arguments)
+    last = ended.err.splitlines()[-1]
+    assert ended.status == 1 and last.startswith("error: ") and "Traceback" not in ended.err
+    for part in parts:
+        assert part in last
+
+
+def test_without_libtpu_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"install mobilellm-jax\[preflight\]"):
+        topology_devices("v5e:2x2")
+
+
+@needs_libtpu
+def test_slices_are_devices_of_their_kind():
+    for name, count_, kind in (("v5e:2x2", 4, "TPU v5 lite"), ("tpu7x:2x2x1", 8, "TPU7x")):
+        devices = topology_devices(name)
+        assert (len(devices), devices[0].device_kind) == (count_, kind)
+    with pytest.raises(UserError, match="v5e:3x5"):
+        topology_devices("v5e:3x5")
+
+
+MESSAGE = (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+    "required for HLO temporaries (35.35G) exceeds available HBM (15.75G). HLO module: jit_train_step."
+)
+
+
+def test_what_the_compiler_refuses_is_a_number():
+    assert needed_bytes(MESSAGE) == 35.35 * GIB
+    assert needed_bytes("INTERNAL: something else (35.35G)") is None
+
+
+def test_out_of_memory_is_an_answer_with_what_helps(costs):
+    config = base_config(preset("mobilellm-r1-140m"))
+    config.loss_chunks, config.global_batch = 2, 64
+    full = on_v5e(costs, 20 * GIB)
+    said = report.text(full, config, 0.4)
+    assert "it does not fit: 4.25 GiB too much." in said
+    advice = report.advice(full, config)
+    for key in ("microbatches=2", "execution.remat=dots", "loss_chunks=4"):
+        assert any(f"config.{key}" in line for line in advice), key
+    config.execution.remat, config.microbatches = "full", 8
+    assert not any(
+        "remat" in line or "microbatches" in line for line in report.advice(full, config)
+    )
+    heavy = dataclasses.replace(full.memory, weights=4 * GIB, optimizer=8 * GIB)
+    advice = report.advice(dataclasses.replace(full, memory=heavy), config)
+    assert any(line.startswith("config.mesh.fsdp=") for line in advice)
+    assert report.advice(on_v5e(costs, 10 * GIB), config) == []
+
+
+def test_the_run_is_arithmetic(costs):
+    config = tiny.config("unused", steps=1000)
+    known = on_v5e(costs, GIB)
+    run = report.run_figures(known, config, 0.5)
+    flops = costs.tokens * flops_per_token(tiny.MODEL, tiny.ROW)
+    assert run["tokens_per_second"] == pytest.approx(0.5 * 8 * 197e12 * costs.tokens / flops)
+    assert run["chip_hours"] == pytest.approx(8 * 24 * run["days"])
+    assert run["days"] == pytest.approx(1000 * flops / (0.5 * 8 * 197e12) / 86_400)
+    slowest = max(known.seconds.values())
+    assert run["attainable"] == pytest.approx(flops / 8 / 197e12 / slowest)
+    half = dataclasses.replace(known, device_kind="TPU7x")  # two devices are a chip
+    assert report.run_figures(half, config, 0.5)["chip_hours"] == pytest.approx(
+        run["chip_hours"] * 197e12 / 2307e12
+    )
+    assert "a chip" in report.text(half, config, 0.5)
+    assert report.run_figures(costs, config, 0.5) == {}  # of CPUs no peak is known
+
+
+def pretended(costs, point, rows):
+    """Costs by a formula: memory by the rows at once and by what is kept, time by what is not."""
+    kept = {"none": 3, "dots": 2, "full": 1}[point.remat]
+    peak = (1 + kept * rows / point.microbatches) * GIB
+    work = costs.matmul * (1 + 1 / kept + point.microbatches / 100)
+    return dataclasses.replace(on_v5e(costs, peak), matmul=work, traffic=0.0, exchanged=[])
+
+
+def test_search_finds_the_fewest_microbatches_and_the_frontier(
+    costs, tmp_path, monkeypatch, capsys
+):
+    config = tiny.config("unused")
+    config.global_batch = 8 * 16
+    asked = []
+
+    def fake(made, setting):
+        point = Point(
+            setting.mesh.fsdp, setting.execution.remat, setting.loss_chunks, setting.microbatches
+        )
+        asked.append(point)
+        return pretended(costs, point, 16)
+
+    monkeypatch.setattr(search, "measure", fake)
+    arguments = config, "cpu:8", jax.devices(), 2, str(tmp_path)
+    found = search.search(*arguments)
+    stated = int(re.search(r"at most (\d+) compilations", capsys.readouterr().out)[1])
+    assert 0 < len(asked) == len(set(asked)) <= stated
+    for remat, fewest in (("none", 4), ("dots", 4), ("full", 2)):  # 1 + kept * 16 / k <= 15.75
+        ks = [row["microbatches"] for row in found if row["remat"] == remat and row["fsdp"] == 1]
+        assert min(ks) == fewest, remat
+    assert all(row["peak"] <= 15.75 * GIB for row in found)
+    best = [row for row in found if row["frontier"]]
+    for row in found:
+        beaten = any(b["peak"] <= row["peak"] and b["seconds"] <= row["seconds"] for b in best)
+        assert beaten  # by itself, where it is on the frontier
+    before = len(asked)
+    assert search.search(*arguments) == found
+    assert len(asked) == before  # all from the cache
+
+
+def test_search_leaves_out_what_arithmetic_rules_out(monkeypatch):
+    config = base_config(preset("mobilellm-350m"))
+    config.steps, config.global_batch, config.loss_chunks = 2000, 64, 8
+    state = 4 * 345_355_200 * 4  # weights, two moments, gradients
+    monkeypatch.setattr(search, "capacity", lambda device: 2.0 * state / 3)  # fits in quarters
+    lines = lines_to_try(config, jax.devices(), 2)
+    assert {line.fsdp for line in lines} == {4}
+    assert {line.remat for line in lines} == {"none", "dots", "full"}
+    monkeypatch.setattr(search, "capacity", lambda device: state / 16)
+    with pytest.raises(UserError, match="take more devices"):
+        lines_to_try(config, jax.devices(), 2)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_v5e_pod(tmp_path):
+    config = "configs/mobilellm.py:125m"
+    ended = program(PROGRAM, f"--config={config}", "--topology=v5e:16x16")
+    assert ended.status == 0 and "it does not fit" in ended.out
+    assert "config.microbatches=" in ended.out and "Traceback" not in ended.err
+    ended = program(
+        PROGRAM, f"--config={config}", "--topology=v5e:16x16", "--config.microbatches=4"
+    )
+    assert "it fits" in ended.out and "roofline" in ended.out and "all-reduce" in ended.out
