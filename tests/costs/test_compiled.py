@@ -92,7 +92,7 @@ def test_a_shared_block_s_gradient_is_reduced_for_each_application():
 
 
 def test_scans_count_their_length_and_bytes_are_those_of_whole_arrays():
-    mesh = make_mesh(1, 8, jax.devices())
+    mesh = make_mesh({"data": 1, "fsdp": 8}, jax.devices())
     split = NamedSharding(mesh, P(None, "fsdp"))
 
     def walk(x, weights):

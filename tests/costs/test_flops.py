@@ -109,7 +109,7 @@ def test_control_flow():
 
 
 def test_what_runs_per_device_counts_on_each():
-    mesh = make_mesh(2, 4, jax.devices())
+    mesh = make_mesh({"data": 2, "fsdp": 4}, jax.devices())
     places = P(("data", "fsdp")), P()
     local = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=places, out_specs=places[0])
     assert counted(local, (16, 4), (4, 4)) == Flops(2 * 16 * 4 * 4)

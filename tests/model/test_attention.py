@@ -83,7 +83,7 @@ def test_eight_devices_with_a_kernel_train_as_one_without(kernel, interpreted):
         return jax.jit(jax.value_and_grad(loss))(params)
 
     alone = outcome("reference", tokens)
-    mesh = make_mesh(2, 4, jax.devices())
+    mesh = make_mesh({"data": 2, "fsdp": 4}, jax.devices())
     with jax.set_mesh(mesh):
         together = outcome(kernel, jax.device_put(tokens, batch_sharding(mesh)))
     for a, b in zip(*map(jax.tree.leaves, (together, alone)), strict=True):
@@ -237,7 +237,7 @@ def test_the_train_step_compiles_for_a_tpu(monkeypatch):
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    mesh = make_mesh(2, 2, devices)
+    mesh = make_mesh({"data": 2, "fsdp": 2}, devices)
     kernel = choose("auto", mesh.devices.flat[0].platform, LS, "bfloat16", 256)
     assert kernel == "splash"
     model = dataclasses.replace(LS, width=128, head_dim=64)

@@ -159,7 +159,7 @@ def test_products_are_in_bfloat16_and_sums_in_float32(case):
 def test_eight_devices_equal_one_and_reduce_once(case, split, chunks):
     """Each device walks its own rows; only weights travel, gathered once and reduced once."""
     hidden, matrix, targets, weight = case
-    mesh = make_mesh(*split, jax.devices())
+    mesh = make_mesh(dict(zip(("data", "fsdp"), split, strict=True)), jax.devices())
     rows, pieces = (NamedSharding(mesh, P(*axes)) for axes in ((("data", "fsdp"),), ("fsdp",)))
     there = [jax.device_put(x, rows) for x in (hidden, targets, weight)]
 
@@ -191,7 +191,7 @@ def test_eight_devices_equal_one_and_reduce_once(case, split, chunks):
 def test_rows_that_do_not_divide_are_computed_all_the_same(case):
     odd = tuple(x[:3] if x.shape[0] == ROWS else x for x in case)
     alone = summed_loss(*odd, 0.1, 4)
-    with jax.set_mesh(make_mesh(2, 4, jax.devices())):
+    with jax.set_mesh(make_mesh({"data": 2, "fsdp": 4}, jax.devices())):
         together = jax.jit(functools.partial(summed_loss, z_loss=0.1, chunks=4))(*odd)
     for a, b in zip(together, alone, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -219,7 +219,7 @@ def test_other_costs_walk_the_same_way(case):
         return divergence(logits_NV, given, teacher_matrix)[0].sum()
 
     alone = jax.value_and_grad(plain, (0, 1))(hidden, matrix)
-    with jax.set_mesh(make_mesh(2, 4, jax.devices())):
+    with jax.set_mesh(make_mesh({"data": 2, "fsdp": 4}, jax.devices())):
         found = jax.jit(jax.value_and_grad(walked, (0, 1)))(hidden, matrix)
     for a, b in zip(*map(jax.tree.leaves, (found, alone)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

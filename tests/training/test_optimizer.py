@@ -153,7 +153,7 @@ def test_another_dtype_of_moments_is_refused():
 
 @pytest.mark.parametrize("make", [ADAMW, MUON])
 def test_moments_are_sharded_as_their_parameters(make):
-    mesh = make_mesh(2, 4, jax.devices())
+    mesh = make_mesh({"data": 2, "fsdp": 4}, jax.devices())
     specs = {path_name(k): s.spec for k, s in _leaves(shardings(params(), mesh))}
     state = jax.eval_shape(make(0.0).init, params())
     moments = {path_name(k): s.spec for k, s in _leaves(shardings(state, mesh))}
