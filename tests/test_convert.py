@@ -33,7 +33,6 @@ def save(directory: pathlib.Path, model: ModelConfig, tokenizer: Tokenizer) -> p
     checkpoints = Checkpoints(directory, every=1, keep=1, keep_every=0)
     meta = {"step": 3, "config": {"model": model.to_dict()}}
     checkpoints.save(init_state(params, optax.sgd), meta, tokenizer)
-    checkpoints.wait()
     checkpoints.close()
     return directory
 

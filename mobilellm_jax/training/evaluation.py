@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mobilellm_jax.data.contexts import Contexts
@@ -44,15 +45,23 @@ def evaluate(
                 tokens[: len(read)] = read
             numbers = np.full(mine, source, np.int32)
             batch = put_rows({"tokens": tokens, "source": numbers}, mesh)
-            part = _sums(params, batch, piece_bytes_V, network=network, sources=len(names))
+            arrays = params, batch, piece_bytes_V
+            part = _sums(*arrays, network=network, sources=len(names), mesh=mesh)
             for name, value in jax.device_get(part).items():
                 totals[name] = totals.get(name, 0.0) + value
     return per_source(totals, names) if totals else {}
 
 
-@functools.partial(jax.jit, static_argnames=("network", "sources"))
+@functools.partial(jax.jit, static_argnames=("network", "sources", "mesh"))
 def _sums(
-    params: Any, batch: Batch, piece_bytes_V: jax.Array, *, network: Network, sources: int
+    params: Any,
+    batch: Batch,
+    piece_bytes_V: jax.Array,
+    *,
+    network: Network,
+    sources: int,
+    mesh: jax.sharding.Mesh,
 ) -> dict[str, jax.Array]:
     found = sums(next_token(params, batch, network), batch, piece_bytes_V, sources)
-    return jax.lax.with_sharding_constraint(found, P())  # whole in every process
+    whole = NamedSharding(mesh, P())  # in every process
+    return jax.lax.with_sharding_constraint(found, whole)

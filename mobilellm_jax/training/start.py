@@ -8,6 +8,7 @@ long run at any checkpoint that is kept.
 import dataclasses
 import functools
 import re
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -24,15 +25,17 @@ from mobilellm_jax.training.checkpoint import FOLDER, saved_steps
 from mobilellm_jax.training.config import differences
 from mobilellm_jax.training.outliers import init_window
 from mobilellm_jax.training.saving import restore_state
-from mobilellm_jax.training.setup import Setup
 from mobilellm_jax.training.step import TrainState, init_state
 from mobilellm_jax.training.workdir import check_past
+
+if TYPE_CHECKING:  # what a run is set up with loads far more than a start needs
+    from mobilellm_jax.training.setup import Setup
 
 # What a run may change of the network at whose weights it starts.
 MAY_CHANGE = ("max_length", "rope_theta", "rope_scaling", "init_std")
 
 
-def open_start(config: ConfigDict, run: Setup) -> StoredModel:
+def open_start(config: ConfigDict, run: "Setup") -> StoredModel:
     """Opens what a run starts at, and checks that it can; reads no weights.
 
     Args:
@@ -69,7 +72,7 @@ def located(name: str) -> epath.PathLike:
     return folder / str(step)
 
 
-def begin(start: StoredModel, config: ConfigDict, run: Setup) -> TrainState:
+def begin(start: StoredModel, config: ConfigDict, run: "Setup") -> TrainState:
     """The state in which the run starts, in its shardings.
 
     Args:
@@ -89,7 +92,7 @@ def begin(start: StoredModel, config: ConfigDict, run: Setup) -> TrainState:
     return jax.jit(fresh, out_shardings=run.shardings, donate_argnums=0)(params)
 
 
-def _continued(start: StoredModel, config: ConfigDict, run: Setup) -> TrainState:
+def _continued(start: StoredModel, config: ConfigDict, run: "Setup") -> TrainState:
     """The state of that checkpoint; a window of another size begins empty."""
     there = start.meta["config"].get("skip", {}).get("window", 0)
     if there == config.skip.window:
@@ -104,7 +107,7 @@ def _continued(start: StoredModel, config: ConfigDict, run: Setup) -> TrainState
     return dataclasses.replace(state, window=empty)
 
 
-def check_state(start: StoredModel, config: ConfigDict, run: Setup) -> None:
+def check_state(start: StoredModel, config: ConfigDict, run: "Setup") -> None:
     """Meets what forbids to go on from a checkpoint with its moments, step and rows.
 
     Schedule, length, batches from here on, objective and rates may be others than that run's.

@@ -269,7 +269,7 @@ def test_a_run_that_begins_inside_a_plan_reads_what_is_left_of_it(tmp_path):
     assert [(rows, crc) for _, rows, crc in second] == [(r, c) for _, r, c in whole[6:]]
     assert all(line["rows/words"] == 0 for line in runs.lines(tmp_path / "second").values())
     run = open_run(tmp_path / "second")
-    assert run.rows_of(1) == (first, first + 16) and run.step_of(first + 16) == 2
+    assert run.rows_of(1) == (first, first + 16) and run.length.step_of(first + 16) == 2
     config.first_row = first + 1
     with pytest.raises(UserError, match="wants 96 rows .* from row 97 on, .* ends after 192"):
         runs.run(config, tmp_path / "third")
