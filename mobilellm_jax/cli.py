@@ -29,6 +29,7 @@ def run(main: Callable[..., None], positional: str = "") -> None:
     # Libraries tell every detail at INFO; --verbosity=0 shows it.
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_logger().addFilter(_without_traceback)
+    std_logging.getLogger("asyncio").addFilter(_without_traceback)  # of tasks that Orbax gave up
     # Callbacks in threads of libraries stumble over a failure that is raised, and told, in this one.
     sys.unraisablehook = lambda raised: logging.debug("%s: %s", raised.err_msg, raised.exc_value)
     parse = functools.partial(_parse, positional=positional)

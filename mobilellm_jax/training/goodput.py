@@ -5,6 +5,7 @@ Steps run on the devices while the host is ahead, so that their time shows where
 them: when it fetches the metrics of the step before.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -65,8 +66,11 @@ class Goodput:
             state = {"began": self._first, "starts": self._starts, "seconds": total}
             text = json.dumps(state | {"step": max(step, self._seen)}, indent=1)
             unfinished = self._path.with_name(FILE + ".unfinished")
-            unfinished.write_text(text + "\n")
-            unfinished.replace(self._path)
+            with contextlib.suppress(
+                OSError
+            ):  # a full disk: the metrics tell of it, or the next save
+                unfinished.write_text(text + "\n")
+                unfinished.replace(self._path)
 
     def values(self) -> dict[str, Any]:
         """For the record: shares of this start and of all starts, and the seconds of both.
