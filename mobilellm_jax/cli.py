@@ -6,6 +6,7 @@ import logging as std_logging
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -97,6 +98,8 @@ def _unusable(error: BaseException) -> str:
 
 
 def _exit(sentence: str, status: int) -> None:
-    std_logging.disable()  # the sentence is the last word, whatever threads of libraries still meet
+    # The sentence is the last word, whatever threads of libraries still meet.
+    std_logging.disable()
+    warnings.simplefilter("ignore")
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     sys.exit(status)
