@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu import attention as kernels
 
-TILE = 128  # queries and keys of a tile of the forward pass
+from mobilellm_jax.model.tiles import in_tiles
 
 
+@in_tiles
 def flash(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
@@ -16,8 +17,7 @@ def flash(
 ) -> jax.Array:
     """Causal attention within segments, of the rows of one device: [B, T, N, H].
 
-    Rows are padded to a multiple of 128; what is padded lies in the future of every token. The
-    kernel knows no shared heads, so keys and values are repeated for each query head.
+    The kernel knows no shared heads, so keys and values are repeated for each query head.
 
     Args:
       q_BTNH: queries.
@@ -26,25 +26,17 @@ def flash(
       segment_ids_BT: int32; None if a row is one document.
       interpret: run on any device, slowly.
     """
-    length, heads, head_dim = q_BTNH.shape[1:]
-    padding = -length % TILE
-
-    def padded(x_BTNH: jax.Array) -> jax.Array:
-        x_BTNH = jnp.repeat(x_BTNH, heads // x_BTNH.shape[2], axis=2)
-        return jnp.pad(x_BTNH, ((0, 0), (0, padding), (0, 0), (0, 0)))
-
-    if segment_ids_BT is not None:
-        segment_ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, padding)), mode="edge")
-    y_BTNH = kernels.mha(
-        padded(q_BTNH),
-        padded(k_BTKH),
-        padded(v_BTKH),
+    heads, head_dim = q_BTNH.shape[2:]
+    k_BTNH, v_BTNH = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k_BTKH, v_BTKH))
+    return kernels.mha(
+        q_BTNH,
+        k_BTNH,
+        v_BTNH,
         segment_ids_BT,
         sm_scale=head_dim**-0.5,
         causal=True,
         interpret=interpret,
     )
-    return y_BTNH[:, :length]
 
 
 def cudnn(

@@ -1,18 +1,19 @@
 """Attention on TPU: JAX's splash kernel, which never writes the scores to memory."""
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
     splash_attention_mask,
 )
 
-LANES = 128  # the kernel works on whole vectors of keys
+from mobilellm_jax.model.tiles import TILE, in_tiles
+
 BLOCK = (
     1024  # most queries and keys of a tile; the tiles of the fused backward pass fit a v5e's VMEM
 )
 
 
+@in_tiles
 def splash(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
@@ -22,8 +23,6 @@ def splash(
 ) -> jax.Array:
     """Causal attention within segments, of the rows of one device: [B, T, N, H].
 
-    Rows are padded to a multiple of 128; what is padded lies in the future of every token.
-
     Args:
       q_BTNH: queries.
       k_BTKH: keys, of fewer heads if query heads share them.
@@ -32,13 +31,8 @@ def splash(
       interpret: run on any device, slowly.
     """
     length, heads, head_dim = q_BTNH.shape[1:]
-    padding = -length % LANES
-    block = block_size(length + padding)
-
-    def heads_first(x_BTNH: jax.Array) -> jax.Array:
-        return jnp.pad(x_BTNH.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
-
-    mask = splash_attention_mask.CausalMask((length + padding,) * 2)
+    block = block_size(length)
+    mask = splash_attention_mask.CausalMask((length, length))
     kernel = splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * heads),
         head_shards=1,
@@ -54,14 +48,12 @@ def splash(
     )
     segments = None
     if segment_ids_BT is not None:
-        ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, padding)), mode="edge")
-        segments = splash_attention_kernel.SegmentIds(ids_BT, ids_BT)
+        segments = splash_attention_kernel.SegmentIds(segment_ids_BT, segment_ids_BT)
     # The kernel has no scale of its own; a power of two, as 64 ** -0.5 is, rounds nothing.
-    q_BNTH = heads_first(q_BTNH * head_dim**-0.5)
-    y_BNTH = jax.vmap(kernel)(q_BNTH, heads_first(k_BTKH), heads_first(v_BTKH), segments)
-    return y_BNTH.swapaxes(1, 2)[:, :length]
+    heads_first = (x.swapaxes(1, 2) for x in (q_BTNH * head_dim**-0.5, k_BTKH, v_BTKH))
+    return jax.vmap(kernel)(*heads_first, segments).swapaxes(1, 2)
 
 
 def block_size(length: int) -> int:
     """The largest multiple of 128 that divides a padded row and is at most `BLOCK`."""
-    return max(b for b in range(LANES, min(length, BLOCK) + 1, LANES) if length % b == 0)
+    return max(b for b in range(TILE, min(length, BLOCK) + 1, TILE) if length % b == 0)
