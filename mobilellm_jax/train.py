@@ -28,7 +28,7 @@ from mobilellm_jax.parallel.chips import peak_flops
 from mobilellm_jax.parallel.compiled import keep_compiled
 from mobilellm_jax.parallel.sharding import put_rows
 from mobilellm_jax.training import overview
-from mobilellm_jax.training.checkpoint import FOLDER, saved, saved_steps
+from mobilellm_jax.training.checkpoint import FOLDER, saved_steps
 from mobilellm_jax.training.goodput import Goodput, program_start
 from mobilellm_jax.training.length import stream
 from mobilellm_jax.training.metrics import MetricsWriter, NoMetrics, step_values
@@ -74,13 +74,14 @@ def train(
     run = set_up(config, devices or jax.devices())
     origin = provenance(run.devices)
     with jax.set_mesh(run.mesh):
+        steps_saved = saved_steps(epath.Path(workdir) / FOLDER)
         distributed.check_same(
             {"config": config.to_dict(), "plan": run.plan.hash, "workdir": str(workdir)}
-            | {"stop_at": stop_at, "steps saved": saved_steps(epath.Path(workdir) / FOLDER)}
+            | {"stop_at": stop_at, "steps saved": steps_saved}
             | {key: origin[key] for key in ("commit", "packages")}
         )
         source = None
-        if config.init_from and not saved(workdir):
+        if config.init_from and not steps_saved:
             source = open_start(config, run)
 
         # All is checked: from here on the workdir is this run's.

@@ -14,6 +14,7 @@ from mobilellm_jax.costs.hlo import Program
 from mobilellm_jax.costs.traffic import memory_bytes
 from mobilellm_jax.model.config import flops_per_token
 from mobilellm_jax.parallel.chips import Chip, find_chip
+from mobilellm_jax.training.config import check
 from mobilellm_jax.training.setup import Programs, programs
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -91,6 +92,7 @@ def make_programs(config: ConfigDict, devices: Sequence[jax.Device], sources: in
     Raises:
       UserError: the configuration is not usable, or does not divide over the devices.
     """
+    check(config, len(devices))
     return programs(config, devices, bos_id=1, eos_id=2, sources=sources)
 
 

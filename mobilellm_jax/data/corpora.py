@@ -220,17 +220,22 @@ class FileCorpus:
         """The beginning of every file, in equal parts."""
         files = self.files
         for file in files:
-            left = budget // len(files) + 1
-            for document in FilePart((Slice(file, 0, None, file.size),), self._reading).documents():
-                if document.split == "train":
-                    yield document.text
-                    left -= len(document.text)
-                if left <= 0:
-                    break
+            whole = FilePart((Slice(file, 0, None, file.size),), self._reading)
+            yield from first_texts(whole.documents(), budget // len(files) + 1)
 
     @property
     def _reading(self) -> Reading:
         return Reading(self.text_key, self.id_key, self.heldout, self.share)
+
+
+def first_texts(documents: Iterable[Document], characters: int) -> Iterator[str]:
+    """The texts to train on that come first, until they have so many characters."""
+    for document in documents:
+        if document.split == "train":
+            yield document.text
+            characters -= len(document.text)
+        if characters <= 0:
+            break
 
 
 def chosen(text: bytes, share: float) -> bool:

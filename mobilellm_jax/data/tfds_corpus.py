@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
-from mobilellm_jax.data.corpora import PART, Document, Reading
+from mobilellm_jax.data.corpora import PART, Document, Reading, first_texts
 from mobilellm_jax.data.inputs import keys_of, text_of
 from mobilellm_jax.errors import UserError
 
@@ -132,13 +132,8 @@ class TfdsCorpus:
         records, stretches = len(self.open()), 10
         for i in range(stretches):
             start, stop = records * i // stretches, records * (i + 1) // stretches
-            left = budget // stretches + 1
-            for document in TfdsPart(self, start, stop, 0).documents():
-                if document.split == "train":
-                    yield document.text
-                    left -= len(document.text)
-                if left <= 0:
-                    break
+            stretch = TfdsPart(self, start, stop, 0)
+            yield from first_texts(stretch.documents(), budget // stretches + 1)
 
     def _bytes(self) -> int:
         builder, split = self._builder()

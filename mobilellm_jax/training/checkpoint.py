@@ -150,11 +150,6 @@ def find(directory: epath.PathLike) -> epath.Path:
     )
 
 
-def saved(workdir: epath.PathLike) -> bool:
-    """Whether a run has saved a checkpoint there."""
-    return _newest(epath.Path(workdir) / FOLDER) is not None
-
-
 def saved_steps(folder: epath.Path) -> list[int]:
     """Steps that were written to their end, rising."""
     if not (folder.exists() and folder.is_dir()):

@@ -112,16 +112,16 @@ def programs(
     """The programs of a configuration, made without data and without arrays; they compile when called.
 
     Args:
-      config: see `training.config.base_config`; its plan is not looked at.
+      config: checked (`training.config.check`); its plan is not looked at.
       devices: to run on, or those of a topology, for which one can only compile.
       bos_id: token that begins a document.
       eos_id: token that ends one.
       sources: number of sources of the plan.
 
     Raises:
-      UserError: the configuration is not usable, or does not divide over the devices.
+      UserError: the mesh does not give these devices, the attention asked for cannot run on them, or
+        an import path or its arguments do not exist.
     """
-    check(config, len(devices))
     model = ModelConfig.from_dict(config.model)
     mesh, length = make_mesh(config.mesh, devices), length_of(config)
     execution = config.execution
@@ -166,6 +166,7 @@ def programs(
             deviations=config.skip.deviations,
         )
 
+    whole = NamedSharding(mesh, P())  # metrics, in every process
     return Programs(
         devices=devices,
         mesh=mesh,
@@ -184,10 +185,7 @@ def programs(
         step=jax.jit(
             step,
             donate_argnums=0,
-            out_shardings=(
-                state_shardings,
-                NamedSharding(mesh, P()),
-            ),  # metrics are whole everywhere
+            out_shardings=(state_shardings, whole),
         ),
     )
 
