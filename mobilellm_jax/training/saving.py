@@ -68,8 +68,9 @@ class Checkpoints:
             max_to_keep=keep,
             keep_period=keep_every or None,
             create=not read_only,
-            cleanup_tmp_directories=not read_only,
             read_only=read_only,
+            # A thread that makes them could still do so when a save that failed is cleared away.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._open = functools.partial(
             ocp.CheckpointManager,
@@ -77,7 +78,9 @@ class Checkpoints:
             options=options,
             item_names=("params", "optimizer", "meta", "tokenizer"),
         )
+        self._read_only = read_only
         with explained(self.directory), _quiet(read_only):
+            self._clear()
             self._manager = self._open()
 
     def due(self, step: int) -> bool:
@@ -162,10 +165,22 @@ class Checkpoints:
         with contextlib.suppress(Exception):  # it has been told of
             self._manager.close()
         try:
+            self._clear()
             self._manager = self._open()
             self._broken = False
         except Exception as error:
             logging.debug("checkpoints cannot be opened yet: %s", error)
+
+    def _clear(self) -> None:
+        """Removes what saves that were killed or failed have left, which would keep a disk full.
+
+        Orbax can do so too, in a thread that outlives its manager.
+        """
+        if self._read_only or not distributed.leads() or not self.directory.exists():
+            return
+        for path in self.directory.iterdir():
+            if ocp.utils.is_tmp_checkpoint(path):
+                path.rmtree(missing_ok=True)
 
     def _newest_whole(self) -> str:
         steps = saved_steps(self.directory)
@@ -176,6 +191,7 @@ class Checkpoints:
         self._settle(wait=True)
         with explained(self.directory):
             self._manager.close()
+            self._clear()
 
     def newest_meta(self, before: int | None = None) -> dict[str, Any] | None:
         """The description of the newest checkpoint (before a step), None where there is none."""
