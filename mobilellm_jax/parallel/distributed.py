@@ -299,10 +299,10 @@ def _fail(error: BaseException, pulse: _Pulse) -> None:
 
 def _exit(sentence: str, linger: bool = False) -> None:
     """Ends this process as it stands: what others hold up cannot be tidied up."""
-    os.write(2, f"error: {sentence}\n".encode())
     if linger:
         time.sleep(PULSE)  # the store goes with this process; the others are to read the news
     sys.stdout.flush()
+    os.write(2, f"error: {sentence}\n".encode())  # last: other threads may speak until then
     os._exit(1)
 
 
