@@ -5,8 +5,8 @@
 Forwards and backwards on random rows, as one document each and as documents of about 256 tokens.
 Printed: the median of the tokens per second of several calls, the largest difference of output and
 gradients from the reference in float32, relative to their largest value, and the memory that XLA
-reserves beside arguments and results. On a CPU, which has the reference alone, rows are few and
-short unless flags say otherwise. `model/attention.py` says which of them "auto" takes.
+reserves beside arguments and results. On a CPU rows are few and short unless flags say otherwise.
+`model/attention.py` says which of them "auto" takes.
 """
 
 import time
@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from mobilellm_jax.model.attention import KERNELS, PLATFORMS, attention, visible
+from mobilellm_jax.model.attention import KERNELS, PLATFORMS
+from mobilellm_jax.model.plain import attention, visible
 from mobilellm_jax.tables import aligned
 
 ROWS = flags.DEFINE_integer("rows", 0, "Rows at once; 0: 16, and 2 on a CPU.", lower_bound=0)
@@ -84,7 +85,7 @@ def main(_: list[str]) -> None:
     device = jax.devices()[0]
     small = device.platform == "cpu"
     rows, length = ROWS.value or (2 if small else 16), LENGTH.value or (256 if small else 2048)
-    here = [name for name in KERNELS if PLATFORMS[name] == device.platform]
+    here = [name for name in KERNELS if PLATFORMS.get(name, device.platform) == device.platform]
     kernels: dict[str, Attend] = {"reference": reference, **{n: KERNELS[n] for n in here}}
     arrays, segments = inputs(rows, length, DTYPE.value)
     wide = [x.astype(jnp.float32) for x in arrays]

@@ -1,7 +1,7 @@
 """Attention over documents: causal, grouped-query, never across a document's border.
 
-Whole rows are computed by a kernel of the device they run on, or by the reference, which is plain
-XLA and the meaning of all of them. Cached decoding is always the reference.
+Whole rows are computed by a kernel of the device they run on, in blocks where there is none, or by
+the reference, which is the meaning of all of them. Cached decoding is always the reference.
 """
 
 import math
@@ -11,19 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jax.typing import ArrayLike
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.flash_gpu import cudnn, flash
+from mobilellm_jax.model.plain import blocks
 from mobilellm_jax.model.splash import splash
 from mobilellm_jax.parallel.sharding import BATCH_AXES, batch_mesh
 
 # Of queries [B, T, N, H], keys and values [B, T, K, H] and segment ids [B, T] or None.
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 
-KERNELS: dict[str, Kernel] = {"splash": splash, "flash": flash, "cudnn": cudnn}
-PLATFORMS = {"splash": "tpu", "flash": "gpu", "cudnn": "gpu"}  # of the devices that run them
+KERNELS: dict[str, Kernel] = {"splash": splash, "flash": flash, "cudnn": cudnn, "blocks": blocks}
+PLATFORMS = {
+    "splash": "tpu",
+    "flash": "gpu",
+    "cudnn": "gpu",
+}  # whose kernels they are
 ATTENTIONS = ("auto", "reference", *KERNELS)
 
 
@@ -33,7 +37,7 @@ def choose(asked: str, platform: str, model: ModelConfig, dtype: str, length: in
     All honour documents and shared heads.
 
     Args:
-      asked: one of `ATTENTIONS`; "auto" is splash on TPU, flash on GPU, and else the reference.
+      asked: one of `ATTENTIONS`; "auto" is splash on TPU, flash on GPU, and else blocks.
       platform: of the devices that the program is compiled for, as `jax.Device.platform` says; it
         need not be that of this machine.
       model: the network.
@@ -51,7 +55,7 @@ def choose(asked: str, platform: str, model: ModelConfig, dtype: str, length: in
     if asked == "auto":
         # On GPU the kernel that takes any network, until a measurement says more
         # (`python -m benchmarks.attention`).
-        return {"tpu": "splash", "gpu": "flash"}.get(platform, "reference")
+        return {"tpu": "splash", "gpu": "flash"}.get(platform, "blocks")
     if PLATFORMS.get(asked, platform) != platform:
         raise UserError(
             f"execution.attention={asked!r} runs on {PLATFORMS[asked]} devices and these are "
@@ -113,38 +117,3 @@ def rope(x_BTNH: jax.Array, positions_BT: jax.Array, frequencies: np.ndarray) ->
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BTNH.dtype)
-
-
-def attention(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    visible_BTS: ArrayLike,
-) -> jax.Array:
-    """Softmax attention; query head `n` reads KV head `n // (N / K)`; softmax in float32.
-
-    Args:
-      q_BTNH: queries.
-      k_BSKH: keys.
-      v_BSKH: values.
-      visible_BTS: bool, which keys a query may read; every query must see at least one.
-
-    Returns:
-      [B, T, N, H] in the dtype of `q_BTNH`.
-    """
-    return jax.nn.dot_product_attention(
-        q_BTNH, k_BSKH, v_BSKH, mask=jnp.asarray(visible_BTS)[:, None]
-    )
-
-
-def visible(
-    positions_BT: jax.Array,
-    key_positions_BS: jax.Array,
-    segment_ids_BT: jax.Array | None,
-    key_segment_ids_BS: jax.Array | None,
-) -> jax.Array:
-    """Bool [B, T, S]: a query sees a key that is not in its future and, given segments, in its document."""
-    causal_BTS = key_positions_BS[:, None, :] <= positions_BT[:, :, None]
-    if segment_ids_BT is None or key_segment_ids_BS is None:
-        return causal_BTS
-    return causal_BTS & (key_segment_ids_BS[:, None, :] == segment_ids_BT[:, :, None])

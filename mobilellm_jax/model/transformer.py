@@ -21,15 +21,9 @@ from jax.typing import DTypeLike
 from mobilellm_jax.data.packing import positions
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.imports import import_path
-from mobilellm_jax.model.attention import (
-    KERNELS,
-    attention,
-    of_rows,
-    rope,
-    rope_frequencies,
-    visible,
-)
+from mobilellm_jax.model.attention import KERNELS, of_rows, rope, rope_frequencies
 from mobilellm_jax.model.config import ModelConfig, Stack
+from mobilellm_jax.model.plain import attention, visible
 from mobilellm_jax.parallel.sharding import batch_sharded, gathered
 
 Params = dict[str, Any]

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from mobilellm_jax.costs.flops import Flops, count
 from mobilellm_jax.costs.step import make_programs
 from mobilellm_jax.model.config import ModelConfig, Stack, flops_per_token
+from mobilellm_jax.model.plain import blocks
 from mobilellm_jax.parallel.mesh import make_mesh
 
 
@@ -66,7 +67,8 @@ def test_an_unrolled_step_equals_xla_up_to_elementwise_work():
 def step_flops(remat="none", microbatches=1, model=tiny.MODEL, devices=1, fsdp=1):
     config = tiny.config("unused")
     config.model = model.to_dict()
-    config.execution.remat, config.microbatches, config.mesh.fsdp = remat, microbatches, fsdp
+    config.execution.remat, config.execution.attention = remat, "reference"
+    config.microbatches, config.mesh.fsdp = microbatches, fsdp
     made = make_programs(config, jax.devices()[:devices], 2)
     sizes = jax.ShapeDtypeStruct((model.vocab_size,), "int32")
     with jax.set_mesh(made.mesh):
@@ -92,6 +94,19 @@ def test_remat_recomputes_the_forward_pass():
     dots, _, _ = step_flops("dots")
     assert dots.matmul <= 1.02 * matmul
     assert dots.attention == pytest.approx(whole.attention)
+
+
+@pytest.mark.parametrize(("length", "share"), [(1024, 9 / 16), (128, 3 / 4), (64, 1)])
+def test_attention_in_blocks_computes_little_of_the_future(length, share):
+    def attend(q, k, v):
+        return blocks(q, k, v, None)
+
+    shape = 2, length, 2, 16
+    pairs = 2 * 2 * length**2
+    forward = counted(attend, shape, shape, shape)
+    assert forward.attention == 2 * 2 * pairs * 16 * share
+    back = counted(jax.grad(lambda *x: attend(*x).sum(), (0, 1, 2)), shape, shape, shape)
+    assert back.attention == forward.attention * (2 + 4 + 1) / 2  # the scores are formed twice
 
 
 def test_control_flow():

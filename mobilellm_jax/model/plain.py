@@ -1,0 +1,85 @@
+"""Attention in plain XLA, for any device: the reference, and in blocks of queries.
+
+The reference computes all pairs of a query and a key and keeps their scores for the backward pass.
+In blocks a query meets the keys up to the end of its block alone, and the backward pass forms the
+scores of one block at a time again.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+BLOCKS = 8  # of a row, at most: 9/16 of all pairs are computed, where 1/2 may see each other
+LEAST = 64  # queries in a block; smaller ones cost more than they save
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    visible_BTS: ArrayLike,
+) -> jax.Array:
+    """Softmax attention; query head `n` reads KV head `n // (N / K)`; softmax in float32.
+
+    Args:
+      q_BTNH: queries.
+      k_BSKH: keys.
+      v_BSKH: values.
+      visible_BTS: bool, which keys a query may read; every query must see at least one.
+
+    Returns:
+      [B, T, N, H] in the dtype of `q_BTNH`.
+    """
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BSKH, v_BSKH, mask=jnp.asarray(visible_BTS)[:, None]
+    )
+
+
+def visible(
+    positions_BT: jax.Array,
+    key_positions_BS: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    key_segment_ids_BS: jax.Array | None,
+) -> jax.Array:
+    """Bool [B, T, S]: a query sees a key that is not in its future and, given segments, in its document."""
+    causal_BTS = key_positions_BS[:, None, :] <= positions_BT[:, :, None]
+    if segment_ids_BT is None or key_segment_ids_BS is None:
+        return causal_BTS
+    return causal_BTS & (key_segment_ids_BS[:, None, :] == segment_ids_BT[:, :, None])
+
+
+def blocks(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array | None
+) -> jax.Array:
+    """Attention over whole rows, a block of queries after the other.
+
+    Args:
+      q_BTNH: queries.
+      k_BTKH: keys.
+      v_BTKH: values.
+      segment_ids_BT: int, equal inside a document; None: a row is one document.
+
+    Returns:
+      [B, T, N, H] in the dtype of `q_BTNH`.
+    """
+    rows, length = q_BTNH.shape[:2]
+    size = max(LEAST, -(-length // BLOCKS))
+    slots_BT = jnp.broadcast_to(jnp.arange(length), (rows, length))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def block(queries: tuple[jax.Array, ...], keys: tuple[jax.Array, ...]) -> jax.Array:
+        (q_BTNH, at_BT, segment_ids_BT), (k_BSKH, v_BSKH, at_BS, segment_ids_BS) = queries, keys
+        visible_BTS = visible(at_BT, at_BS, segment_ids_BT, segment_ids_BS)
+        return attention(q_BTNH, k_BSKH, v_BSKH, visible_BTS)
+
+    def part(start: int, end: int, arrays: tuple[Any, ...]) -> Any:
+        return jax.tree.map(lambda x: x[:, start:end], arrays)
+
+    queries, keys = (q_BTNH, slots_BT, segment_ids_BT), (k_BTKH, v_BTKH, slots_BT, segment_ids_BT)
+    ends = range(size, length + size, size)
+    return jnp.concatenate(
+        [block(part(end - size, end, queries), part(0, end, keys)) for end in ends], axis=1
+    )
