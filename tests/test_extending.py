@@ -14,7 +14,9 @@ import tiny
 
 from mobilellm_jax.data.mixture import open_mixture
 from mobilellm_jax.data.plan import Plan
-from mobilellm_jax.generate import Sampling, generate
+from mobilellm_jax.decoding.decoder import ready
+from mobilellm_jax.decoding.sampling import GREEDY
+from mobilellm_jax.decoding.text import generate
 from mobilellm_jax.model import transformer
 from mobilellm_jax.train import train
 from mobilellm_jax.training.checkpoint import load_model
@@ -122,7 +124,8 @@ def test_the_block_is_in_the_checkpoint_and_generates(run):
     pairs = zip(*map(jax.tree.leaves, (loaded.params, state.params)), strict=True)
     assert all((a == b).all() for a, b in pairs)
 
-    (text,) = generate(loaded.params, loaded.model, loaded.tokenizer, ["1 + "], 8, Sampling(0))
+    decoder = ready(loaded.params, loaded.model)
+    (text,) = generate(decoder, loaded.tokenizer, ["1 + "], 8, GREEDY)
     ids = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode("1 + ")]
     hidden = jax.jit(transformer.apply, static_argnums=1)(
         loaded.params, loaded.model, jnp.array([ids])

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +12,23 @@ import pytest
 import sentencepiece
 import tiny
 
-from mobilellm_jax import generate as program
+from mobilellm_jax.data.chat import read_template
 from mobilellm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from mobilellm_jax.decoding import decoder as program
+from mobilellm_jax.decoding import text as texts
+from mobilellm_jax.decoding.decoder import bucket, ready, row_seeds, stream
+from mobilellm_jax.decoding.sampling import GREEDY, Sampling, filtered, sample
+from mobilellm_jax.decoding.text import Text, generate, pieces
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.generate import Sampling, filtered, generate, sample, stream, whole_characters
+from mobilellm_jax.generate import batch, chat
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, Stack
 
 PLAIN = ModelConfig(97, 32, (Stack(3, 4, 2, 48),), head_dim=8, max_length=64, init_std=0.3)
 SHARED = dataclasses.replace(PLAIN, stacks=(Stack(2, 4, 2, 48, repeats=2),), qk_norm="unit")
-GREEDY = Sampling(temperature=0)
+FIRST_PASS = dataclasses.replace(SHARED, ls_kv="first_pass")
+AGAIN = dataclasses.replace(PLAIN, stacks=(Stack(2, 4, 2, 48, 3, "reverse"), Stack(1, 2, 1, 16)))
+MODELS = {"plain": PLAIN, "shared": SHARED, "first pass": FIRST_PASS, "again": AGAIN}
 PROMPTS = ([1, 5, 9], [1, 7, 8, 20, 33, 51, 60], [1], [1, 96, 2, 96, 3])
 
 
@@ -49,12 +57,18 @@ def last_logits(model, params, tokens_T, length):
     return transformer.logits(params, model, hidden_1TD)[0, length - 1]
 
 
-def drawn(model, prompts, count, sampling, seed=0):
+@functools.cache
+def decoder(model):
+    return ready(parameters(model), model)
+
+
+def drawn(model, prompts, count, sampling, seed=0, chunk=4):
     """int [B, count]."""
-    return np.stack(list(stream(parameters(model), model, prompts, count, sampling, seed)), axis=1)
+    seeds = row_seeds(seed, len(prompts))
+    return np.stack(list(stream(decoder(model), prompts, count, sampling, seeds, chunk)), axis=1)
 
 
-@pytest.mark.parametrize("model", [PLAIN, SHARED], ids=["plain", "shared"])
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_greedy_is_the_argmax_of_the_network_without_a_cache(model):
     (found,) = drawn(model, PROMPTS[:1], 20, GREEDY)
     row = np.zeros(32, np.int32)
@@ -176,11 +190,10 @@ def test_text_goes_on_the_same_from_any_of_its_tokens():
 
 
 def test_text_ends_with_its_document():
-    params = parameters(PLAIN)
     (found,) = drawn(PLAIN, [[1, 5, 9]], 12, GREEDY).tolist()
     end = found.index(next(token for token in found if token != found[0]))
     for eos_id, expected in ((-1, found), (found[end], found[:end])):
-        (text,) = generate(params, PLAIN, Numbers(eos_id=eos_id), ["5 9"], 12, GREEDY)
+        (text,) = generate(decoder(PLAIN), Numbers(eos_id=eos_id), ["5 9"], 12, GREEDY)
         assert text == "".join(f" {token}" for token in expected)
 
 
@@ -192,15 +205,15 @@ def test_nothing_is_drawn_after_the_last_document_has_ended(monkeypatch):
             steps.append(tokens)
             yield np.array(tokens)
 
-    monkeypatch.setattr(program, "stream", ended)
-    assert generate({}, PLAIN, Numbers(), ["", ""], 4, GREEDY) == [" 7 8", ""]
+    monkeypatch.setattr(texts, "stream", ended)
+    assert generate(decoder(PLAIN), Numbers(), ["", ""], 4, GREEDY) == [" 7 8", ""]
     assert len(steps) == 3
 
 
 def test_what_does_not_fit_the_context_is_refused():
     drawn(PLAIN, [[1] * 60], 4, GREEDY)  # 64, the whole context
     with pytest.raises(UserError, match="61 tokens and 4 new ones exceed .* 64"):
-        stream({}, PLAIN, [[1, 2], [1] * 61], 4, GREEDY)  # said before anything is printed
+        stream(decoder(PLAIN), [[1, 2], [1] * 61], 4, GREEDY, [0, 0])  # before anything is printed
 
 
 @pytest.mark.parametrize(
@@ -212,10 +225,16 @@ def test_what_is_no_distribution_is_refused(wrong):
 
 
 def test_prompts_of_nearly_one_length_share_their_programs():
-    before = program._advance._cache_size()
+    def programs():
+        return program._read._cache_size(), program._draw._cache_size()
+
+    before = programs()
     for length in (5, 6, 7, 8):
         drawn(PLAIN, [[1] * length], 6, Sampling(0.9))
-    assert program._advance._cache_size() - before == 2  # one reads a prompt, one draws a token
+    assert np.subtract(programs(), before).tolist() == [1, 1]
+    for length in range(1, 5000):
+        assert length <= bucket(length) <= max(1.25 * length + 1, length + 15)
+    assert len({bucket(length) for length in range(1, 4097)}) <= 32
 
 
 def test_no_half_character_is_shown():
@@ -223,7 +242,7 @@ def test_no_half_character_is_shown():
     text = "naïve Ωmega \N{GRINNING FACE}\N{FAMILY}\u2581 日本語, the sum"
     ids = tokenizer.encode(text)
     assert len(ids) > len(text)  # most of it is spelt in bytes
-    shown = list(whole_characters(tokenizer, [tokenizer.bos_id], iter(ids)))
+    shown = list(pieces(Text(tokenizer, [tokenizer.bos_id]), ids))
     assert "".join(shown) == text
     assert not any("\N{REPLACEMENT CHARACTER}" in part for part in shown)
     assert len([part for part in shown if part]) > len(text) / 3  # as it comes, not at the end
@@ -232,7 +251,7 @@ def test_no_half_character_is_shown():
 def test_a_character_that_never_ends_is_shown_at_the_end():
     tokenizer = tiny.tokenizer()
     ids = tokenizer.encode("a Ω")[:-1]
-    shown = list(whole_characters(tokenizer, [tokenizer.bos_id], iter(ids)))
+    shown = list(pieces(Text(tokenizer, [tokenizer.bos_id]), ids))
     assert "".join(shown[:-1]) == "a "
     assert shown[-1] == "\N{REPLACEMENT CHARACTER}"
 
@@ -253,5 +272,104 @@ def test_a_space_between_prompt_and_continuation_survives():
     ids = tokenizer.encode(text)
     for cut in range(len(ids)):
         prompt = [tokenizer.bos_id, *ids[:cut]]
-        rest = "".join(whole_characters(tokenizer, prompt, ids[cut:]))
+        rest = "".join(pieces(Text(tokenizer, prompt), ids[cut:]))
         assert tokenizer.decode(prompt) + rest == text
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_chunks_and_growth_of_the_cache_change_nothing(monkeypatch, model, dtype):
+    """The cache grows twice on the way."""
+    made = ready(parameters(model), model, dtype)
+    hot, seeds = Sampling(temperature=1.2, top_p=0.9), row_seeds(5, 4)
+
+    def rows(chunk):
+        return np.stack(list(stream(made, PROMPTS, 40, hot, seeds, chunk)))
+
+    whole = rows(40)
+    monkeypatch.setattr(program, "SLOTS", 16)
+    assert (rows(1) == whole).all() and (rows(8) == whole).all()
+
+
+def test_seeds_are_of_sequences():
+    hot, prompts = Sampling(temperature=1.5), [PROMPTS[0]] * 3
+    (a, b, c) = np.stack(list(stream(decoder(PLAIN), prompts, 12, hot, [7, 9, 7])), axis=1)
+    assert (a == c).all() and (a != b).any()
+    assert (row_seeds(1, 9)[:4] == row_seeds(1, 4)).all()
+
+
+def test_bfloat16_halves_what_is_read():
+    half = ready(parameters(SHARED), SHARED, "bfloat16")
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(half.params) if leaf.ndim > 2}
+    assert dtypes == {jnp.dtype("bfloat16")}
+
+
+STOPS = [
+    ("the cat sat", ["cat"], "the "),
+    ("the cat sat", [" sat", "at"], "the c"),
+    ("aab", ["ab"], "a"),
+    ("the cat", ["cats"], "the cat"),
+    ("x", ["x"], ""),
+]
+
+
+@pytest.mark.parametrize(("said", "stop", "left"), STOPS)
+def test_a_stop_string_ends_a_text_before_it(said, stop, left):
+    """Wherever tokens end; and what may begin a stop string is not shown before it is known."""
+    tokenizer = tiny.tokenizer()
+    ids = tokenizer.encode(said)
+    prompt = [tokenizer.bos_id, *tokenizer.encode("once ")]
+    text = Text(tokenizer, prompt, stop)
+    assert "".join(pieces(text, [*ids, *tokenizer.encode(" and more")])).startswith(left)
+    text = Text(tokenizer, prompt, stop)
+    shown = ""
+    for piece in pieces(text, ids):
+        shown += piece
+        assert left.startswith(shown)
+    assert shown == text.whole() == left
+    assert text.ended == any(s in said for s in stop)
+
+
+def test_long_texts_are_decoded_a_piece_at_a_time():
+    """The work of a token does not grow with the text before it."""
+    tokenizer, decoded = tiny.tokenizer(), []
+
+    class Counting:
+        bos_id, eos_id = tokenizer.bos_id, tokenizer.eos_id
+
+        def decode(self, ids):
+            decoded.append(len(ids))
+            return tokenizer.decode(ids)
+
+    said = "naïve 日本語 and so on, " * 40
+    ids = tokenizer.encode(said)
+    assert "".join(pieces(Text(Counting(), [tokenizer.bos_id]), ids)) == said
+    assert max(decoded) < 24
+
+
+def test_a_conversation(capsys):
+    """Two turns: the second prompt holds the first reply; the oldest turns go where there is no room."""
+    tokenizer = dataclasses.replace(tiny.tokenizer(), chat_template=read_template("chatml"))
+    model = dataclasses.replace(PLAIN, vocab_size=tokenizer.vocab_size, max_length=300)
+    made, asked = ready(parameters(model), model), iter(["one", "two", "  ", "three " * 12, "four"])
+
+    def ask(_):
+        try:
+            return next(asked)
+        except StopIteration:
+            raise EOFError from None
+
+    chat(made, tokenizer, 16, Sampling(1.0), 0, "be brief", ask)
+    said = capsys.readouterr()
+    assert said.err.count("tokens read in") == 4
+    read = [int(line.split()[0][1:]) for line in said.err.splitlines()]
+    assert read[1] > read[0] and max(read) <= 300 - 16
+
+
+def test_a_file_of_prompts(capsys):
+    prompts = ["5 9", "7", "5 9 11 12"]
+    batch(decoder(PLAIN), Numbers(), prompts, 6, GREEDY, 0, [], 2)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in lines] == prompts
+    for line, prompt in zip(lines, prompts, strict=True):
+        assert [line["text"]] == generate(decoder(PLAIN), Numbers(), [prompt], 6, GREEDY)

@@ -103,6 +103,14 @@ class ChatTemplate:
             spans.append((len(before), len(after)))
         return text, spans
 
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation with the assistant's header at its end.
+
+        Raises:
+          UserError: the template refuses the conversation.
+        """
+        return self._rendered(messages, prompt=True)[0]
+
     def _rendered(
         self, messages: Sequence[Message], prompt: bool = False
     ) -> tuple[str, list[Span]]:
@@ -171,6 +179,17 @@ class ConversationEncoder:
         self.template = ChatTemplate(tokenizer.chat_template, tokenizer.named_tokens)
         self._tokenizer = tokenizer
         self._special_V = tokenizer.piece_bytes() == 0
+        self.special = frozenset(np.flatnonzero(self._special_V).tolist())  # ids without a text
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation up to where the assistant begins its next turn, one BOS before them.
+
+        Raises:
+          UserError: the template refuses the conversation.
+        """
+        ids_N, _, _ = self._tokenizer.encode_special(self.template.prompt(messages))
+        bos, ids = self._tokenizer.bos_id, ids_N.tolist()
+        return ids if ids[:1] == [bos] else [bos, *ids]
 
     def __call__(self, messages: Sequence[Message]) -> np.ndarray:
         """Ids with marks, int32 [tokens]: one BOS, whether or not the template writes it, and the text.

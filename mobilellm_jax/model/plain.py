@@ -1,4 +1,4 @@
-"""Attention in plain XLA, for any device: the reference, and in blocks of queries.
+"""Attention in plain XLA, for any device: the reference, in blocks of queries, and with a cache.
 
 The reference computes all pairs of a query and a key and keeps their scores for the backward pass.
 In blocks a query meets the keys up to the end of its block alone, and the backward pass forms the
@@ -6,6 +6,7 @@ scores of one block at a time again.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -36,6 +37,27 @@ def attention(
     return jax.nn.dot_product_attention(
         q_BTNH, k_BSKH, v_BSKH, mask=jnp.asarray(visible_BTS)[:, None]
     )
+
+
+def cached_attention(
+    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BTS: jax.Array
+) -> jax.Array:
+    """What `attention` computes, of a few queries with the keys and values of a cache.
+
+    The queries of a KV head are the rows of one product, so that the cache is read as it lies.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BKSH.shape[1]
+    q_BKQH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 2).reshape(B, K, -1, H)
+    scores_BKQS = jnp.einsum(
+        "BKQH,BKSH->BKQS", q_BKQH, k_BKSH, preferred_element_type=jnp.float32
+    ) / math.sqrt(H)
+    visible_BQS = jnp.repeat(visible_BTS, N // K, axis=1)
+    scores_BKQS = jnp.where(visible_BQS[:, None], scores_BKQS, jnp.finfo(jnp.float32).min)
+    shares_BKQS = jax.nn.softmax(scores_BKQS, axis=-1).astype(v_BKSH.dtype)
+    y_BKQH = jnp.einsum("BKQS,BKSH->BKQH", shares_BKQS, v_BKSH)
+    y_BTKGH = jnp.moveaxis(y_BKQH.reshape(B, K, T, N // K, H), 2, 1)
+    return y_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
 def visible(

@@ -23,11 +23,11 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.imports import import_path
 from mobilellm_jax.model.attention import KERNELS, of_rows, rope, rope_frequencies
 from mobilellm_jax.model.config import ModelConfig, Stack
-from mobilellm_jax.model.plain import attention, visible
+from mobilellm_jax.model.plain import attention, cached_attention, visible
 from mobilellm_jax.parallel.sharding import batch_sharded, gathered
 
 Params = dict[str, Any]
-Cache = dict[str, Any]  # per stack: {"key", "value"}, each [A, B, S, K, H], in order of execution
+Cache = dict[str, Any]  # per stack: {"key", "value"}, each [B, A * K, S, H], in order of execution
 
 REMAT = {
     "none": None,
@@ -66,17 +66,19 @@ class Context:
     """
 
     positions_BT: jax.Array  # in the document
-    slots_BT: jax.Array  # in the cache, of the keys and values that are written
     visible_BTS: jax.Array | None  # for the reference; None: a kernel reads the segments
     segment_ids_BT: jax.Array | None = None  # None: a row is one document
+    slot: jax.Array | int = 0  # in the cache, of the first of the keys and values that are written
+    application: jax.Array | int = 0  # of the stack's, whose keys and values they are
     attention: str = "reference"
+    whole_rows: bool = True  # False: there are keys and values in the cache before these
     own_keys: bool = True  # False: read the keys and values in the cache and write none
 
 
 jax.tree_util.register_dataclass(
     Context,
-    ["positions_BT", "slots_BT", "visible_BTS", "segment_ids_BT"],
-    ["attention", "own_keys"],
+    ["positions_BT", "visible_BTS", "segment_ids_BT", "slot", "application"],
+    ["attention", "whole_rows", "own_keys"],
 )
 
 
@@ -130,7 +132,7 @@ class Attention(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
-        """Attends; with a cache ({"key", "value"}: [B, S, K, H]) first writes the new slots into it."""
+        """Attends; with a cache ({"key", "value"}: [B, AK, S, H]) first writes new slots into it."""
         c, s = self.config, self.stack
 
         matrix = functools.partial(_matrix, self, c.init_std, x_BTD.dtype)
@@ -156,18 +158,32 @@ class Attention(nn.Module):
         k_BSKH, v_BSKH = k_BTKH, v_BTKH
         if cache is not None:
             if context.own_keys:
-                rows = jnp.arange(x_BTD.shape[0])[:, None]
-                at = rows, context.slots_BT
                 new = {"key": k_BTKH, "value": v_BTKH}
-                cache = {name: cache[name].at[at].set(new[name]) for name in new}
-            k_BSKH, v_BSKH = cache["key"], cache["value"]
-        if context.visible_BTS is not None:
-            y_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, context.visible_BTS)
-        else:
+                cache = {name: _written(cache[name], new[name], context) for name in new}
+            k_BKSH, v_BKSH = (_kept(cache[n], s.kv_heads, context) for n in ("key", "value"))
+            if context.whole_rows and not context.own_keys:
+                length = x_BTD.shape[1]
+                k_BSKH, v_BSKH = (jnp.swapaxes(x[:, :, :length], 1, 2) for x in (k_BKSH, v_BKSH))
+        if context.visible_BTS is None:
             segments_BT = context.segment_ids_BT
             y_BTNH = of_rows(context.attention, q_BTNH, k_BSKH, v_BSKH, segments_BT)
+        elif context.whole_rows:
+            y_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, context.visible_BTS)
+        else:
+            y_BTNH = cached_attention(q_BTNH, k_BKSH, v_BKSH, context.visible_BTS)
         out_NHD = matrix("out", s.heads, c.head_dim, c.width)
         return jnp.einsum("BTNH,NHD->BTD", y_BTNH, out_NHD), cache
+
+
+# The heads of all applications are one axis: with an axis more XLA would copy the cache at each step.
+def _written(cache: jax.Array, new_BTKH: jax.Array, context: Context) -> jax.Array:
+    new_BKTH = jnp.swapaxes(new_BTKH, 1, 2).astype(cache.dtype)
+    at = 0, context.application * new_BTKH.shape[2], context.slot, 0
+    return jax.lax.dynamic_update_slice(cache, new_BKTH, at)
+
+
+def _kept(cache: jax.Array, kv_heads: int, context: Context) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(cache, context.application * kv_heads, kv_heads, axis=1)
 
 
 class MLP(nn.Module):
@@ -245,68 +261,39 @@ class Transformer(nn.Module):
         walks, times = stack.passes
 
         def apply(
-            block: nn.Module, x: jax.Array, context: Context, slot: Cache | None
+            block: nn.Module, x: jax.Array, context: Context, cache: Cache | None
         ) -> tuple[jax.Array, Cache | None]:
-            return block(batch_sharded(x), context, slot)
+            return block(batch_sharded(x), context, cache)
 
         if policy is not None:
             apply = nn.remat(apply, policy=policy, prevent_cse=False)
 
-        def layer(
-            block: nn.Module, x: jax.Array, slots: Cache | None
-        ) -> tuple[jax.Array, Cache | None]:
-            cached = slots is not None
-            if first_pass and not cached:  # its later passes need the first one's keys all the same
-                slots = _zeros(1, self.config, stack, x.shape[0], x.shape[1], x.dtype)
-            slot, new_slots = None, []
+        # The cache is carried, not handed out by layer: so it is written in place.
+        def layer(block: nn.Module, carry: Any, _: None) -> tuple[Any, None]:
+            x, cache, first = carry
+            slots, begin = cache, first
+            if first_pass and cache is None:  # later passes need the first one's keys all the same
+                rows, length = x.shape[:2]
+                slots, begin = _zeros(1, self.config, stack, rows, length, x.dtype), 0
+            own = 1 if first_pass else times  # applications with keys of their own
             for r in range(times):
-                own_keys = r == 0 or not first_pass
-                if own_keys and slots is not None:
-                    slot = jax.tree.map(lambda leaf, r=r: leaf[r], slots)
-                x, slot = apply(block, x, dataclasses.replace(context, own_keys=own_keys), slot)
-                if own_keys:
-                    new_slots.append(slot)
-            if not cached:
-                return x, None
-            return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *new_slots)
+                at = dataclasses.replace(context, application=begin + r % own, own_keys=r < own)
+                x, slots = apply(block, x, at, slots)
+            return (x, None if cache is None else slots, first + own), None
 
         block = import_path(self.config.block, "model.block")(self.config, stack, name=name)
-        caches = []
+        carry = x_BTD, cache, jnp.int32(0)
         for walk in range(walks):
-            backwards = stack.backwards(walk)
             scan = nn.scan(
                 layer,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 length=stack.layers,
-                reverse=backwards,
-                unroll=min(self.execution.unroll, stack.layers),
+                reverse=stack.backwards(walk),
+                unroll=self.execution.unroll if self.execution.unroll < stack.layers else 0,
             )
-            slots = _slots_by_layer(cache, stack, walk, backwards)
-            x_BTD, slots = scan(block, x_BTD, slots)
-            caches.append(_slots_in_order(slots, backwards))
-        return x_BTD, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *caches)
-
-
-def _slots_by_layer(cache: Cache | None, stack: Stack, walk: int, backwards: bool) -> Cache | None:
-    """The slots of one walk, [A, ...], as a scan over layers wants them: [L, slots of a layer, ...]."""
-    walks, _ = stack.passes
-
-    def of_walk(leaf: jax.Array) -> jax.Array:
-        leaf = leaf.reshape(walks, stack.layers, -1, *leaf.shape[1:])[walk]
-        return leaf[::-1] if backwards else leaf
-
-    return jax.tree.map(of_walk, cache)
-
-
-def _slots_in_order(slots: Cache | None, backwards: bool) -> Cache | None:
-    """The way back: [L, slots of a layer, ...] to [A, ...], in order of execution."""
-
-    def in_order(leaf: jax.Array) -> jax.Array:
-        leaf = leaf[::-1] if backwards else leaf
-        return leaf.reshape(-1, *leaf.shape[2:])
-
-    return jax.tree.map(in_order, slots)
+            carry, _ = scan(block, carry, None)
+        return carry[:2]
 
 
 def init(config: ModelConfig, key: jax.Array) -> Params:
@@ -350,31 +337,75 @@ def apply_cached(
     params: Params,
     config: ModelConfig,
     tokens_BT: jax.Array,
-    positions_BT: jax.Array,
     cache: Cache,
+    begin_B: jax.Array,
+    slot: jax.Array | None = None,
     execution: Execution = Execution(),
 ) -> tuple[jax.Array, Cache]:
     """Hidden states of new tokens that read what the cache holds before them.
 
-    A token at position `p` is written to slot `p` and reads slots `0..p`, so rows of one batch may
-    stand at different positions, and what was written beyond a row's end is overwritten before it
-    is read. Attention is the reference, whatever the execution says.
+    All rows write the same slots, so that a step is one update in place: shorter texts are padded on
+    the left, and row `b` has its first token in slot `begin_B[b]`. What the padding computes means
+    nothing and is read by no token.
+
+    Args:
+      params: as made by `init`.
+      config: the network.
+      tokens_BT: int token ids, padding included.
+      cache: as made by `empty_cache`; see there for its length.
+      begin_B: int, slot of the first token of each row.
+      slot: int scalar, slot of the first of the T tokens; attention is the reference then. None: the
+        cache is empty, the tokens begin in slot 0, and attention is that of the execution.
+      execution: dtype, unroll, attention.
 
     Returns:
       [B, T, D] hidden states and the cache with the new keys and values in it.
     """
-    length = jax.tree.leaves(cache)[0].shape[2]
-    slots_BS = jnp.broadcast_to(jnp.arange(length), (tokens_BT.shape[0], length))
-    context = Context(positions_BT, positions_BT, visible(positions_BT, slots_BS, None, None))
+    first = 0 if slot is None else slot
+    slots_BT = jnp.broadcast_to(first + jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    positions_BT = jnp.maximum(slots_BT - begin_B[:, None], 0)
+    text_BT = (slots_BT >= begin_B[:, None]).astype(jnp.int32)
+    if slot is None:
+        context = _context(tokens_BT, text_BT, execution.attention)
+    else:
+        length = jax.tree.leaves(cache)[0].shape[2]
+        slots_BS = jnp.broadcast_to(jnp.arange(length), (tokens_BT.shape[0], length))
+        visible_BTS = visible(slots_BT, slots_BS, None, None)
+        visible_BTS &= (slots_BS >= begin_B[:, None])[:, None]
+        context = Context(positions_BT, visible_BTS, slot=slot, whole_rows=False)
     model = Transformer(config, execution)
     out: Any = model.apply({"params": params}, tokens_BT, context, cache)
     return out
 
 
-def empty_cache(config: ModelConfig, rows: int, length: int, dtype: str = "float32") -> Cache:
-    """A KV cache of zeros: one slot per application of a block, in order of execution.
+def unstacked(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
+    """The same network as stacks of one block, in order of execution, with a buffer for each weight.
 
-    With `ls_kv="first_pass"` the applications of a block share one slot.
+    A scan copies the weights of a layer out of its stack whenever it comes to it, which is most of
+    the time of a step that reads one token. Shared blocks share their buffers. Where a block's later
+    passes read its first one's keys, these passes stay together in one stack.
+    """
+    together = config.ls_kv == "first_pass"
+    flat = {name: leaf for name, leaf in params.items() if not name.startswith("stack_")}
+    stacks: list[Stack] = []
+    for i, stack in enumerate(config.stacks):
+        blocks = [
+            jax.tree.map(lambda leaf, at=layer: leaf[at : at + 1], params[f"stack_{i}"])
+            for layer in range(stack.layers)
+        ]
+        repeats = stack.repeats if together else 1
+        single = dataclasses.replace(stack, layers=1, repeats=repeats, order="immediate")
+        for layer in range(stack.layers) if together else stack.applications:
+            flat[f"stack_{len(stacks)}"] = blocks[layer]
+            stacks.append(single)
+    return flat, dataclasses.replace(config, stacks=tuple(stacks))
+
+
+def empty_cache(config: ModelConfig, rows: int, length: int, dtype: str = "float32") -> Cache:
+    """A KV cache of zeros for `length` tokens a row, padding included.
+
+    Each application of a block has its own part, in order of execution; with `ls_kv="first_pass"`
+    those of a block share one.
     """
     per_stack = [
         stack.layers if config.ls_kv == "first_pass" else len(stack.applications)
@@ -389,7 +420,7 @@ def empty_cache(config: ModelConfig, rows: int, length: int, dtype: str = "float
 def _zeros(
     slots: int, config: ModelConfig, stack: Stack, rows: int, length: int, dtype: DTypeLike
 ) -> Cache:
-    shape = (slots, rows, length, stack.kv_heads, config.head_dim)
+    shape = (rows, slots * stack.kv_heads, length, config.head_dim)
     return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
 
 
@@ -412,4 +443,4 @@ def _context(
     visible_BTS = None
     if attention == "reference":
         visible_BTS = visible(slots_BT, slots_BT, segment_ids_BT, segment_ids_BT)
-    return Context(positions_BT, slots_BT, visible_BTS, segment_ids_BT, attention)
+    return Context(positions_BT, visible_BTS, segment_ids_BT, attention=attention)

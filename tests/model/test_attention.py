@@ -106,9 +106,11 @@ def test_keys_of_the_first_pass_reach_the_kernel(kernel, interpreted):
 def test_decoding_needs_no_kernel():
     """With a cache attention is the reference: a kernel would not run here at all."""
     params = jax.jit(transformer.init, static_argnums=0)(LS, jax.random.key(0))
-    row, at = jnp.arange(8)[None] + 5, jnp.arange(8)[None]
+    row, begin, slot = jnp.arange(8)[None] + 5, jnp.zeros(1, jnp.int32), jnp.int32(0)
     outs = [
-        transformer.apply_cached(params, LS, row, at, transformer.empty_cache(LS, 1, 8), execution)
+        transformer.apply_cached(
+            params, LS, row, transformer.empty_cache(LS, 1, 8), begin, slot, execution
+        )
         for execution in (Execution(attention="splash"), Execution())
     ]
     assert (outs[0][0] == outs[1][0]).all()

@@ -113,8 +113,7 @@ def test_positions_count_from_zero_in_every_document(config):
     segments = jnp.array([[0] * 5 + [1] * 4 + [2] * 3])
     context = transformer._context(row, segments)
     assert context.positions_BT.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]]
-    assert context.slots_BT.tolist() == [list(range(12))]
-    running = dataclasses.replace(context, positions_BT=context.slots_BT)
+    running = dataclasses.replace(context, positions_BT=jnp.arange(12)[None])
     model = transformer.Transformer(config, Execution())
 
     @jax.jit
@@ -125,7 +124,7 @@ def test_positions_count_from_zero_in_every_document(config):
     ours, theirs = logits(params, context), logits(params, running)
     np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
     # Far into a long row, as if 2**20 tokens stood before, a document is still what it is alone.
-    far = logits(params, dataclasses.replace(running, positions_BT=context.slots_BT + 2**20))
+    far = logits(params, dataclasses.replace(running, positions_BT=running.positions_BT + 2**20))
     assert np.abs(far - ours).max() > 10 * np.abs(theirs - ours).max()
 
 
@@ -193,10 +192,9 @@ def test_first_pass_keys_serve_every_pass():
         for layer in range(network.stacks[0].layers):
             weights = {"params": jax.tree.map(lambda x, i=layer: x[i], params["stack_0"])}
             kept = transformer.empty_cache(network, 1, 8)["stack_0"]
-            slot = jax.tree.map(lambda leaf: leaf[0], kept)
             for own_keys in (True, False):
                 where = dataclasses.replace(context, own_keys=own_keys)
-                x_BTD, slot = block.apply(weights, x_BTD, where, slot)
+                x_BTD, kept = block.apply(weights, x_BTD, where, kept)
         return transformer.RMSNorm(network.norm_eps).apply({"params": params["final_norm"]}, x_BTD)
 
     out_BTD = apply(params, network, row)
@@ -261,25 +259,48 @@ def test_bfloat16_is_close_to_float32(config):
     assert error < 0.06 * jnp.abs(exact).max()
 
 
-def test_cached_equals_uncached_with_rows_at_different_positions(config):
+@pytest.mark.parametrize(
+    ("count", "execution"), [(1, Execution()), (2, Execution(attention="blocks"))]
+)
+def test_cached_equals_uncached_with_rows_of_different_lengths(config, count, execution):
     params, row = random_params(config), tokens(config, 3, 12)
     whole = apply(params, config, row)
     cache = transformer.empty_cache(config, 3, 16)
     lengths = np.array([2, 5, 7])
-    # The prefill reads 7 tokens of every row, so two rows write slots that are not theirs yet.
-    positions = jnp.broadcast_to(jnp.arange(7), (3, 7))
-    hidden, cache = apply_cached(params, config, row[:, :7], positions, cache)
-    for b in range(3):
-        np.testing.assert_allclose(
-            hidden[b, : lengths[b]], whole[b, : lengths[b]], atol=2e-5, rtol=2e-5
-        )
-    for step in range(5):
-        at = lengths + step
-        new = row[jnp.arange(3), at][:, None]
-        hidden, cache = apply_cached(params, config, new, at[:, None], cache)
-        np.testing.assert_allclose(hidden[:, 0], whole[np.arange(3), at], atol=2e-5, rtol=2e-5)
-    slots = sum(leaf.shape[0] for leaf in jax.tree.leaves(cache)) // 2
-    assert slots == (3 if config.ls_kv == "first_pass" else config.depth)
+    close = functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=2e-5)
+    padded = np.full((3, 7), 3)
+    for b, length in enumerate(lengths):
+        padded[b, 7 - length :] = row[b, :length]
+    hidden, cache = apply_cached(params, config, padded, cache, 7 - lengths, execution=execution)
+    for b, length in enumerate(lengths):
+        close(hidden[b, 7 - length :], whole[b, :length])
+    for step in range(0, 4, count):  # one token at a time, or two
+        at = lengths[:, None] + step + np.arange(count)
+        new = row[np.arange(3)[:, None], at]
+        hidden, cache = apply_cached(params, config, new, cache, 7 - lengths, jnp.int32(7 + step))
+        close(hidden, whole[np.arange(3)[:, None], at])
+    heads = sum(leaf.shape[1] for leaf in jax.tree.leaves(cache)) // 2
+    kept = [s.layers * (1 if config.ls_kv == "first_pass" else s.repeats) for s in config.stacks]
+    assert heads == sum(n * s.kv_heads for n, s in zip(kept, config.stacks, strict=True))
+
+
+def test_unstacked_is_the_same_network(config):
+    """In rows and with a cache; no weight is there twice, however often its block is applied."""
+    params, row = random_params(config), tokens(config, 2, 8)
+    single, flat = transformer.unstacked(params, config)
+    assert {stack.layers for stack in flat.stacks} == {1} and flat.depth == config.depth
+    np.testing.assert_allclose(
+        apply(single, flat, row), apply(params, config, row), atol=1e-5, rtol=1e-5
+    )
+    outs = [
+        apply_cached(p, c, row, transformer.empty_cache(c, 2, 8), jnp.zeros(2, jnp.int32))
+        for p, c in ((single, flat), (params, config))
+    ]
+    np.testing.assert_allclose(outs[0][0], outs[1][0], atol=1e-5, rtol=1e-5)
+    caches = [sum(leaf.size for leaf in jax.tree.leaves(cache)) for _, cache in outs]
+    assert caches[0] == caches[1]
+    buffers = {id(leaf): leaf.size for leaf in jax.tree.leaves(single)}
+    assert sum(buffers.values()) == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def test_cache_slots_lie_in_order_of_execution():
@@ -292,7 +313,7 @@ def test_cache_slots_lie_in_order_of_execution():
         copies = jax.tree.map(lambda x, s=stack: x[np.array(s.applications)], params["stack_0"])
         both = {network: params, deep: {**params, "stack_0": copies}}
         one, other = (
-            apply_cached(p, c, row, jnp.arange(8)[None], transformer.empty_cache(c, 1, 8))[1]
+            apply_cached(p, c, row, transformer.empty_cache(c, 1, 8), np.zeros(1, int))[1]
             for c, p in both.items()
         )
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
@@ -303,9 +324,8 @@ def test_first_pass_keys_are_not_reused():
     """Second passes have keys of their own; reusing the first pass's is a known defect."""
     params, row = random_params(SHARED), tokens(SHARED, 1, 8)
     cache = transformer.empty_cache(SHARED, 1, 8)
-    positions = jnp.arange(8)[None]
-    _, cache = apply_cached(params, SHARED, row, positions, cache)
-    keys = cache["stack_0"]["key"]
+    _, cache = apply_cached(params, SHARED, row, cache, np.zeros(1, int))
+    keys = cache["stack_0"]["key"].reshape(SHARED.depth, -1)
     assert jnp.abs(keys[0::2] - keys[1::2]).max() > 0.1
 
 

@@ -1,0 +1,1 @@
+"""Text out of a network: prompts in, tokens drawn one after another, strings out."""

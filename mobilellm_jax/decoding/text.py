@@ -1,0 +1,137 @@
+"""Strings out of tokens: whole characters as they come, and where a text stops."""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from mobilellm_jax.data.tokenizers import Tokenizer
+from mobilellm_jax.decoding.decoder import CHUNK, Decoder, row_seeds, stream
+from mobilellm_jax.decoding.sampling import Sampling
+
+BEFORE = 8  # tokens before a piece of text that it is decoded together with
+
+
+def generate(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int = 128,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    stop: Sequence[str] = (),
+) -> list[str]:
+    """The continuation of each prompt: up to the end of its document, a stop string or `max_new_tokens`.
+
+    Raises:
+      UserError: see `stream`.
+    """
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    seeds = row_seeds(seed, len(ids))
+    texts = continued(decoder, tokenizer, ids, max_new_tokens, sampling, seeds, stop)
+    return [text.whole() for text in texts]
+
+
+def continued(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seeds: Sequence[int] | np.ndarray,
+    stop: Sequence[str] = (),
+    chunk: int = CHUNK,
+) -> list["Text"]:
+    """`generate` of prompts as ids, BOS included, with a seed for each."""
+    texts = [Text(tokenizer, prompt, stop) for prompt in prompts]
+    for tokens_B in stream(decoder, prompts, max_new_tokens, sampling, seeds, chunk):
+        for text, token in zip(texts, tokens_B.tolist(), strict=True):
+            text.add(token)
+        if all(text.ended for text in texts):
+            break
+    return texts
+
+
+class Text:
+    """The text of tokens as they come, never half a character, up to a stop string.
+
+    It is what they add to the prompt's text: a first piece's leading space may depend on what is before it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        stop: Sequence[str] = (),
+        ends: Collection[int] = (),
+    ) -> None:
+        """Nothing is drawn yet.
+
+        Args:
+          tokenizer: of the tokens; its BOS and EOS end the text.
+          prompt: the ids before the first.
+          stop: strings that end the text before them.
+          ends: further ids that end it.
+        """
+        self._ends = {tokenizer.bos_id, tokenizer.eos_id, *ends}
+        self.ended = False
+        self.tokens = 0  # that belong to the text
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._ids = list(prompt[-BEFORE:])
+        self._shown = len(self._ids)  # ids whose text is in `_text`
+        self._text = ""
+
+    def add(self, token: int) -> None:
+        """Takes the next token, unless the text has ended."""
+        if self.ended:
+            return
+        if token in self._ends:
+            self.ended = True
+            return
+        self.tokens += 1
+        self._ids.append(token)
+        piece = self._piece()
+        if not piece.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character is still incomplete
+            self._take(piece)
+
+    def _piece(self) -> str:
+        before = self._tokenizer.decode(self._ids[: self._shown])
+        return self._tokenizer.decode(self._ids)[len(before) :]
+
+    def _take(self, piece: str) -> None:
+        longest = max(map(len, self._stop), default=0)
+        begin = max(0, len(self._text) - longest)
+        self._text += piece
+        self._ids = self._ids[-BEFORE:]
+        self._shown = len(self._ids)
+        found = [at for s in self._stop if (at := self._text.find(s, begin)) >= 0]
+        if found:
+            self._text, self.ended = self._text[: min(found)], True
+
+    def sure(self) -> str:
+        """What no later token can take back: the beginning of a stop string is held back."""
+        if self.ended:
+            return self._text
+        held = 0
+        for s in self._stop:
+            fits = (n for n in range(len(s) - 1, 0, -1) if self._text.endswith(s[:n]))
+            held = max(held, next(fits, 0))
+        return self._text[: len(self._text) - held]
+
+    def whole(self) -> str:
+        """All of it, also a character that never became whole."""
+        if not self.ended and self._shown < len(self._ids):
+            self._take(self._piece())
+        return self._text
+
+
+def pieces(text: Text, tokens: Iterable[int]) -> Iterator[str]:
+    """What each token adds to what is surely in the text; the rest at the end."""
+    shown = 0
+    for token in tokens:
+        text.add(token)
+        sure = text.sure()
+        yield sure[shown:]
+        shown = len(sure)
+        if text.ended:
+            return
+    yield text.whole()[shown:]
