@@ -1,20 +1,21 @@
 """Means with their standard errors, and pass@k."""
 
+import collections
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from mobilellm_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A mean over problems, with what chance in the choice of problems and samples leaves open.
+    """A mean, with what chance in the choice of problems and samples leaves open.
 
     Attributes:
-      mean: of the problems' means.
+      mean: of all values.
       standard_error: of `mean`; nan of a single problem.
-      problems: how many.
+      problems: how many independent ones the values are of.
     """
 
     mean: float
@@ -22,24 +23,30 @@ class Score:
     problems: int
 
 
-def mean_score(values: Sequence[float]) -> Score:
-    """The mean of one value per problem.
+def mean_score(values: Sequence[float], problems: Sequence[Hashable] | None = None) -> Score:
+    """The mean of values, of which those of the same problem are not independent.
 
-    Samples of the same problem are not independent, so a problem's samples come in as one value,
-    their mean: with clusters of equal size that is the cluster-robust standard error
-    (Miller 2024, arXiv 2411.00640, section 2.2, with problems - 1 degrees of freedom).
+    The standard error is the cluster-robust one (Miller 2024, arXiv 2411.00640, section 2.2) with
+    the correction for few clusters, G / (G - 1); with a value per problem it is the usual one.
+
+    Args:
+      values: what was measured.
+      problems: which problem each value is of; none if each is of one of its own.
 
     Raises:
       UserError: there are no values.
     """
-    count = len(values)
-    if not count:
+    if not values:
         raise UserError("there is nothing to average: no problem was graded.")
-    mean = math.fsum(values) / count
+    mean = math.fsum(values) / len(values)
+    deviations: dict[Hashable, float] = collections.defaultdict(float)
+    for value, problem in zip(values, problems or range(len(values)), strict=True):
+        deviations[problem] += value - mean
+    count = len(deviations)
     if count == 1:
         return Score(mean, math.nan, 1)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    return Score(mean, math.sqrt(variance / count), count)
+    square = math.fsum(deviation**2 for deviation in deviations.values()) * count / (count - 1)
+    return Score(mean, math.sqrt(square) / len(values), count)
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

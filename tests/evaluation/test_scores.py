@@ -66,6 +66,25 @@ def test_problems_count_equally_however_many_samples_they_have():
     assert mean_pass_at_k([[True, False], [True] * 10]).mean == 0.75
 
 
+def test_values_of_one_problem_count_as_dependent():
+    draw = random.Random(2)
+
+    def evaluation():
+        values, problems = [], []
+        for problem in range(30):
+            level = draw.gauss(0, 1)
+            for _ in range(draw.randint(1, 9)):
+                values.append(level + draw.gauss(0, 0.5))
+                problems.append(problem)
+        return mean_score(values, problems), mean_score(values)
+
+    scores = [evaluation() for _ in range(1000)]
+    spread = statistics.stdev(clustered.mean for clustered, _ in scores)
+    clustered, naive = (statistics.fmean(s[i].standard_error for s in scores) for i in range(2))
+    assert clustered == pytest.approx(spread, rel=0.1) and naive < 0.6 * spread
+    assert scores[0][0].problems == 30
+
+
 def test_one_problem_has_no_standard_error():
     assert mean_score([0.5]).mean == 0.5 and math.isnan(mean_score([0.5]).standard_error)
 
