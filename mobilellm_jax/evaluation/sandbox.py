@@ -43,7 +43,8 @@ class Limits:
     Attributes:
       wall_seconds: from start to end.
       cpu_seconds: of each of its processes.
-      memory: bytes; address space of each process, and resident in all of them together.
+      memory: bytes; address space of each process, and resident in all of them together, where what
+        two share counts twice.
       processes: processes and threads at a time.
       disk: bytes in its directory, which is in memory.
       file_size: bytes of a file.
@@ -102,18 +103,26 @@ def run_python(
       limits: on what it uses; the default is `Limits()`.
 
     Raises:
-      UserError: it is not allowed, or the machine cannot isolate it.
+      UserError: it is not allowed, or too large, or the machine cannot isolate it.
     """
     if not allowed:
         raise UserError(
-            "running code that a model wrote is off: ask for it where you asked for the grading."
+            "running code that a model wrote is off: it is run in a sandbox, and only if you allow it."
+        )
+    limits = limits or Limits()
+    if (
+        len(program.encode(errors="replace")) + len(stdin.encode(errors="replace"))
+        > limits.disk // 2
+    ):
+        raise UserError(
+            f"a program and its input are larger than half of its {limits.disk:,} bytes."
         )
     _check_machine()
     with tempfile.TemporaryDirectory() as root:
         spec = {
             "program": program,
             "stdin": stdin,
-            "limits": dataclasses.asdict(limits or Limits()),
+            "limits": dataclasses.asdict(limits),
             "root": root,
             "visible": _visible(),
             "python": sys.executable,
@@ -148,6 +157,7 @@ def _visible() -> list[str]:
     """What of this machine a program may read: libraries, and the Python that runs it."""
     python = Path(sys.executable)
     own = {sys.prefix, sys.base_prefix, str(python.parent), str(python.resolve().parent)}
+    own |= {path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")}
     paths = [path for path in (*_VISIBLE, *sorted(own)) if os.path.lexists(path)]
     return [
         path

@@ -322,6 +322,12 @@ def test_it_is_off_unless_asked_for():
         run_python("print(1)", allowed=False)
 
 
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(UserError, match="larger than half"):
+        run("print(1)", Limits(disk=1 << 20), stdin="x" * (1 << 20))
+    assert run("print(len(input()))", Limits(disk=4 << 20), stdin="x" * (1 << 20)).passed
+
+
 def test_another_machine_is_refused(monkeypatch):
     monkeypatch.setattr(sandbox.platform, "release", lambda: "5.4.0-26-generic")
     with pytest.raises(UserError, match=r"needs Linux 5\.14.*this is Linux 5\.4\.0"):
@@ -339,6 +345,20 @@ except UserError as error:
     print("refused:", error)
 """
     return [str(python), "-c", code]
+
+
+def test_a_program_dies_with_the_process_that_runs_it():
+    name = f"orphan{uuid.uuid4().hex[:8]}"
+    ours = subprocess.Popen(elsewhere(sys.executable, naming(name) + "while True: pass"))
+    deadline = time.monotonic() + 60
+    while not named(name) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert named(name)
+    ours.kill()
+    ours.wait()
+    while named(name) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not named(name)
 
 
 ROOT = {"cwd": Path(__file__).parents[2], "capture_output": True, "text": True, "timeout": 100}
