@@ -49,7 +49,7 @@ NOBODY = 65534
 _RUNNER = """
 def _run():
     import os, sys
-    descriptor, sign = int(sys.argv[1]), sys.argv[2].encode()
+    descriptor, sign, pid = int(sys.argv[1]), sys.argv[2].encode(), os.getpid()
     sys.argv[:] = ["program.py"]
     with open("/tmp/program.py", encoding="utf-8", errors="surrogatepass") as file:
         code = compile(file.read(), "program.py", "exec")
@@ -59,7 +59,7 @@ def _run():
         sign = b"memory"
         raise
     finally:
-        if sign == b"memory" or not sys.exc_info()[0]:
+        if os.getpid() == pid and (sign == b"memory" or not sys.exc_info()[0]):
             os.write(descriptor, sign)
 
 _run()

@@ -72,6 +72,13 @@ def test_who_leaves_before_the_assertions_has_not_passed_them(way):
     assert outcome.ended == "exit" and not outcome.passed and outcome.stdout == "1\n"
 
 
+def test_only_the_end_of_the_first_process_counts():
+    program = "import os\nchild = os.fork()\nif child: os.waitpid(child, 0)\n"
+    assert run(program).ended == "ok"
+    assert run(program + "if child: os._exit(0)").ended == "exit"
+    assert run(program + "if not child: os._exit(1)").ended == "ok"
+
+
 @pytest.mark.parametrize(
     ("program", "says"),
     [
