@@ -64,5 +64,5 @@ $(VENV)/.installed: setup.cfg constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,gguf,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,gguf,eval,dev]'
 	touch $@

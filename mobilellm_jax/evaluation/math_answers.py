@@ -1,0 +1,187 @@
+r"""Whether a response ends in the right mathematical answer: `grade`.
+
+What a response answers is the content of its last `\boxed{}`, or what stands behind its last `####`
+(GSM8K), or else what the library math-verify finds in its end. Two answers are equal if math-verify
+says so: fractions, decimals, sets, intervals, matrices and expressions by their value, 50 % as
+either 50 or 0.5, units ignored.
+"""
+
+import concurrent.futures
+import dataclasses
+import importlib.util
+import json
+import re
+import select
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.evaluation import math_worker
+
+_START_SECONDS = 300.0  # of a worker, on a machine that is busy with evaluating
+_END = 1000  # characters: where a response without a sign says its answer
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(\{|[^\s{}\\])")
+_HASHES = re.compile(r"####\s*(.+)")
+_QUANTITY = re.compile(r"((?:\\?\$\s*)?[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+))\s*([A-Za-z][A-Za-z. ]+)")
+_LAYOUT = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|\$|\s")
+
+
+@dataclasses.dataclass(frozen=True)
+class MathGrade:
+    """What became of a response.
+
+    Attributes:
+      correct: whether its answer equals the reference.
+      answer: what is in its box or behind its hashes; none if it has neither.
+      note: why it could not be compared: `no answer`, `timeout`, or an error.
+    """
+
+    correct: bool
+    answer: str | None
+    note: str = ""
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last `\boxed{}` (or `\fbox{}`, or `\boxed 5`) that is closed, or none."""
+    found = None
+    for match in _BOX.finditer(text):
+        if match[1] != "{":
+            found = match[1]
+            continue
+        depth, i = 1, match.end()
+        while i < len(text) and depth:
+            if text[i] == "\\":
+                i += 1  # \{ and \} are no braces
+            else:
+                depth += {"{": 1, "}": -1}.get(text[i], 0)
+            i += 1
+        if not depth:
+            found = text[match.end() : i - 1]
+    return found
+
+
+def stated_answer(text: str) -> str | None:
+    r"""What a text says its answer is: in its last box, or else behind its last `####`."""
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return boxed.strip()
+    hashes = _HASHES.findall(text)
+    return hashes[-1].strip().rstrip(".") if hashes else None
+
+
+def grade(
+    responses: Sequence[str],
+    references: Sequence[str],
+    *,
+    seconds: float = 10.0,
+    workers: int = 1,
+) -> list[MathGrade]:
+    """Grades responses, each against its reference.
+
+    Args:
+      responses: what a model wrote.
+      references: answers, or solutions that state theirs in a box or behind `####`.
+      seconds: for a comparison; what takes longer counts as wrong.
+      workers: processes that compare side by side; each takes a second to start, once per call.
+
+    Raises:
+      UserError: math-verify is not installed, or a reference is empty.
+    """
+    if importlib.util.find_spec("math_verify") is None:
+        raise UserError(
+            "grading mathematical answers needs math-verify: pip install 'mobilellm-jax[eval]'."
+        )
+    pairs = list(zip(responses, references, strict=True))
+    for i, reference in enumerate(references):
+        if not reference.strip():
+            raise UserError(f"the reference answer of problem {i} is empty.")
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        parts = pool.map(lambda part: list(_graded(part, seconds)), _parts(pairs, workers))
+    return [result for part in parts for result in part]
+
+
+def _parts(pairs: list[tuple[str, str]], count: int) -> list[list[tuple[str, str]]]:
+    size = -(-len(pairs) // count) or 1
+    return [pairs[i : i + size] for i in range(0, len(pairs), size)]
+
+
+def _graded(pairs: list[tuple[str, str]], seconds: float) -> Iterator[MathGrade]:
+    """Grades with one worker at a time; one that gives no answer is replaced."""
+    worker = None
+    try:
+        for response, reference in pairs:
+            stated = stated_answer(response)
+            expected = stated_answer(reference)
+            expected = reference.strip() if expected is None else expected
+            if stated is not None and _plain(stated) == _plain(expected):
+                yield MathGrade(True, stated)
+                continue
+            if not response.strip() or stated == "":
+                yield MathGrade(False, stated, "no answer")
+                continue
+            answer = response[-_END:] if stated is None else _box(stated)
+            worker = worker or _start()
+            told = _ask(worker, {"reference": _box(expected), "answer": answer}, seconds)
+            if told is None:
+                _stop(worker)
+                worker = None
+                yield MathGrade(False, stated, "timeout")
+            else:
+                yield MathGrade(**{"answer": stated, **json.loads(told)})
+    finally:
+        _stop(worker)
+
+
+def _plain(answer: str) -> str:
+    """An answer without what only lays it out."""
+    return _LAYOUT.sub("", answer).rstrip(".").replace("dfrac", "frac").replace("tfrac", "frac")
+
+
+def _box(answer: str) -> str:
+    """An answer as math-verify reads it best: in a box, with a unit that is not a product of letters."""
+    answer = answer.rstrip(".")
+    quantity = _QUANTITY.fullmatch(answer)
+    return (
+        f"\\boxed{{{quantity[1]}\\text{{ {quantity[2]}}}}}" if quantity else f"\\boxed{{{answer}}}"
+    )
+
+
+def _start() -> "subprocess.Popen[str]":
+    worker = subprocess.Popen(
+        [sys.executable, "-P", math_worker.__file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    if _line(worker, _START_SECONDS) != "ready\n":
+        _stop(worker)
+        raise UserError(
+            "math-verify cannot be imported: reinstall it with pip install 'mobilellm-jax[eval]'."
+        )
+    return worker
+
+
+def _ask(worker: "subprocess.Popen[str]", question: dict[str, str], seconds: float) -> str | None:
+    assert worker.stdin is not None
+    try:
+        worker.stdin.write(json.dumps(question) + "\n")
+        worker.stdin.flush()
+    except BrokenPipeError:
+        return None
+    return _line(worker, seconds)
+
+
+def _line(worker: "subprocess.Popen[str]", seconds: float) -> str | None:
+    """The next line of a worker that writes one at a time; none if it is late or has died."""
+    assert worker.stdout is not None
+    if not select.select([worker.stdout], [], [], seconds)[0]:
+        return None
+    return worker.stdout.readline() or None
+
+
+def _stop(worker: "subprocess.Popen[str] | None") -> None:
+    if worker is not None:
+        worker.kill()
+        worker.communicate()
