@@ -111,6 +111,14 @@ class ChatTemplate:
         """
         return self._rendered(messages, prompt=True)[0]
 
+    def text(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation.
+
+        Raises:
+          UserError: the template refuses the conversation.
+        """
+        return self._rendered(messages)[0]
+
     def _rendered(
         self, messages: Sequence[Message], prompt: bool = False
     ) -> tuple[str, list[Span]]:

@@ -1,0 +1,202 @@
+"""A network of ours as a model of lm-evaluation-harness; tasks, prompts and metrics are the harness's."""
+
+import functools
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from mobilellm_jax.data.chat import ConversationEncoder
+from mobilellm_jax.data.tokenizers import Tokenizer
+from mobilellm_jax.decoding.decoder import Decoder, ready, row_seeds
+from mobilellm_jax.decoding.sampling import GREEDY, Sampling
+from mobilellm_jax.decoding.text import continued
+from mobilellm_jax.evaluation.scoring import Likelihood, Request, fitted, score
+from mobilellm_jax.model.attention import choose
+from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.transformer import Execution, Params
+
+# The strings of a request, None for a window of a text, and the ids of context and continuation.
+Encoded = tuple[tuple[str, str] | None, list[int], list[int]]
+
+MAX_NEW_TOKENS = 256  # where a task says nothing, as in the harness
+
+
+class HarnessModel(TemplateLM):
+    """Log-likelihoods and continuations for the harness; `counts` says what was cut to fit."""
+
+    def __init__(
+        self,
+        params: Params,
+        model: ModelConfig,
+        tokenizer: Tokenizer,
+        dtype: str = "float32",
+        rows: int = 32,
+        seed: int = 0,
+    ) -> None:
+        """Nothing is computed yet.
+
+        Args:
+          params: as trained.
+          model: their network.
+          tokenizer: its tokenizer.
+          dtype: of activations and of the matrices in products.
+          rows: texts that are scored or continued together.
+          seed: of the draws of tasks that sample.
+        """
+        super().__init__()
+        self.ids = tokenizer
+        self.max_length = model.max_length
+        self.counts: Counter[str] = Counter()
+        self._params, self._model, self._dtype = params, model, dtype
+        self._rows, self._seed = rows, seed
+        kernel = choose("auto", jax.devices()[0].platform, model, dtype, model.max_length)
+        self._execution = Execution(dtype, attention=kernel)
+
+    @functools.cached_property
+    def _decoder(self) -> Decoder:
+        return ready(self._params, self._model, self._dtype)
+
+    @functools.cached_property
+    def _conversations(self) -> ConversationEncoder:
+        return ConversationEncoder(self.ids)
+
+    @property
+    def eot_token_id(self) -> int:
+        """What ends a document."""
+        return self.ids.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without a context is conditioned on."""
+        return self.ids.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """By which the harness tells stored requests apart."""
+        return self.ids.fingerprint
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Ids of a text, BOS before them unless told otherwise, or unless the text spells it."""
+        spelt = self.ids.named_tokens.get("bos_token")
+        if add_special_tokens is None and spelt and string.startswith(spelt):
+            ids = self.ids.encode_special(string)[0].tolist()
+            return ids if ids[:1] == [self.ids.bos_id] else [self.ids.bos_id, *ids]
+        bos = [] if add_special_tokens is False else [self.ids.bos_id]
+        return [*bos, *self.ids.encode(string)]
+
+    def chat_template(self, _: Any = False) -> str:
+        """The template's source, which the harness keeps with the results."""
+        return self.ids.chat_template or ""
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a conversation.
+
+        Raises:
+          UserError: there is no template, or it refuses the conversation.
+        """
+        template = self._conversations.template
+        if add_generation_prompt:
+            return template.prompt(chat_history)
+        return template.text(chat_history)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[Encoded],
+        disable_tqdm: bool = False,
+        **_: Any,
+    ) -> list[tuple[float, bool]]:
+        asked = []
+        for _strings, context, continuation in requests:
+            request = Request(tuple(context), tuple(continuation))
+            short = fitted(request, self.max_length)
+            self.counts["contexts cut"] += short != request
+            asked.append(short)
+        found: list[Likelihood | None] = [None] * len(asked)
+        with tqdm(total=len(asked), desc="log-likelihoods", disable=disable_tqdm) as bar:
+            scored = score(
+                self._params, self._model, self._execution, asked, self._rows, bar.update
+            )
+            for number, likelihood in scored:
+                found[number] = likelihood
+                if strings := requests[number][0]:
+                    answer = likelihood.log_likelihood, likelihood.greedy
+                    self.cache_hook.add_partial("loglikelihood", strings, answer)
+        return [(x.log_likelihood, x.greedy) for x in found if x is not None]
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-likelihoods of whole texts, in windows that overlap by one token."""
+        windows: list[Encoded] = []
+        owners = []
+        for number, instance in enumerate(requests):
+            ids = self.tok_encode(instance.args[0])
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
+                context, continuation = make_disjoint_window(window)
+                windows.append((None, context, continuation))
+                owners.append(number)
+        sums = [0.0] * len(requests)
+        scored = self._loglikelihood_tokens(windows, disable_tqdm)
+        for number, (log_likelihood, _) in zip(owners, scored, strict=True):
+            sums[number] += log_likelihood
+        for instance, total in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", instance.args, total)
+        return sums
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to a task's stop strings, longest prompts first."""
+        texts = [""] * len(requests)
+        seeds = row_seeds(self._seed, len(requests))
+        with tqdm(total=len(requests), desc="continuations", disable=disable_tqdm) as bar:
+            for numbers, sampling, stop, new_tokens in self._jobs(requests):
+                prompts = []
+                for number in numbers:
+                    ids = self.tok_encode(requests[number].args[0])
+                    room = self.max_length - new_tokens
+                    self.counts["prompts cut"] += len(ids) > room
+                    prompts.append(ids[-room:])
+                found = continued(
+                    self._decoder, self.ids, prompts, new_tokens, sampling, seeds[numbers], stop
+                )
+                for number, text in zip(numbers, found, strict=True):
+                    texts[number] = text.whole()
+                    self.cache_hook.add_partial(
+                        "generate_until", requests[number].args, texts[number]
+                    )
+                bar.update(len(numbers))
+        return texts
+
+    def _jobs(
+        self, requests: list[Instance]
+    ) -> Iterable[tuple[list[int], Sampling, list[str], int]]:
+        """Requests of equal settings and about equal lengths, at most `rows` together."""
+        groups: dict[str, list[int]] = {}
+        for number, instance in enumerate(requests):
+            groups.setdefault(repr(instance.args[1]), []).append(number)
+        for numbers in groups.values():
+            settings: dict[str, Any] = dict(
+                normalize_gen_kwargs(requests[numbers[0]].args[1], MAX_NEW_TOKENS)
+            )
+            stop = [s for s in handle_stop_sequences(settings.get("until"), None) if s]
+            sampling = GREEDY
+            if settings["do_sample"]:
+                sampling = Sampling(
+                    settings.get("temperature") or 1.0,
+                    settings.get("top_k") or 0,
+                    settings.get("top_p") or 1.0,
+                )
+            new_tokens = min(settings["max_gen_toks"], self.max_length - 1)
+            numbers.sort(key=lambda n: -len(requests[n].args[0]))
+            for at in range(0, len(numbers), self._rows):
+                yield numbers[at : at + self._rows], sampling, stop, new_tokens

@@ -1,0 +1,187 @@
+"""Log-likelihoods of continuations, with each context read once however many continuations it has.
+
+A context is read into a KV cache; every one of its continuations starts from a copy of it. Logits are
+formed for the tokens of continuations alone, a few at a time.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mobilellm_jax.decoding.decoder import bucket
+from mobilellm_jax.model import transformer
+from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.transformer import Execution, Params
+
+TOKENS = 4096  # of continuations in a batch, padding included
+AT_ONCE = 16  # tokens of each row whose logits exist at once
+LEAST = 4  # tokens of a continuation, padding included
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A continuation to score."""
+
+    context: tuple[int, ...]  # at least one token
+    continuation: tuple[int, ...]  # likewise
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """What a network makes of a continuation."""
+
+    log_likelihood: float  # natural logarithm, summed over its tokens
+    greedy: bool  # whether each of its tokens is the most likely one
+
+
+def fitted(request: Request, max_length: int) -> Request:
+    """The request without what lies too far back: as the harness does, from the left.
+
+    Raises:
+      ValueError: the continuation alone is longer than the network's context.
+    """
+    if len(request.continuation) > max_length:
+        raise ValueError(
+            f"a continuation of {len(request.continuation):,} tokens exceeds the context of {max_length:,}"
+        )
+    kept = max_length + 1 - len(request.continuation)  # the last token is only a target
+    return dataclasses.replace(request, context=request.context[-kept:])
+
+
+def score(
+    params: Params,
+    model: ModelConfig,
+    execution: Execution,
+    requests: Sequence[Request],
+    rows: int = 32,
+    told: Callable[[int], None] = lambda count: None,
+) -> Iterator[tuple[int, Likelihood]]:
+    """Scores requests, longest first.
+
+    Args:
+      params: of the network, stacked as trained, in any dtype.
+      model: the network.
+      execution: how it is run.
+      requests: see `fitted`.
+      rows: continuations in a batch, at most.
+      told: is called with the number of requests that are done after each batch.
+
+    Yields:
+      number of a request and its likelihood.
+    """
+    run = functools.partial(_score, params, model=model, execution=execution)
+    for batch in _batches(requests, rows):
+        arrays, where = _padded(batch)
+        sums_R, greedy_R = (np.asarray(x) for x in run(*arrays))
+        for numbers, total, greedy in zip(where, sums_R.tolist(), greedy_R.tolist(), strict=False):
+            for number in numbers:
+                yield number, Likelihood(total, greedy)
+        told(sum(map(len, where)))
+
+
+Group = tuple[tuple[int, ...], dict[tuple[int, ...], list[int]]]  # context; continuations, requests
+
+
+def _batches(requests: Sequence[Request], rows: int) -> Iterator[list[Group]]:
+    """Contexts of about one length with their continuations, equal ones once."""
+    contexts: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
+    for number, request in enumerate(requests):
+        group = contexts.setdefault(request.context, {})
+        group.setdefault(request.continuation, []).append(number)
+    pieces: list[Group] = []
+    for context, group in contexts.items():
+        items = sorted(group.items(), key=lambda item: -len(item[0]))
+        most = max(1, min(rows, TOKENS // _tail(items[0][0])))
+        pieces += [(context, dict(items[i : i + most])) for i in range(0, len(items), most)]
+
+    def size(group: Group) -> tuple[int, int]:
+        return bucket(len(group[0])), max(map(_tail, group[1]))
+
+    pieces.sort(key=lambda piece: (size(piece), piece[0]), reverse=True)
+    batch: list[Group] = []
+    for piece in pieces:
+        held = sum(len(group[1]) for group in batch) + len(piece[1])
+        longest = max(size(group)[1] for group in [*batch, piece])
+        if batch and (held > rows or held * longest > TOKENS):
+            yield batch
+            batch = []
+        batch.append(piece)
+    if batch:
+        yield batch
+
+
+def _tail(continuation: Sequence[int]) -> int:
+    return bucket(len(continuation), LEAST)
+
+
+def _padded(batch: Sequence[Group]) -> tuple[tuple[np.ndarray, ...], list[list[int]]]:
+    """Arrays of a batch and the requests of each row: contexts end, continuations begin together."""
+    # The last token of a context is the first that a continuation reads.
+    longest = max(len(context) - 1 for context, _ in batch)
+    width = bucket(longest) if longest else 0
+    rows = [(g, context, c) for g, (context, group) in enumerate(batch) for c in group]
+    tail = max(_tail(continuation) for _, _, continuation in rows)
+    padded_rows, padded_groups = (1 << (n - 1).bit_length() for n in (len(rows), len(batch)))
+    prefix_GT = np.zeros((padded_groups, width), np.int32)
+    begin_G = np.full(padded_groups, max(width - 1, 0), np.int32)
+    for g, (context, _) in enumerate(batch):
+        begin_G[g] = width - len(context) + 1
+        prefix_GT[g, begin_G[g] :] = context[:-1]
+    group_R = np.zeros(padded_rows, np.int32)
+    tokens_RT = np.zeros((padded_rows, tail), np.int32)
+    targets_RT = np.full((padded_rows, tail), -1, np.int32)
+    for r, (g, context, continuation) in enumerate(rows):
+        group_R[r] = g
+        tokens_RT[r, : len(continuation)] = [context[-1], *continuation[:-1]]
+        targets_RT[r, : len(continuation)] = continuation
+    where = [numbers for _, group in batch for numbers in group.values()]
+    return (prefix_GT, begin_G, group_R, tokens_RT, targets_RT), where
+
+
+@functools.partial(jax.jit, static_argnames=("model", "execution"))
+def _score(
+    params: Params,
+    prefix_GT: jax.Array,
+    begin_G: jax.Array,
+    group_R: jax.Array,
+    tokens_RT: jax.Array,
+    targets_RT: jax.Array,
+    *,
+    model: ModelConfig,
+    execution: Execution,
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of the targets' log-likelihoods and whether each is the most likely token, [R] each."""
+    (groups, width), (rows, tail) = prefix_GT.shape, tokens_RT.shape
+    if width:
+        cache = transformer.empty_cache(model, groups, width + tail, execution.dtype)
+        _, cache = transformer.apply_cached(
+            params, model, prefix_GT, cache, begin_G, execution=execution
+        )
+        cache = jax.tree.map(lambda leaf: leaf[group_R], cache)
+        hidden_RTD, _ = transformer.apply_cached(
+            params, model, tokens_RT, cache, begin_G[group_R], jnp.int32(width), execution
+        )
+    else:
+        hidden_RTD = transformer.apply(params, model, tokens_RT, execution=execution)
+
+    def of_chunk(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden_RtD, targets_Rt = chunk
+        logits_RtV = transformer.logits(params, model, hidden_RtD)
+        asked_Rt = jnp.maximum(targets_Rt, 0)
+        chosen_Rt = jnp.take_along_axis(logits_RtV, asked_Rt[..., None], axis=-1)[..., 0]
+        likelihood_Rt = chosen_Rt - jax.nn.logsumexp(logits_RtV, axis=-1)
+        return likelihood_Rt, logits_RtV.argmax(-1) == targets_Rt
+
+    def cut(x: Any) -> Any:
+        return jnp.moveaxis(x.reshape(rows, -1, math.gcd(tail, AT_ONCE), *x.shape[2:]), 1, 0)
+
+    likelihood_CRt, greedy_CRt = jax.lax.map(of_chunk, (cut(hidden_RTD), cut(targets_RT)))
+    counts_CRt = cut(targets_RT) >= 0
+    sums_R = jnp.where(counts_CRt, likelihood_CRt, 0.0).sum((0, 2))
+    return sums_R, (greedy_CRt | ~counts_CRt).all((0, 2))
