@@ -82,17 +82,6 @@ def batch_mesh(rows: int) -> AbstractMesh | None:
     return None if rows % math.prod(mesh.shape[axis] for axis in BATCH_AXES) else mesh
 
 
-def gathered(table: jax.Array) -> jax.Array:
-    """Pins a weight to be whole on every device, before an operation that would else move activations.
-
-    XLA gathers weights for products by itself, but not for a look-up in the embedding.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes:
-        return table
-    return jax.lax.with_sharding_constraint(table, P())
-
-
 def batch_sharded(x: jax.Array) -> jax.Array:
     """Pins activations to the sharding of their rows, so that XLA gathers weights and never activations.
 
