@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -98,7 +99,9 @@ def summed(x: jax.Array, place: P, mesh: AbstractMesh) -> jax.Array:
     Each device keeps the piece of it that `place` says, or all of it.
     """
     kept = {axis: i for i, axis in enumerate(place) if axis and mesh.shape[axis] > 1}
-    for axis, dimension in kept.items():
-        x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
+    for axis, i in kept.items():
+        # Pieces on an axis of their own: along a tiled one XLA for TPU may all-reduce and then cut.
+        pieces = x.reshape(*x.shape[:i], mesh.shape[axis], -1, *x.shape[i + 1 :])
+        x = jax.lax.psum_scatter(jnp.moveaxis(pieces, i, 0), axis, scatter_dimension=0)
     others = tuple(a for a in BATCH_AXES if a not in kept and mesh.shape[a] > 1)
     return jax.lax.psum(x, others) if others else x
