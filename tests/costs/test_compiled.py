@@ -174,6 +174,15 @@ def test_the_text_of_the_tpu_compiler():
 
 
 def test_a_loop_that_does_not_tell_its_turns_is_remembered():
-    program = Program(TPU.replace("direction=LT", "direction=NE"))
-    assert {one.times for one in collectives(program, 8)} == {1}
-    assert program.unknown_loops == {"while"}
+    for old, new in (("direction=LT", "direction=NE"), ("add(%n, %one)", "add(%n, %n)")):
+        program = Program(TPU.replace(old, new))
+        assert {one.times for one in collectives(program, 8)} == {1}
+        assert program.unknown_loops == {"while"}
+
+
+def test_a_loop_that_takes_several_turns_at_once_is_counted_by_its_steps():
+    """As the TPU compiler writes a product that gathers a weight piece by piece on its way."""
+    for step, turns in ((2, 15), (4, 8)):
+        program = Program(TPU.replace("constant(1)", f"constant({step})"))
+        assert {one.times for one in collectives(program, 8)} == {turns}
+        assert not program.unknown_loops
