@@ -20,10 +20,9 @@ def look_up(embedding_VD: jax.Array, tokens_BT: jax.Array, dtype: DTypeLike) -> 
     """The rows of the embedding that the tokens name, [B, T, D].
 
     Over a mesh the embedding is gathered once, in `dtype`, each device looks up the tokens of its
-    own rows, and the gradient, added up in float32, is reduced once to the embedding's sharding. A
-    tied embedding gets a second share of its gradient from the loss. That share is reduced apart:
-    it is there before the backward pass of the blocks, during which it would otherwise lie whole on
-    every device.
+    own rows, and the gradient, added up in float32, is reduced once to the embedding's sharding.
+    The loss does the same with its share of a tied one (`model.loss`): both are gathered as one,
+    and reduced as one where XLA adds before it reduces, as it does for TPU.
 
     Args:
       embedding_VD: float32, sharded by the table of `parallel.sharding`.

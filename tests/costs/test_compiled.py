@@ -79,9 +79,10 @@ TOPOLOGIES = [
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("fsdp", [1, 4, 8])
 def test_one_gather_per_weight_and_pass_one_reduction_per_gradient(topology, fsdp):
-    """Per microbatch. The tied embedding is used twice; over two axes a reduction has two parts.
+    """Per microbatch. Over two axes a reduction has two parts.
 
-    XLA may gather the embedding once for both uses, or for all microbatches.
+    The tied embedding is used twice and gathered once. XLA for TPU adds the two shares of its
+    gradient before it reduces them, XLA for CPU does not.
     """
     found = exchanged(topology, fsdp)
     assert "all-to-all" not in {one.kind for one in found}
@@ -89,11 +90,11 @@ def test_one_gather_per_weight_and_pass_one_reduction_per_gradient(topology, fsd
     gathers = moved(found, "all-gather")
     if fsdp == 1:
         assert gathers == 0
-    else:
+    else:  # that of the embedding once for all microbatches, or in each
         blocks = MATRICES * LAYERS * 2 * MICROBATCHES
-        assert blocks + 1 <= gathers <= blocks + 2 * MICROBATCHES
+        assert blocks + 1 <= gathers <= blocks + MICROBATCHES
     reductions = moved(found, "all-reduce", "reduce-scatter")
-    gradients = (MATRICES * LAYERS + 2) * MICROBATCHES
+    gradients = (MATRICES * LAYERS + (2 if topology.startswith("cpu") else 1)) * MICROBATCHES
     assert reductions == gradients * (2 if fsdp == 4 else 1)
     assert {one.group for one in found} <= ({2, 4, 8} if fsdp == 4 else {8})
     whole = of_the_embedding(found, MODEL.vocab_size)
