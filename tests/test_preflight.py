@@ -250,11 +250,10 @@ def test_search_leaves_out_what_arithmetic_rules_out(monkeypatch):
 @needs_libtpu
 @pytest.mark.slow
 def test_a_v5e_pod(tmp_path):
-    config = "configs/mobilellm.py:125m"
-    ended = program(PROGRAM, f"--config={config}", "--topology=v5e:16x16")
+    asked = ["--config=configs/mobilellm.py:125m", "--topology=v5e:16x16"]
+    asked += ["--config.global_batch=8192"]  # 32 rows on a device
+    ended = program(PROGRAM, *asked)
     assert ended.status == 0 and "it does not fit" in ended.out
     assert "config.microbatches=" in ended.out and "Traceback" not in ended.err
-    ended = program(
-        PROGRAM, f"--config={config}", "--topology=v5e:16x16", "--config.microbatches=4"
-    )
+    ended = program(PROGRAM, *asked, "--config.microbatches=8")
     assert "it fits" in ended.out and "roofline" in ended.out and "all-reduce" in ended.out
