@@ -154,6 +154,28 @@ def test_out_of_memory_is_an_answer_with_what_helps(costs):
     assert report.advice(on_v5e(costs, 10 * GIB), config) == []
 
 
+@pytest.mark.parametrize("use", ["adamw", "muon"])
+def test_first_moments_in_bfloat16_give_back_what_is_said(costs, use):
+    config = base_config(preset("mobilellm-350m"))
+    config.steps, config.mesh.fsdp = 2000, 2
+    config.optimizer.use = f"mobilellm_jax.training.optimizer:{use}"
+
+    def advised(memory, missing):
+        short = dataclasses.replace(memory, peak=memory.capacity + missing)
+        found = report.advice(dataclasses.replace(costs, memory=short), config)
+        return next((line for line in found if "mu_dtype=bfloat16" in line), None)
+
+    before = state_memory(make_programs(config, jax.devices(), 2), 15.75 * GIB)
+    config.optimizer.mu_dtype = "bfloat16"
+    after = state_memory(make_programs(config, jax.devices(), 2), 15.75 * GIB)
+    assert advised(before, GIB) is None  # they already are
+    config.optimizer.mu_dtype = "float32"
+    back = (before.optimizer - after.optimizer) / GIB
+    assert back == pytest.approx(345_355_200 / 2 * 2 / GIB, rel=1e-3)  # a half, two bytes each
+    assert f"{back:.2f} GiB back" in advised(before, GIB)
+    assert advised(before, 100 * GIB) is None  # nothing that would help
+
+
 def test_the_run_is_arithmetic(costs):
     config = tiny.config("unused", steps=1000)
     known = on_v5e(costs, GIB)
@@ -228,11 +250,10 @@ def test_search_leaves_out_what_arithmetic_rules_out(monkeypatch):
 @needs_libtpu
 @pytest.mark.slow
 def test_a_v5e_pod(tmp_path):
-    config = "configs/mobilellm.py:125m"
-    ended = program(PROGRAM, f"--config={config}", "--topology=v5e:16x16")
+    asked = ["--config=configs/mobilellm.py:125m", "--topology=v5e:16x16"]
+    asked += ["--config.global_batch=8192"]  # 32 rows on a device
+    ended = program(PROGRAM, *asked)
     assert ended.status == 0 and "it does not fit" in ended.out
     assert "config.microbatches=" in ended.out and "Traceback" not in ended.err
-    ended = program(
-        PROGRAM, f"--config={config}", "--topology=v5e:16x16", "--config.microbatches=4"
-    )
+    ended = program(PROGRAM, *asked, "--config.microbatches=8")
     assert "it fits" in ended.out and "roofline" in ended.out and "all-reduce" in ended.out

@@ -125,18 +125,30 @@ class Program:
         """How often a `while` turns.
 
         XLA notes it for CPUs and GPUs. For TPUs it is read off the condition, a comparison with a
-        constant of a counter that begins at 0, which is what a scan becomes.
+        constant of a counter that begins at 0, and off the body, which adds a constant to it: 1 in
+        what a scan becomes, 2 where the compiler has put two turns into one.
         """
         if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(noted[1])
-        condition = self.computations[loop.called("condition") or ""]
-        root = condition.root
-        for name in root.operands if root.opcode == "compare" else ():
-            limit = condition.instructions[name]
-            if limit.opcode == "constant" and "direction=LT" in root.attributes:
-                return int(limit.literal)
+        condition, body = (self.computations[loop.called(k) or ""] for k in ("condition", "body"))
+        if condition.root.opcode == "compare" and "direction=LT" in condition.root.attributes:
+            counter, limit = (condition.instructions[name] for name in condition.root.operands)
+            step = _added(counter, body)
+            if step and limit.opcode == "constant":
+                return math.ceil(int(limit.literal) / step)
         self.unknown_loops.add(loop.name)
         return 1
+
+
+def _added(counter: Instruction, body: Computation) -> int | None:
+    """The constant by which a loop's body adds to a counter, an element of the tuple it carries."""
+    index = re.search(r"\bindex=(\d+)", counter.attributes)
+    if index is None or body.root.opcode != "tuple":
+        return None
+    following = body.instructions[body.root.operands[int(index[1])]]
+    terms = [body.instructions[name] for name in following.operands]
+    constants = [int(term.literal) for term in terms if term.opcode == "constant"]
+    return constants[0] if following.opcode == "add" and constants else None
 
 
 def _instruction(line: str) -> Instruction | None:

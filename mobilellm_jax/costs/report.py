@@ -135,6 +135,12 @@ def advice(costs: StepCosts, config: ConfigDict) -> list[str]:
             f"config.mesh.fsdp={costs.mesh['fsdp'] * by}: weights, moments and gradients in as many "
             f"pieces, {(state + m.gradients) * (1 - 1 / by) / GIB:.1f} GiB back."
         )
+    # Last, because it alone changes the result: a first moment for each weight, in half its bytes.
+    if config.optimizer.get("mu_dtype") == "float32" and m.weights / 2 > (m.peak - m.capacity) / 10:
+        said.append(
+            f"config.optimizer.mu_dtype=bfloat16: first moments in two bytes instead of four, "
+            f"{m.weights / 2 / GIB:.2f} GiB back; not for a run that goes on."
+        )
     return said
 
 

@@ -101,7 +101,9 @@ def sum_over_chunks(
         raise UserError(
             f"loss_chunks={chunks} does not divide the row length {hidden_BTD.shape[1]}."
         )
-    total, shown_BT = _sum(cost, chunks, hidden_BTD, unembedding_DV, given, whole)
+    # Turned to lie as an embedding does: a tied one's gradients here and in its look-up have one
+    # shape, and XLA may add them before it reduces.
+    total, shown_BT = _sum(cost, chunks, hidden_BTD, unembedding_DV.T, given, whole)
     return total, jax.lax.stop_gradient(shown_BT)
 
 
@@ -110,12 +112,12 @@ def _sum(
     cost: Cost,
     chunks: int,
     hidden_BTD: jax.Array,
-    unembedding_DV: jax.Array,
+    unembedding_VD: jax.Array,
     given: Any,
     whole: Any,
 ) -> tuple[jax.Array, jax.Array]:
     walk = functools.partial(_walk, cost, chunks, False)
-    total, shown_BT = _per_device(walk, hidden_BTD, unembedding_DV, given, whole)
+    total, shown_BT = _per_device(walk, hidden_BTD, unembedding_VD, given, whole)
     return total, shown_BT
 
 
@@ -123,13 +125,13 @@ def _sum_forward(
     cost: Cost,
     chunks: int,
     hidden_BTD: jax.Array,
-    unembedding_DV: jax.Array,
+    unembedding_VD: jax.Array,
     given: Any,
     whole: Any,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     walk = functools.partial(_walk, cost, chunks, True)
-    total, shown_BT, *gradients = _per_device(walk, hidden_BTD, unembedding_DV, given, whole)
-    return (total, shown_BT), (gradients[0], gradients[1].astype(unembedding_DV.dtype))
+    total, shown_BT, *gradients = _per_device(walk, hidden_BTD, unembedding_VD, given, whole)
+    return (total, shown_BT), (gradients[0], gradients[1].astype(unembedding_VD.dtype))
 
 
 def _sum_backward(
@@ -138,8 +140,8 @@ def _sum_backward(
     gradients: tuple[jax.Array, jax.Array],
     cotangents: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, None, None]:
-    by_hidden_BTD, by_unembedding_DV = ((g * cotangents[0]).astype(g.dtype) for g in gradients)
-    return by_hidden_BTD, by_unembedding_DV, None, None
+    by_hidden_BTD, by_unembedding_VD = ((g * cotangents[0]).astype(g.dtype) for g in gradients)
+    return by_hidden_BTD, by_unembedding_VD, None, None
 
 
 _sum.defvjp(_sum_forward, _sum_backward)
@@ -148,16 +150,16 @@ _sum.defvjp(_sum_forward, _sum_backward)
 def _per_device(
     walk: Callable[..., tuple[jax.Array, ...]],
     hidden_BTD: jax.Array,
-    unembedding_DV: jax.Array,
+    unembedding_VD: jax.Array,
     given: Any,
     whole: Any,
 ) -> tuple[jax.Array, ...]:
     """`walk` over the rows that each device has, and the sums over devices."""
-    rounded_DV = unembedding_DV.astype(hidden_BTD.dtype)
+    rounded_VD = unembedding_VD.astype(hidden_BTD.dtype)
     mesh = batch_mesh(hidden_BTD.shape[0])
     if mesh is None:
-        return walk(hidden_BTD, rounded_DV, given, whole)
-    place = spec("head", unembedding_DV.shape, mesh)  # an embedding's transpose lies likewise
+        return walk(hidden_BTD, rounded_VD, given, whole)
+    place = spec("embedding", unembedding_VD.shape, mesh)
 
     def local(*arrays: Any) -> tuple[jax.Array, ...]:
         total, shown_BT, *gradients = walk(*arrays)
@@ -167,13 +169,13 @@ def _per_device(
         return total, shown_BT, gradients[0], summed(gradients[1], place, mesh)
 
     rows = P(BATCH_AXES)
-    outputs = jax.eval_shape(walk, hidden_BTD, rounded_DV, given, whole)
+    outputs = jax.eval_shape(walk, hidden_BTD, rounded_VD, given, whole)
     return jax.shard_map(
         local,
         in_specs=(rows, P(), rows, P()),
         out_specs=(P(), rows, rows, place)[: len(outputs)],
         check_vma=False,  # sums over devices are ours, and nothing is differentiated through here
-    )(hidden_BTD, rounded_DV, given, whole)
+    )(hidden_BTD, rounded_VD, given, whole)
 
 
 def _walk(
@@ -181,36 +183,36 @@ def _walk(
     chunks: int,
     gradients: bool,
     hidden_BTD: jax.Array,
-    unembedding_DV: jax.Array,
+    unembedding_VD: jax.Array,
     given: Any,
     whole: Any,
 ) -> tuple[jax.Array, ...]:
-    """The sum, what is shown [B, T] and, if asked for, the gradients [B, T, D] and float32 [D, V]."""
+    """The sum, what is shown [B, T] and, if asked for, the gradients [B, T, D] and float32 [V, D]."""
     dtype = hidden_BTD.dtype
 
-    def chunk(by_unembedding_DV: Any, arrays: Any) -> tuple[Any, tuple[jax.Array, ...]]:
+    def chunk(by_unembedding_VD: Any, arrays: Any) -> tuple[Any, tuple[jax.Array, ...]]:
         hidden_ND, given_N = arrays
         logits_NV = jnp.einsum(
-            "ND,DV->NV", hidden_ND, unembedding_DV, preferred_element_type=jnp.float32
+            "ND,VD->NV", hidden_ND, unembedding_VD, preferred_element_type=jnp.float32
         )
         cost_N, shown_N, gradient_NV = cost(logits_NV, given_N, whole)
         if not gradients:
             return (), (cost_N, shown_N)
         gradient_NV = gradient_NV.astype(dtype)
-        by_hidden_ND = jnp.einsum("NV,DV->ND", gradient_NV, unembedding_DV)
-        by_unembedding_DV += jnp.einsum(
-            "ND,NV->DV", hidden_ND, gradient_NV, preferred_element_type=jnp.float32
+        by_hidden_ND = jnp.einsum("NV,VD->ND", gradient_NV, unembedding_VD)
+        by_unembedding_VD += jnp.einsum(
+            "ND,NV->VD", hidden_ND, gradient_NV, preferred_element_type=jnp.float32
         )
-        return by_unembedding_DV, (cost_N, shown_N, by_hidden_ND)
+        return by_unembedding_VD, (cost_N, shown_N, by_hidden_ND)
 
     def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [C, N, ...]
         return x.reshape(chunks, -1, *x.shape[2:])
 
-    start: Any = jnp.zeros(unembedding_DV.shape, jnp.float32) if gradients else ()
-    by_unembedding_DV, (cost_CN, shown_CN, *by_hidden) = jax.lax.scan(
+    start: Any = jnp.zeros(unembedding_VD.shape, jnp.float32) if gradients else ()
+    by_unembedding_VD, (cost_CN, shown_CN, *by_hidden) = jax.lax.scan(
         chunk, start, jax.tree.map(cut, (hidden_BTD, given))
     )
     sums = cost_CN.sum(), shown_CN.reshape(hidden_BTD.shape[:2])
     if not gradients:
         return sums
-    return *sums, by_hidden[0].reshape(hidden_BTD.shape), by_unembedding_DV
+    return *sums, by_hidden[0].reshape(hidden_BTD.shape), by_unembedding_VD

@@ -23,8 +23,9 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.imports import import_path
 from mobilellm_jax.model.attention import KERNELS, of_rows, rope, rope_frequencies
 from mobilellm_jax.model.config import ModelConfig, Stack
+from mobilellm_jax.model.embedding import look_up
 from mobilellm_jax.model.plain import attention, cached_attention, visible
-from mobilellm_jax.parallel.sharding import batch_sharded, gathered
+from mobilellm_jax.parallel.sharding import batch_sharded
 
 Params = dict[str, Any]
 Cache = dict[str, Any]  # per stack: {"key", "value"}, each [B, A * K, S, H], in order of execution
@@ -243,7 +244,7 @@ class Transformer(nn.Module):
         embedding_VD = self.param("embedding", normal, (c.vocab_size, c.width), jnp.float32)
         if not c.tied:  # read by `unembedding`; declared here so that it is created with the rest
             self.param("head", normal, (c.width, c.vocab_size), jnp.float32)
-        x_BTD = batch_sharded(gathered(embedding_VD)[tokens_BT].astype(self.execution.dtype))
+        x_BTD = look_up(embedding_VD, tokens_BT, self.execution.dtype)
         new_caches = {}
         for i, stack in enumerate(c.stacks):
             name = f"stack_{i}"

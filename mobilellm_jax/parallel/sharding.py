@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -82,17 +83,6 @@ def batch_mesh(rows: int) -> AbstractMesh | None:
     return None if rows % math.prod(mesh.shape[axis] for axis in BATCH_AXES) else mesh
 
 
-def gathered(table: jax.Array) -> jax.Array:
-    """Pins a weight to be whole on every device, before an operation that would else move activations.
-
-    XLA gathers weights for products by itself, but not for a look-up in the embedding.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes:
-        return table
-    return jax.lax.with_sharding_constraint(table, P())
-
-
 def batch_sharded(x: jax.Array) -> jax.Array:
     """Pins activations to the sharding of their rows, so that XLA gathers weights and never activations.
 
@@ -109,7 +99,9 @@ def summed(x: jax.Array, place: P, mesh: AbstractMesh) -> jax.Array:
     Each device keeps the piece of it that `place` says, or all of it.
     """
     kept = {axis: i for i, axis in enumerate(place) if axis and mesh.shape[axis] > 1}
-    for axis, dimension in kept.items():
-        x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
+    for axis, i in kept.items():
+        # Pieces on an axis of their own: along a tiled one XLA for TPU may all-reduce and then cut.
+        pieces = x.reshape(*x.shape[:i], mesh.shape[axis], -1, *x.shape[i + 1 :])
+        x = jax.lax.psum_scatter(jnp.moveaxis(pieces, i, 0), axis, scatter_dimension=0)
     others = tuple(a for a in BATCH_AXES if a not in kept and mesh.shape[a] > 1)
     return jax.lax.psum(x, others) if others else x
