@@ -22,7 +22,7 @@ from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import Cache, Execution, Params
 
 SLOTS = 128  # of a cache, at least
-CHUNK = 8  # tokens drawn by one call of a program
+CHUNK = 16  # tokens drawn by one call of a program
 
 
 @dataclasses.dataclass(frozen=True)

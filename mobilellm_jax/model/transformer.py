@@ -173,7 +173,8 @@ class Attention(nn.Module):
         else:
             y_BTNH = cached_attention(q_BTNH, k_BKSH, v_BKSH, context.visible_BTS)
         out_NHD = matrix("out", s.heads, c.head_dim, c.width)
-        return jnp.einsum("BTNH,NHD->BTD", y_BTNH, out_NHD), cache
+        # Over N and H in this order: einsum's would be H, N, for which XLA copies the weights.
+        return jnp.tensordot(y_BTNH, out_NHD, 2), cache
 
 
 # The heads of all applications are one axis: with an axis more XLA would copy the cache at each step.

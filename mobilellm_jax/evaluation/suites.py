@@ -1,0 +1,73 @@
+"""Named groups of tasks, each with the shots and the metric that are reported, and what the papers report.
+
+The papers publish neither prompts nor which accuracy they mean. Of lm-evaluation-harness's, the one
+that is normalised by length comes nearest for ARC, PIQA, HellaSwag and OpenBookQA.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A task of a suite."""
+
+    task: str  # the harness's name of it
+    metric: str  # the one that is reported, `name,filter`
+    label: str  # in tables
+    shots: int | None = 0  # examples before each question; None: as many as the task says
+    averaged: bool = False  # counts in the suite's average
+    runs_code: bool = False  # runs what the model writes, and so has to be asked for
+
+
+COMMONSENSE = (
+    Entry("arc_easy", "acc_norm,none", "ARC-e", averaged=True),
+    Entry("arc_challenge", "acc_norm,none", "ARC-c", averaged=True),
+    Entry("boolq", "acc,none", "BoolQ", averaged=True),
+    Entry("piqa", "acc_norm,none", "PIQA", averaged=True),
+    Entry("social_iqa", "acc,none", "SIQA", averaged=True),
+    Entry("hellaswag", "acc_norm,none", "HellaSwag", averaged=True),
+    Entry("openbookqa", "acc_norm,none", "OBQA", averaged=True),
+    Entry("winogrande", "acc,none", "WinoGrande", averaged=True),
+)
+
+SUITES: Mapping[str, tuple[Entry, ...]] = {
+    # MobileLLM, table 3.
+    "commonsense": COMMONSENSE,
+    # MobileLLM, table 4.
+    "mobilellm": (
+        Entry("triviaqa", "exact_match,remove_whitespace", "TriviaQA", shots=1),
+        Entry("race", "acc,none", "RACE"),
+    ),
+    # MobileLLM-R1, table 6.
+    "r1_base": (
+        Entry("minerva_math500", "math_verify,none", "MATH-500", shots=4),
+        Entry("gsm8k", "exact_match,flexible-extract", "GSM8K", shots=8),
+        Entry("mbpp", "pass_at_1,none", "MBPP", shots=3, runs_code=True),
+        Entry("humaneval", "pass@1,create_test", "HumanEval", runs_code=True),
+        *COMMONSENSE,
+        Entry("mmlu", "acc,none", "MMLU", shots=5),
+    ),
+}
+
+AVERAGE = "average"
+
+# In per cent: MobileLLM, table 3; MobileLLM-R1, table 6 (base models).
+_COLUMNS = (*(entry.label for entry in COMMONSENSE), AVERAGE)
+PUBLISHED: Mapping[str, Mapping[str, float]] = {
+    name: dict(zip(_COLUMNS, row, strict=True))
+    for name, row in {
+        "MobileLLM-125M": (43.9, 27.1, 60.2, 65.3, 42.4, 38.9, 39.5, 53.1, 46.3),
+        "MobileLLM-LS-125M": (45.8, 28.7, 60.4, 65.7, 42.9, 39.5, 41.1, 52.1, 47.0),
+        "MobileLLM-350M": (53.8, 33.5, 62.4, 68.6, 44.7, 49.6, 40.0, 57.6, 51.3),
+        "MobileLLM-LS-350M": (54.4, 32.5, 62.8, 69.8, 44.1, 50.6, 45.8, 57.2, 52.1),
+        "MobileLLM-600M": (58.1, 35.8, 61.0, 72.3, 44.9, 55.9, 47.9, 58.6, 54.3),
+    }.items()
+} | {
+    "MobileLLM-R1-140M-base": {"MATH-500": 4.6, "GSM8K": 16.3, "MBPP": 5.4, "HumanEval": 15.9}
+    | {AVERAGE: 44.3},
+    "MobileLLM-R1-360M-base": {"MATH-500": 13.4, "GSM8K": 39.4, "MBPP": 20.8, "HumanEval": 32.9}
+    | {AVERAGE: 51.0, "MMLU": 26.8},
+    "MobileLLM-R1-950M-base": {"MATH-500": 26.8, "GSM8K": 61.6, "MBPP": 39.2, "HumanEval": 46.3}
+    | {AVERAGE: 58.6, "MMLU": 47.4},
+}
