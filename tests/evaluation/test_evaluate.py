@@ -1,0 +1,186 @@
+"""The program: suites and tasks, local data sets, what is said of bad input, the table."""
+
+import gzip
+import json
+import math
+
+import numpy as np
+import pytest
+import tiny
+from runs import run
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+
+import datasets
+
+from mobilellm_jax import evaluate as program
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.evaluate import Line, evaluate, nearest_published, table
+from mobilellm_jax.evaluation.local_data import local_datasets, question_tasks
+from mobilellm_jax.evaluation.suites import AVERAGE, PUBLISHED, SUITES
+from mobilellm_jax.model.presets import preset
+from mobilellm_jax.training.checkpoint import load_model
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    run(tiny.config(tiny.corpus(folder / "data"), steps=40), folder / "run")
+    return load_model(folder / "run")
+
+
+def questions(count=12):
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        a, b = rng.integers(0, 50, 2)
+        choices = [str(a + b), str(a + b + 1), str(a)]
+        yield {"query": f"{a} + {b} =", "choices": choices, "gold": 0}
+
+
+@pytest.fixture
+def data(tmp_path):
+    with gzip.open(tmp_path / "sums.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(question) + "\n" for question in questions())
+    (tmp_path / "notes.jsonl").write_text('{"text": "no question"}\n')
+    arc = tmp_path / "allenai" / "ai2_arc" / "ARC-Easy"
+    arc.mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        with (arc / f"{split}.jsonl").open("w") as file:
+            for q in questions(6):
+                choices = {"text": q["choices"], "label": ["A", "B", "C"]}
+                line = {"question": q["query"], "choices": choices, "answerKey": "A"}
+                file.write(json.dumps(line) + "\n")
+    return tmp_path
+
+
+def test_a_file_of_questions_is_a_task(loaded, data):
+    """Its accuracy is what scoring every choice by hand gives."""
+    lines, results = evaluate(loaded, ["sums"], data)
+    found = {line.metric: line for line in lines}
+    assert set(found) == {"acc", "acc_norm"} and found["acc"].documents == 12
+    from mobilellm_jax.evaluation.scoring import Request, score
+    from mobilellm_jax.model.transformer import Execution
+
+    tokenizer, right = loaded.tokenizer, 0
+    for q in questions():
+        prompt = tokenizer.encode(q["query"])
+        asked = [
+            Request(
+                (tokenizer.bos_id, *prompt),
+                tuple(tokenizer.encode(f"{q['query']} {choice}")[len(prompt) :]),
+            )
+            for choice in q["choices"]
+        ]
+        scores = dict(score(loaded.params, loaded.model, Execution(), asked))
+        right += max(range(3), key=lambda i, s=scores: s[i].log_likelihood) == q["gold"]
+    assert found["acc"].value == pytest.approx(right / 12)
+    assert found["acc"].standard_error == pytest.approx(
+        math.sqrt(right / 12 * (1 - right / 12) / 11), abs=1e-6
+    )
+    assert json.dumps(results, default=str)
+
+
+def test_a_task_of_the_harness_reads_local_files(loaded, data):
+    (line, *_), _ = evaluate(loaded, ["arc_easy"], data, limit=5, shots=2)
+    assert (line.label, line.shots, line.documents) == ("arc_easy", 2, 5)
+
+
+def test_a_suite_has_its_metrics_and_their_mean(loaded, data, monkeypatch):
+    entries = tuple(e for e in SUITES["commonsense"] if e.task == "arc_easy")
+    twice = (*entries, *(type(e)(**{**vars(e), "metric": "acc,none"}) for e in entries))
+    monkeypatch.setitem(program.SUITES, "mine", twice)
+    (first, second, mean), _ = evaluate(loaded, ["mine"], data)
+    assert (first.metric, second.metric, mean.label) == ("acc_norm", "acc", AVERAGE)
+    assert mean.value == pytest.approx((first.value + second.value) / 2)
+    errors = first.standard_error, second.standard_error
+    assert mean.standard_error == pytest.approx(math.hypot(*errors) / 2)
+
+
+def test_suites_are_those_of_the_papers():
+    from lm_eval.tasks import TaskManager
+
+    known = set(TaskManager().all_tasks)
+    assert {entry.task for suite in SUITES.values() for entry in suite} <= known
+    for name, row in PUBLISHED.items():
+        values = [row[e.label] for e in SUITES["commonsense"] if e.label in row]
+        if values:
+            assert np.mean(values) == pytest.approx(row[AVERAGE], abs=0.06), name
+
+
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [
+        ("125m", "MobileLLM-125M"),
+        ("ls-350m", "MobileLLM-LS-350M"),
+        ("r1-140m", "MobileLLM-R1-140M-base"),
+        ("r1-950m", "MobileLLM-R1-950M-base"),
+        ("1.5b", "MobileLLM-600M"),
+    ],
+)
+def test_the_published_row_is_that_of_the_size(size, name):
+    assert nearest_published(preset(f"mobilellm-{size}")) == name
+
+
+def test_the_table():
+    lines = [
+        Line("ARC-e", 0, "acc_norm", 0.41, 0.01, True, 2376),
+        Line("own", 3, "f1", 0.5, math.nan),
+    ]
+    text = table(lines, preset("mobilellm-125m"))
+    assert "| ARC-e | 0 | acc_norm | 0.4100 | 0.0100 | 2,376 | 0.439 |" in text
+    assert "| own | 3 | f1 | 0.5000 |  | 0 |  |" in text
+    assert "MobileLLM" not in table(lines[1:], preset("mobilellm-125m"))
+
+
+def test_unknown_tasks_are_told_with_the_nearest(loaded):
+    with pytest.raises(UserError, match="no suite or task 'arc_eazy'; near are arc_easy"):
+        evaluate(loaded, ["arc_eazy"])
+    with pytest.raises(UserError, match="near are commonsense"):
+        evaluate(loaded, ["comonsense"])
+
+
+def test_code_is_not_run_unasked(loaded):
+    with pytest.raises(UserError, match=r"mbpp, humaneval run programs .* --allow_code"):
+        evaluate(loaded, ["r1_base"])
+
+
+def test_a_data_set_that_is_nowhere_is_told_with_where_to_put_it(loaded, data, monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"allenai/ai2_arc/ARC-Challenge .*\(no network\).*--data="):
+        evaluate(loaded, ["arc_challenge"], data)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"query": "a", "choices": ["b"], "gold": 0}\n{"query": "a"}\n', "line 2, is no question"),
+        ('{"query": "a", "choices": ["b"], "gold": 0}\n{"query\n', "not JSON"),
+        (
+            '{"query": "", "choices": [], "gold": 0}\n{"query": "", "choices": [], "gold": 1}\n',
+            "names none",
+        ),
+    ],
+)
+def test_damaged_questions_are_told(tmp_path, text, said):
+    (tmp_path / "mine.jsonl").write_text(text)
+    with pytest.raises(UserError, match=said):
+        question_tasks(tmp_path)
+
+
+def test_a_cut_archive_is_told(tmp_path):
+    whole = gzip.compress(b'{"query": "a", "choices": ["b"], "gold": 0}\n' * 1000)
+    (tmp_path / "mine.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"mine.jsonl.gz cannot be read"):
+        question_tasks(tmp_path)
+    with pytest.raises(UserError, match="is not a folder"):
+        question_tasks(tmp_path / "nothing")
+
+
+def test_the_patch_ends_with_the_block(data):
+    before = datasets.load_dataset
+    with local_datasets(data):
+        assert datasets.load_dataset is not before
+    assert datasets.load_dataset is before
