@@ -13,6 +13,7 @@ errors and beside the published row of that size; --out keeps it with the harnes
 import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 import logging
 import math
@@ -80,7 +81,6 @@ def evaluate(
     """
     try:
         import lm_eval
-        from lm_eval.tasks import TaskManager
 
         from mobilellm_jax.evaluation.code_answers import in_place_of_code_eval
         from mobilellm_jax.evaluation.harness import HarnessModel
@@ -90,7 +90,7 @@ def evaluate(
             f"evaluation needs lm-evaluation-harness ({error}): pip install 'mobilellm-jax[eval]'."
         ) from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager, own = TaskManager(), question_tasks(data)
+    manager, own = _harness_tasks(), question_tasks(data)
     entries = [entry for name in tasks for entry in _entries(name, {*own, *manager.all_tasks})]
     if (code := [e.task for e in entries if e.runs_code]) and not allow_code:
         raise UserError(
@@ -126,6 +126,14 @@ def evaluate(
             lines += _lines(entry, found)
     results["cut"] = dict(lm.counts)
     return [*lines, *_averages(lines)], results
+
+
+@functools.cache
+def _harness_tasks() -> Any:
+    """The harness's index of its tasks, which takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _entries(name: str, known: Iterable[str]) -> tuple[Entry, ...]:

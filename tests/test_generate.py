@@ -276,11 +276,18 @@ def test_a_space_between_prompt_and_continuation_survives():
         assert tokenizer.decode(prompt) + rest == text
 
 
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_chunks_and_growth_of_the_cache_change_nothing(monkeypatch, model, dtype):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("again", "float32"), ("first pass", "bfloat16")]
+    + [
+        pytest.param(name, dtype, marks=pytest.mark.slow)
+        for name in MODELS
+        for dtype in ("float32", "bfloat16")
+    ],
+)
+def test_chunks_and_growth_of_the_cache_change_nothing(monkeypatch, name, dtype):
     """The cache grows twice on the way."""
-    made = ready(parameters(model), model, dtype)
+    made = ready(parameters(MODELS[name]), MODELS[name], dtype)
     hot, seeds = Sampling(temperature=1.2, top_p=0.9), row_seeds(5, 4)
 
     def rows(chunk):
