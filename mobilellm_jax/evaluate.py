@@ -91,7 +91,9 @@ def evaluate(
         ) from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager, own = _harness_tasks(), question_tasks(data)
-    entries = [entry for name in tasks for entry in _entries(name, {*own, *manager.all_tasks})]
+    known = {*own, *manager.all_tasks}
+    # What several suites ask for is computed, and counts in an average, once.
+    entries = list(dict.fromkeys(entry for name in tasks for entry in _entries(name, known)))
     if (code := [e.task for e in entries if e.runs_code]) and not allow_code:
         raise UserError(
             f"{', '.join(code)} run programs that the network writes: --allow_code runs them in a "
@@ -150,28 +152,30 @@ def _entries(name: str, known: Iterable[str]) -> tuple[Entry, ...]:
 
 
 def _lines(entry: Entry, found: Mapping[str, Any]) -> list[Line]:
-    """The figure that a suite reports of a task, or all figures of one asked for by name."""
+    """The figure that a suite reports of a task, or all figures of what is asked for by name."""
+    results, counts = found["results"], found["n-samples"]
+    # A task or group has figures under its name; a tag has none, but its tasks have.
+    names = [entry.task] if entry.task in results else list(results)
     lines = []
-    # A group's own figures come under its name; the tasks in it have theirs beside.
-    values = found["results"].get(entry.task) or next(iter(found["results"].values()))
-    shots = found["n-shot"].get(entry.task) or 0
-    documents = sum(counts["effective"] for counts in found["n-samples"].values())
-    for key, value in values.items():
-        metric, _, filtered = key.partition(",")
-        if not isinstance(value, float | int) or metric.endswith("_stderr") or not filtered:
-            continue
-        if entry.metric and key != entry.metric:
-            continue
-        error = values.get(f"{metric}_stderr,{filtered}")
-        error = float(error) if isinstance(error, float | int) else math.nan
-        shown = metric if filtered == "none" else f"{metric} ({filtered})"
-        lines.append(
-            Line(entry.label, shots, shown, float(value), error, entry.averaged, documents)
-        )
+    for name in names:
+        label = entry.label if name == entry.task else name
+        shots = found["n-shot"].get(name) or 0
+        parts = [counts[name]] if name in counts else counts.values()
+        documents = sum(part["effective"] for part in parts)
+        for key, value in results[name].items():
+            metric, _, filtered = key.partition(",")
+            if not isinstance(value, float | int) or metric.endswith("_stderr") or not filtered:
+                continue
+            if entry.metric and key != entry.metric:
+                continue
+            error = results[name].get(f"{metric}_stderr,{filtered}")
+            error = float(error) if isinstance(error, float | int) else math.nan
+            shown = metric if filtered == "none" else f"{metric} ({filtered})"
+            lines.append(Line(label, shots, shown, float(value), error, entry.averaged, documents))
     if not lines:
         raise UserError(
-            f"the task {entry.task} reports no {entry.metric}, but {', '.join(values)}: the harness's "
-            "version may differ from the one that suites were written for."
+            f"the task {entry.task} reports no {entry.metric}, but {', '.join(results[names[0]])}: the "
+            "harness's version may differ from the one that suites were written for."
         )
     return lines
 

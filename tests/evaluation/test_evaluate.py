@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -83,6 +84,17 @@ def test_a_file_of_questions_is_a_task(loaded, data):
 def test_a_task_of_the_harness_reads_local_files(loaded, data):
     (line, *_), _ = evaluate(loaded, ["arc_easy"], data, limit=5, shots=2)
     assert (line.label, line.shots, line.documents) == ("arc_easy", 2, 5)
+
+
+def test_a_tag_gives_the_figures_of_all_its_tasks(loaded, data):
+    arc = data / "allenai" / "ai2_arc"
+    shutil.copytree(arc / "ARC-Easy", arc / "ARC-Challenge")
+    lines, _ = evaluate(loaded, ["ai2_arc", "arc_easy", "arc_easy"], data, limit=4)
+    found = [(line.label, line.metric, line.documents) for line in lines]
+    tasks = "arc_challenge", "arc_easy"
+    of_tag = {(task, metric, 4) for task in tasks for metric in ("acc", "acc_norm")}
+    assert set(found[:4]) == of_tag
+    assert found[4:] == [("arc_easy", metric, 4) for metric in ("acc", "acc_norm")]  # once
 
 
 def test_a_suite_has_its_metrics_and_their_mean(loaded, data, monkeypatch):
