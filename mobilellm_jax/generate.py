@@ -63,7 +63,8 @@ def shown(
         reading, drawing = first[0] - began, time.perf_counter() - first[0]
         print(
             f"[{len(prompt):,} tokens read in {reading:.2f} s, {text.tokens:,} drawn"
-            + (f" at {(text.tokens - 1) / drawing:,.1f} tokens/s]" if text.tokens > 1 else "]"),
+            + (f" at {(text.tokens - 1) / drawing:,.1f} tokens/s, " if text.tokens > 1 else ", ")
+            + "compilation included]",
             file=sys.stderr,
         )
     return text.whole()

@@ -309,6 +309,9 @@ def test_bfloat16_halves_what_is_read():
     half = ready(parameters(SHARED), SHARED, "bfloat16")
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(half.params) if leaf.ndim > 2}
     assert dtypes == {jnp.dtype("bfloat16")}
+    # A block that is applied twice is there once.
+    buffers = {id(leaf): leaf.size for leaf in jax.tree.leaves(half.params)}
+    assert sum(buffers.values()) == sum(x.size for x in jax.tree.leaves(parameters(SHARED)))
 
 
 STOPS = [

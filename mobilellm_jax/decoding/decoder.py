@@ -42,19 +42,18 @@ def ready(params: Params, model: ModelConfig, dtype: str = "float32") -> Decoder
       model: their network.
       dtype: of activations, of the cache, and of the matrices; norm scales stay in float32.
     """
-    flat, single = transformer.unstacked(params, model)
+    # Before weights are un-stacked, or a block that is shared would be cast for each application.
+    cast = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if path[-1].key == "scale" else leaf.astype(dtype), params
+    )
+    flat, single = transformer.unstacked(cast, model)
+    return Decoder(flat, single, execution_here(model, dtype))
 
-    @jax.jit
-    def cast(flat: Params) -> Params:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf if path[-1].key == "scale" else leaf.astype(dtype), flat
-        )
 
-    if dtype != "float32":
-        flat = cast(flat)
-    platform = jax.devices()[0].platform
-    kernel = choose("auto", platform, model, dtype, model.max_length)
-    return Decoder(flat, single, Execution(dtype, attention=kernel))
+def execution_here(model: ModelConfig, dtype: str) -> Execution:
+    """How a network is run on this machine's devices."""
+    kernel = choose("auto", jax.devices()[0].platform, model, dtype, model.max_length)
+    return Execution(dtype, attention=kernel)
 
 
 def bucket(length: int, least: int = 16) -> int:

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-import jax
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
@@ -14,13 +13,12 @@ from tqdm import tqdm
 
 from mobilellm_jax.data.chat import ConversationEncoder
 from mobilellm_jax.data.tokenizers import Tokenizer
-from mobilellm_jax.decoding.decoder import Decoder, ready, row_seeds
+from mobilellm_jax.decoding.decoder import Decoder, execution_here, ready, row_seeds
 from mobilellm_jax.decoding.sampling import GREEDY, Sampling
 from mobilellm_jax.decoding.text import continued
 from mobilellm_jax.evaluation.scoring import Likelihood, Request, fitted, score
-from mobilellm_jax.model.attention import choose
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.model.transformer import Execution, Params
+from mobilellm_jax.model.transformer import Params
 
 # The strings of a request, None for a window of a text, and the ids of context and continuation.
 Encoded = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -56,8 +54,7 @@ class HarnessModel(TemplateLM):
         self.counts: Counter[str] = Counter()
         self._params, self._model, self._dtype = params, model, dtype
         self._rows, self._seed = rows, seed
-        kernel = choose("auto", jax.devices()[0].platform, model, dtype, model.max_length)
-        self._execution = Execution(dtype, attention=kernel)
+        self._execution = execution_here(model, dtype)
 
     @functools.cached_property
     def _decoder(self) -> Decoder:

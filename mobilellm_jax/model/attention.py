@@ -1,7 +1,7 @@
 """Attention over documents: causal, grouped-query, never across a document's border.
 
 Whole rows are computed by a kernel of the device they run on, in blocks where there is none, or by
-the reference, which is the meaning of all of them. Cached decoding is always the reference.
+the reference, which is the meaning of all of them. With a cache it is `plain.cached_attention`.
 """
 
 import math
@@ -23,11 +23,7 @@ from mobilellm_jax.parallel.sharding import BATCH_AXES, batch_mesh
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 KERNELS: dict[str, Kernel] = {"splash": splash, "flash": flash, "cudnn": cudnn, "blocks": blocks}
-PLATFORMS = {
-    "splash": "tpu",
-    "flash": "gpu",
-    "cudnn": "gpu",
-}  # whose kernels they are
+PLATFORMS = {"splash": "tpu", "flash": "gpu", "cudnn": "gpu"}  # that alone run these
 ATTENTIONS = ("auto", "reference", *KERNELS)
 
 

@@ -356,8 +356,8 @@ def apply_cached(
       tokens_BT: int token ids, padding included.
       cache: as made by `empty_cache`; see there for its length.
       begin_B: int, slot of the first token of each row.
-      slot: int scalar, slot of the first of the T tokens; attention is the reference then. None: the
-        cache is empty, the tokens begin in slot 0, and attention is that of the execution.
+      slot: int scalar, slot of the first of the T tokens. None: the cache is empty, the tokens begin
+        in slot 0, and attention is that of the execution.
       execution: dtype, unroll, attention.
 
     Returns:

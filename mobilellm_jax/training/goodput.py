@@ -66,9 +66,8 @@ class Goodput:
             state = {"began": self._first, "starts": self._starts, "seconds": total}
             text = json.dumps(state | {"step": max(step, self._seen)}, indent=1)
             unfinished = self._path.with_name(FILE + ".unfinished")
-            with contextlib.suppress(
-                OSError
-            ):  # a full disk: the metrics tell of it, or the next save
+            # Of a full disk the metrics tell, or the next save.
+            with contextlib.suppress(OSError):
                 unfinished.write_text(text + "\n")
                 unfinished.replace(self._path)
 

@@ -72,7 +72,7 @@ class Checkpoints:
             # A thread that makes them could still do so when a save that failed is cleared away.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
-        self._open = functools.partial(
+        self._manage = functools.partial(
             ocp.CheckpointManager,
             self.directory,
             options=options,
@@ -80,7 +80,6 @@ class Checkpoints:
         )
         self._read_only = read_only
         with explained(self.directory), _quiet(read_only):
-            self._clear()
             self._manager = self._open()
 
     def due(self, step: int) -> bool:
@@ -165,11 +164,14 @@ class Checkpoints:
         with contextlib.suppress(Exception):  # it has been told of
             self._manager.close()
         try:
-            self._clear()
             self._manager = self._open()
             self._broken = False
         except Exception as error:
             logging.debug("checkpoints cannot be opened yet: %s", error)
+
+    def _open(self) -> ocp.CheckpointManager:
+        self._clear()
+        return self._manage()
 
     def _clear(self) -> None:
         """Removes what saves that were killed or failed have left, which would keep a disk full.

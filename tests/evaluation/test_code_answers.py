@@ -14,19 +14,14 @@ from mobilellm_jax.evaluation.code_answers import (
     grade_tests,
     in_place_of_code_eval,
 )
-from mobilellm_jax.evaluation.sandbox import Limits, run_python
+from mobilellm_jax.evaluation.sandbox import Limits
 
 ADD = "def add(a, b):\n    return a + b\n"
 TEST = "def check(candidate):\n    assert candidate(2, 3) == 5\n    assert candidate(-1, 1) == 0\n"
 CHECK = f"{TEST}\ncheck(add)"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def isolating():
-    try:
-        run_python("", allowed=True)
-    except UserError as error:
-        pytest.skip(f"{error}")
+pytestmark = pytest.mark.usefixtures("isolating")
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,7 @@ from mobilellm_jax.evaluation.sandbox import Limits, run_python
 SMALL = Limits(wall_seconds=20, cpu_seconds=10, memory=512 << 20)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def isolating():
-    try:
-        run_python("", allowed=True)
-    except UserError as error:
-        pytest.skip(f"{error}")
+pytestmark = pytest.mark.usefixtures("isolating")
 
 
 def run(program, limits=SMALL, **options):
