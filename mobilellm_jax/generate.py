@@ -19,7 +19,7 @@ from pathlib import Path
 from absl import flags
 
 from mobilellm_jax import cli
-from mobilellm_jax.data.chat import ConversationEncoder
+from mobilellm_jax.data.chat import ConversationEncoder, Message
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.decoding.decoder import Decoder, ready, row_seeds, stream
 from mobilellm_jax.decoding.sampling import Sampling
@@ -85,8 +85,7 @@ def chat(
       UserError: the tokenizer has no chat template, or one turn alone exceeds the context.
     """
     encoder = ConversationEncoder(tokenizer)
-    beginning = [{"role": "system", "content": system}] if system else []
-    turns: list[dict[str, str]] = []
+    messages: Sequence[Message] = [{"role": "system", "content": system}] if system else []
     room = decoder.model.max_length - max_new_tokens
     while True:
         try:
@@ -96,12 +95,11 @@ def chat(
             return
         if not line.strip():
             continue
-        turns.append({"role": "user", "content": line})
-        while len(prompt := encoder.prompt([*beginning, *turns])) > room and len(turns) > 1:
-            turns = turns[2:]
-        text = Text(tokenizer, prompt, ends=encoder.special)
-        reply = shown(decoder, tokenizer, prompt, max_new_tokens, sampling, seed + len(turns), text)
-        turns.append({"role": "assistant", "content": reply})
+        messages = [*messages, {"role": "user", "content": line}]
+        prompt, messages = encoder.fitting(messages, room)
+        text, of_turn = Text(tokenizer, prompt, ends=encoder.special), seed + len(messages)
+        reply = shown(decoder, tokenizer, prompt, max_new_tokens, sampling, of_turn, text)
+        messages = [*messages, {"role": "assistant", "content": reply}]
 
 
 def batch(

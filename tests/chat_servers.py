@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import json
+import re
 import threading
 import time
 
@@ -67,3 +68,15 @@ def served(answer, delay=0.0):
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def answers_of(messages):
+    """The two answers that a judge is shown."""
+    return re.findall(r"<answer of [AB]>\n(.*?)\n</answer", messages[-1]["content"], re.DOTALL)
+
+
+def prefers_longer(messages):
+    """A judge of two answers."""
+    a, b = map(len, answers_of(messages))
+    verdict = "C" if a == b else "A" if a > b else "B"
+    return f"One might say [[C]] at first, but no.\n[[{verdict}]]"

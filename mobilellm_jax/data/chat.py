@@ -199,6 +199,28 @@ class ConversationEncoder:
         bos, ids = self._tokenizer.bos_id, ids_N.tolist()
         return ids if ids[:1] == [bos] else [bos, *ids]
 
+    def fitting(
+        self, messages: Sequence[Message], room: int
+    ) -> tuple[list[int], Sequence[Message]]:
+        """`prompt` of what fits of a conversation: without its oldest turns where there is no room.
+
+        What the system says stays, and so does the last message, however long it is.
+
+        Args:
+          messages: the conversation so far; the user's are every second one.
+          room: most ids.
+
+        Returns:
+          the ids, and the messages that they are of.
+
+        Raises:
+          UserError: the template refuses the conversation.
+        """
+        begin = 1 if messages and messages[0]["role"] == "system" else 0
+        while len(ids := self.prompt(messages)) > room and len(messages) > begin + 2:
+            messages = [*messages[:begin], *messages[begin + 2 :]]
+        return ids, messages
+
     def __call__(self, messages: Sequence[Message]) -> np.ndarray:
         """Ids with marks, int32 [tokens]: one BOS, whether or not the template writes it, and the text.
 

@@ -40,9 +40,10 @@ def continued(
     seeds: Sequence[int] | np.ndarray,
     stop: Sequence[str] = (),
     chunk: int = CHUNK,
+    ends: Collection[int] = (),
 ) -> list["Text"]:
-    """`generate` of prompts as ids, BOS included, with a seed for each."""
-    texts = [Text(tokenizer, prompt, stop) for prompt in prompts]
+    """`generate` of prompts as ids, BOS included, with a seed for each; see `Text` for `ends`."""
+    texts = [Text(tokenizer, prompt, stop, ends) for prompt in prompts]
     for tokens_B in stream(decoder, prompts, max_new_tokens, sampling, seeds, chunk):
         for text, token in zip(texts, tokens_B.tolist(), strict=True):
             text.add(token)

@@ -10,10 +10,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
+from tqdm import tqdm
 
 from mobilellm_jax.errors import UserError
 
@@ -47,6 +48,13 @@ class Endpoint:
     tries: int = 7
     wait: float = 1.0
     workers: int = 8
+
+    def __post_init__(self) -> None:
+        """Raises `UserError` for what cannot be the address of a server."""
+        if not self.url.startswith(("http://", "https://")):
+            raise UserError(
+                f"{self.url!r} is no address of a server: it begins with http:// or https://."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,28 +122,47 @@ def complete_all(
     Raises:
       UserError: see `complete`; what is answered by then is in the cache.
     """
-    bodies = [_body(endpoint, messages, options) for messages in conversations]
-    answers = _Cache(epath.Path(cache) if cache else None)
+    answers = completions(endpoint, conversations, [options] * len(conversations), cache=cache)
+    bar = tqdm(answers, f"answers of {endpoint.model}", len(conversations), delay=2)
+    return list(bar)
 
-    def answer(body: dict[str, Any], messages: Sequence[Message]) -> Completion:
+
+def completions(
+    endpoint: Endpoint,
+    conversations: Sequence[Sequence[Message]],
+    options: Sequence[Mapping[str, Any]],
+    *,
+    cache: epath.PathLike | None = None,
+) -> Iterator[Completion]:
+    """`complete_all` with options of each conversation; an answer is given when all before it are."""
+    answers = Cache(cache)
+
+    def answer(messages: Sequence[Message], of_one: Mapping[str, Any]) -> Completion:
+        body = _body(endpoint, messages, of_one)
         key = hashlib.sha256(json.dumps([endpoint.url, body], sort_keys=True).encode()).hexdigest()
         if key not in answers.known:
-            answers.add(key, complete(endpoint, messages, **options))
+            answers.add(key, complete(endpoint, messages, **of_one))
         return answers.known[key]
 
     pool = concurrent.futures.ThreadPoolExecutor(endpoint.workers)
     try:
-        return list(pool.map(answer, bodies, conversations))
+        yield from pool.map(answer, conversations, options)
     finally:
         pool.shutdown(cancel_futures=True)  # of what has not begun when one has failed
 
 
-class _Cache:
-    """Answers by what was asked, in memory and in a file."""
+class Cache:
+    """Answers by what was asked, in memory and, where one is named, in a file of JSON lines."""
 
-    def __init__(self, path: epath.Path | None) -> None:
+    def __init__(self, file: epath.PathLike | None) -> None:
+        """Reads what the file holds.
+
+        Raises:
+          UserError: it holds something else.
+        """
         self.known: dict[str, Completion] = {}
-        self._path, self._lock = path, threading.Lock()
+        path = self._path = epath.Path(file) if file else None
+        self._lock = threading.Lock()
         self._before = ""  # ends what a killed run has left of a line
         if path is None:
             return
@@ -155,6 +182,7 @@ class _Cache:
         self._before = "\n" if lines and lines[-1] else ""
 
     def add(self, key: str, answer: Completion) -> None:
+        """Takes an answer, and keeps it in the file at once."""
         with self._lock:
             self.known[key] = answer
             if self._path is None:
@@ -173,10 +201,6 @@ def _body(
 
 
 def _request(endpoint: Endpoint, body: Mapping[str, Any]) -> urllib.request.Request:
-    if not endpoint.url.startswith(("http://", "https://")):
-        raise UserError(
-            f"{endpoint.url!r} is no address of a server: it begins with http:// or https://."
-        )
     headers = {"Content-Type": "application/json"}
     if endpoint.key:
         headers["Authorization"] = f"Bearer {endpoint.key}"

@@ -182,18 +182,22 @@ class HarnessModel(TemplateLM):
         for number, instance in enumerate(requests):
             groups.setdefault(repr(instance.args[1]), []).append(number)
         for numbers in groups.values():
-            settings: dict[str, Any] = dict(
-                normalize_gen_kwargs(requests[numbers[0]].args[1], MAX_NEW_TOKENS)
-            )
-            stop = [s for s in handle_stop_sequences(settings.get("until"), None) if s]
-            sampling = GREEDY
-            if settings["do_sample"]:
-                sampling = Sampling(
-                    settings.get("temperature") or 1.0,
-                    settings.get("top_k") or 0,
-                    settings.get("top_p") or 1.0,
-                )
-            new_tokens = min(settings["max_gen_toks"], self.max_length - 1)
+            sampling, stop, new_tokens = generation(requests[numbers[0]].args[1])
+            new_tokens = min(new_tokens, self.max_length - 1)
             numbers.sort(key=lambda n: -len(requests[n].args[0]))
             for at in range(0, len(numbers), self._rows):
                 yield numbers[at : at + self._rows], sampling, stop, new_tokens
+
+
+def generation(asked: dict[str, Any]) -> tuple[Sampling, list[str], int]:
+    """How a task wants its text drawn, the strings that end it, and its most tokens."""
+    settings: dict[str, Any] = dict(normalize_gen_kwargs(asked, MAX_NEW_TOKENS))
+    stop = [s for s in handle_stop_sequences(settings.get("until"), None) if s]
+    sampling = GREEDY
+    if settings["do_sample"]:
+        sampling = Sampling(
+            settings.get("temperature") or 1.0,
+            settings.get("top_k") or 0,
+            settings.get("top_p") or 1.0,
+        )
+    return sampling, stop, settings["max_gen_toks"]

@@ -7,14 +7,13 @@ our own, so figures compare with each other and not with published ones.
 """
 
 import dataclasses
-import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 from etils import epath
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.evaluation.answers import Answer
 from mobilellm_jax.evaluation.endpoint import Endpoint, Message, complete_all
 from mobilellm_jax.evaluation.scores import Score, mean_score
 
@@ -44,6 +43,7 @@ class WinRate:
       unreadable: pairs without a verdict in one of the orders; they are left out.
       length: mean characters of our answers: judges like long ones.
       reference_length: mean characters of the reference's.
+      points: of each instruction 1, 0.5 or 0, None where unreadable.
     """
 
     score: Score
@@ -54,6 +54,7 @@ class WinRate:
     unreadable: int
     length: float
     reference_length: float
+    points: tuple[float | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +63,15 @@ class Ratings:
 
     Attributes:
       score: mean of all turns' ratings; its standard error takes those of a conversation as dependent.
-      turns: mean of each turn's.
+      turns: mean of each turn's, None where none can be read.
       unreadable: turns without a rating from 1 to 10; they are left out.
+      values: the ratings of each conversation's turns, None where unreadable.
     """
 
     score: Score
-    turns: tuple[Score, ...]
+    turns: tuple[Score | None, ...]
     unreadable: int
+    values: tuple[tuple[float | None, ...], ...]
 
 
 def win_rate(
@@ -90,9 +93,7 @@ def win_rate(
       UserError: the reference has no answer to one of the instructions, there are no answers, no
         verdict can be read, or the judge fails.
     """
-    for instruction in answers:
-        if instruction not in references:
-            raise UserError(f"the reference has no answer to the instruction {instruction[:80]!r}.")
+    see_answered(answers, references)
     orders = [
         [_pair(instruction, *pair) for instruction, *pair in ordered]
         for ordered in (
@@ -101,25 +102,36 @@ def win_rate(
         )
     ]
     told = _ask(judge, [question for order in orders for question in order], cache)
-    points = []
-    swayed = unreadable = 0
+    points: list[float | None] = []
+    swayed = 0
     for first, second in zip(told[: len(answers)], told[len(answers) :], strict=True):
         ours = [_POINTS[0].get(_last_word(first)), _POINTS[1].get(_last_word(second))]
-        if ours[0] is None or ours[1] is None:
-            unreadable += 1
+        if None in ours:
+            points.append(None)
             continue
         swayed += ours[0] != ours[1]
         points.append(ours[0] if ours[0] == ours[1] else 0.5)
+    _see_readable(points, told, "verdict")
     return WinRate(
-        score=_mean(points, told, "verdict"),
+        score=mean_score([value for value in points if value is not None]),
         wins=points.count(1.0),
         ties=points.count(0.5),
         losses=points.count(0.0),
         swayed=swayed,
-        unreadable=unreadable,
+        unreadable=points.count(None),
         length=sum(map(len, answers.values())) / len(answers),
         reference_length=sum(len(references[i]) for i in answers) / len(answers),
+        points=tuple(points),
     )
+
+
+def see_answered(
+    instructions: Iterable[str], answers: Mapping[str, str], where: str = "the reference"
+) -> None:
+    """Raises `UserError` if there is no answer to one of the instructions."""
+    for instruction in instructions:
+        if instruction not in answers:
+            raise UserError(f"{where} has no answer to the instruction {instruction[:80]!r}.")
 
 
 def rate(
@@ -139,74 +151,67 @@ def rate(
       UserError: there are no answers, no rating can be read, or the judge fails.
     """
     rated = [
-        (number, turn, messages[: place + 1])
+        (number, messages[: place + 1])
         for number, messages in enumerate(conversations)
-        for turn, place in enumerate(
-            [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        )
+        for place, message in enumerate(messages)
+        if message["role"] == "assistant"
     ]
-    told = _ask(judge, [_conversation(messages) for _, _, messages in rated], cache)
-    values, of, turns = [], [], []
-    for (number, turn, _), text in zip(rated, told, strict=True):
+    told = _ask(judge, [_conversation(messages) for _, messages in rated], cache)
+    values: list[list[float | None]] = [[] for _ in conversations]
+    for (number, _), text in zip(rated, told, strict=True):
         word = _last_word(text)
-        if re.fullmatch(r"\d+(\.\d+)?", word) and 1 <= float(word) <= 10:
-            values.append(float(word))
-            of.append(number)
-            turns.append(turn)
+        readable = re.fullmatch(r"\d+(\.\d+)?", word) and 1 <= float(word) <= 10
+        values[number].append(float(word) if readable else None)
+    _see_readable([value for of_one in values for value in of_one], told, "rating")
+    return ratings(values)
+
+
+def ratings(values: Sequence[Sequence[float | None]]) -> Ratings:
+    """Means of the ratings of conversations, or of some of them.
+
+    Args:
+      values: see `Ratings`.
+
+    Raises:
+      UserError: there are none.
+    """
+    found = [
+        (value, number, turn)
+        for number, of_one in enumerate(values)
+        for turn, value in enumerate(of_one)
+        if value is not None
+    ]
+    turns = [
+        [value for value, _, its in found if its == turn]
+        for turn in range(max(map(len, values), default=0))
+    ]
     return Ratings(
-        score=_mean(values, told, "rating", of),
-        turns=tuple(
-            mean_score([value for value, t in zip(values, turns, strict=True) if t == turn])
-            for turn in sorted(set(turns))
-        ),
-        unreadable=len(told) - len(values),
+        score=mean_score([value for value, _, _ in found], [number for _, number, _ in found]),
+        turns=tuple(mean_score(of_turn) if of_turn else None for of_turn in turns),
+        unreadable=sum(map(len, values)) - len(found),
+        values=tuple(map(tuple, values)),
     )
 
 
-def converse(
-    questions: Sequence[Sequence[str]],
-    model: Endpoint,
-    *,
-    cache: epath.PathLike | None = None,
-    **options: Any,
-) -> list[list[Message]]:
-    """Asks a model questions of several turns, as MT-Bench's two, and gives the conversations.
+def converse(questions: Sequence[Sequence[str]], answer: Answer) -> list[list[Message]]:
+    """Asks questions of several turns, as MT-Bench's two, and gives the conversations.
 
     Args:
       questions: of each conversation, what the user says in each turn.
-      model: whom to ask.
-      cache: see `complete_all`.
-      **options: see `complete`.
+      answer: who answers.
 
     Raises:
-      UserError: see `complete`.
+      UserError: see `answer`.
     """
     conversations: list[list[Message]] = [[] for _ in questions]
     for turn in range(max(map(len, questions), default=0)):
         going = [i for i, question in enumerate(questions) if turn < len(question)]
         for i in going:
             conversations[i].append({"role": "user", "content": questions[i][turn]})
-        told = complete_all(model, [conversations[i] for i in going], cache=cache, **options)
-        for i, answer in zip(going, told, strict=True):
-            conversations[i].append({"role": "assistant", "content": answer.text})
+        told = answer([conversations[i] for i in going])
+        for i, text in zip(going, told, strict=True):
+            conversations[i].append({"role": "assistant", "content": text})
     return conversations
-
-
-def read_outputs(path: epath.PathLike) -> dict[str, str]:
-    """Answers by instruction, from AlpacaEval's JSON: an array of {"instruction", "output"}.
-
-    Raises:
-      UserError: the file is not there or something else, or answers an instruction twice.
-    """
-    try:
-        pairs = [(r["instruction"], r["output"]) for r in json.loads(epath.Path(path).read_text())]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(
-            f"{path} is no array of {{instruction, output}} in JSON ({type(error).__name__}: {error})."
-        ) from None
-    if len(dict(pairs)) < len(pairs):
-        raise UserError(f"{path} answers an instruction more than once.")
-    return dict(pairs)
 
 
 def _ask(
@@ -238,12 +243,9 @@ def _prompt(task: str, parts: Sequence[tuple[str, str]]) -> list[Message]:
     return [{"role": "system", "content": task}, {"role": "user", "content": shown}]
 
 
-def _mean(
-    values: Sequence[float], told: Sequence[str], what: str, of: Sequence[int] | None = None
-) -> Score:
-    if told and not values:
+def _see_readable(values: Sequence[float | None], told: Sequence[str], what: str) -> None:
+    if told and all(value is None for value in values):
         raise UserError(
             f"none of the judge's {len(told)} answers holds a {what}; the first is {told[0][:200]!r}: "
             "take a model that keeps to what it is told."
         )
-    return mean_score(values, of)

@@ -1,29 +1,19 @@
 """What a judge says becomes a figure that its fondness of a position cannot move."""
 
-import json
 import math
 import re
 
 import pytest
-from chat_servers import served
+from chat_servers import answers_of, prefers_longer, served
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.evaluation.answers import of_server
 from mobilellm_jax.evaluation.endpoint import Endpoint
-from mobilellm_jax.evaluation.judge import converse, rate, read_outputs, win_rate
+from mobilellm_jax.evaluation.judge import converse, rate, ratings, win_rate
 
 OURS = {f"Task {i}": "x" * (10 + i) for i in range(8)}
 SHORTER = {f"Task {i}": "y" * 5 for i in range(9)}
 HALF = {f"Task {i}": "y" * (5 if i % 2 else 50) for i in range(8)}
-
-
-def answers_of(messages):
-    return re.findall(r"<answer of [AB]>\n(.*?)\n</answer", messages[-1]["content"], re.DOTALL)
-
-
-def prefers_longer(messages):
-    a, b = map(len, answers_of(messages))
-    verdict = "C" if a == b else "A" if a > b else "B"
-    return f"One might say [[C]] at first, but no.\n[[{verdict}]]"
 
 
 def judged(answer, ours, reference, **options):
@@ -79,6 +69,7 @@ def test_a_verdict_that_cannot_be_read_is_left_out_and_counted():
     for answer in (garbles, garbles_one_order):
         result, _ = judged(answer, OURS, SHORTER)
         assert (result.unreadable, result.wins, result.score.problems) == (1, 7, 7)
+        assert result.points.count(1.0) == 7 and None in result.points[2:4]
         assert result.score.mean == 1
     with pytest.raises(UserError, match="none of the judge's 16 answers holds a verdict.*Hm"):
         judged(lambda _: "Hm.", OURS, SHORTER)
@@ -102,7 +93,8 @@ def test_a_model_is_asked_turn_after_turn():
         return f"answer {len(messages)} to {messages[-1]['content']}"
 
     with served(model) as server:
-        conversations = converse([["a", "b"], ["c"]], Endpoint(server.url, "m"), max_tokens=9)
+        answer = of_server(Endpoint(server.url, "m"), max_tokens=9)
+        conversations = converse([["a", "b"], ["c"]], answer)
     assert [[m["content"] for m in c] for c in conversations] == [
         ["a", "answer 1 to a", "b", "answer 3 to b"],
         ["c", "answer 1 to c"],
@@ -159,14 +151,12 @@ def test_a_judge_that_rates_nothing_is_told():
             rate(CONVERSATIONS, Endpoint(server.url, "judge"))
 
 
-def test_outputs_are_read(tmp_path):
-    path = tmp_path / "outputs.json"
-    records = [{"instruction": i, "output": a, "generator": "r"} for i, a in OURS.items()]
-    path.write_text(json.dumps(records))
-    assert read_outputs(path) == OURS
-    path.write_text(json.dumps([*records, records[0]]))
-    with pytest.raises(UserError, match="more than once"):
-        read_outputs(path)
-    path.write_text(json.dumps({"a": 1}))
-    with pytest.raises(UserError, match="no array of"):
-        read_outputs(path)
+def test_means_are_of_what_can_be_read():
+    """A turn that nobody could rate has no mean; some of the conversations have means of their own."""
+    found = ratings([(4.0, None), (6.0,), (None, None)])
+    assert (found.score.mean, found.score.problems, found.unreadable) == (5, 2, 3)
+    first, second = found.turns
+    assert (first.mean, second) == (5, None)
+    assert ratings(found.values[:1]).score.mean == 4
+    with pytest.raises(UserError, match="nothing to average"):
+        ratings(found.values[2:])
