@@ -49,6 +49,7 @@ from mobilellm_jax.evaluation.judge import (
     win_rate,
 )
 from mobilellm_jax.evaluation.scores import Score
+from mobilellm_jax.parallel.mesh import local_mesh
 from mobilellm_jax.tables import markdown_table
 from mobilellm_jax.training.checkpoint import load_model
 
@@ -274,7 +275,7 @@ def _who(out: Path) -> tuple[str, Answer]:
         return args.name or server.model, answer
     loaded = load_model(args.checkpoint)
     new_tokens, seed, rows, dtype = args.max_new_tokens, args.seed, args.rows, args.dtype
-    answer = of_checkpoint(loaded, sampling, new_tokens, seed, rows, dtype, cache)
+    answer = of_checkpoint(loaded, sampling, new_tokens, seed, rows, dtype, cache, local_mesh())
     return args.name or str(args.checkpoint), answer
 
 

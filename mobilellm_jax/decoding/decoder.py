@@ -2,17 +2,21 @@
 
 Prompts are padded on the left, so all rows write the same slot of the cache. Lengths are rounded up
 to a few sizes, and the cache grows as the text does, so that few programs are compiled and little is
-read that is empty.
+read that is empty; where it grows, rows whose text has ended are left out.
+
+Every device holds the network whole and draws its own rows: nothing crosses devices for a token.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mobilellm_jax.decoding.sampling import Sampling, sample
 from mobilellm_jax.errors import UserError
@@ -20,6 +24,8 @@ from mobilellm_jax.model import transformer
 from mobilellm_jax.model.attention import choose
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import Cache, Execution, Params
+from mobilellm_jax.parallel.mesh import one_device
+from mobilellm_jax.parallel.sharding import BATCH_AXES
 
 SLOTS = 128  # of a cache, at least
 CHUNK = 16  # tokens drawn by one call of a program
@@ -32,28 +38,38 @@ class Decoder:
     params: Params
     model: ModelConfig
     execution: Execution
+    mesh: Mesh
 
 
-def ready(params: Params, model: ModelConfig, dtype: str = "float32") -> Decoder:
+def ready(
+    params: Params, model: ModelConfig, dtype: str = "float32", mesh: Mesh | None = None
+) -> Decoder:
     """Prepares a network, once, for all that is drawn from it.
 
     Args:
       params: as trained, float32.
       model: their network.
       dtype: of activations, of the cache, and of the matrices; norm scales stay in float32.
+      mesh: devices that share the rows; the first one alone if None.
     """
+    mesh = mesh or one_device()
     # Before weights are un-stacked, or a block that is shared would be cast for each application.
+    flat, single = transformer.unstacked(whole(params, dtype, mesh), model)
+    return Decoder(flat, single, execution_on(mesh, model, dtype), mesh)
+
+
+def whole(params: Params, dtype: str, mesh: Mesh) -> Params:
+    """A network's weights, all on every device, matrices in the dtype of their products."""
     cast = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf if path[-1].key == "scale" else leaf.astype(dtype), params
     )
-    flat, single = transformer.unstacked(cast, model)
-    return Decoder(flat, single, execution_here(model, dtype))
+    return jax.device_put(cast, NamedSharding(mesh, P()))
 
 
-def execution_here(model: ModelConfig, dtype: str) -> Execution:
-    """How a network is run on this machine's devices."""
-    kernel = choose("auto", jax.devices()[0].platform, model, dtype, model.max_length)
-    return Execution(dtype, attention=kernel)
+def execution_on(mesh: Mesh, model: ModelConfig, dtype: str) -> Execution:
+    """How a network is run on the devices of a mesh."""
+    platform = mesh.devices.flat[0].platform
+    return Execution(dtype, attention=choose("auto", platform, model, dtype, model.max_length))
 
 
 def bucket(length: int, least: int = 16) -> int:
@@ -62,32 +78,48 @@ def bucket(length: int, least: int = 16) -> int:
     return -(-length // step) * step
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "execution", "sampling"), donate_argnames="cache"
-)
+_STATIC = ("model", "execution", "mesh", "sampling")
+_ROWS, _WHOLE = P(BATCH_AXES), P()
+
+
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "slots"))
 def _read(
     params: Params,
     tokens_BT: jax.Array,
     begin_B: jax.Array,
-    cache: Cache,
     seeds_B: jax.Array,
     *,
     model: ModelConfig,
     execution: Execution,
+    mesh: Mesh,
     sampling: Sampling,
+    slots: int,
 ) -> tuple[jax.Array, Cache]:
-    """Reads prompts, padded on the left, into an empty cache and draws the first token of each."""
-    hidden_BTD, cache = transformer.apply_cached(
-        params, model, tokens_BT, cache, begin_B, execution=execution
+    """Reads prompts, padded on the left, into a cache and draws the first token of each."""
+
+    def local(
+        params: Params, tokens_BT: jax.Array, begin_B: jax.Array, seeds_B: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        cache = transformer.empty_cache(model, len(tokens_BT), slots, execution.dtype)
+        hidden_BTD, cache = transformer.apply_cached(
+            params, model, tokens_BT, cache, begin_B, execution=execution
+        )
+        logits_BV = transformer.logits(params, model, hidden_BTD[:, -1:])[:, 0]
+        keys_B = _keys(seeds_B, tokens_BT.shape[1] - begin_B)
+        return sample(logits_BV, keys_B, sampling), cache
+
+    per_device = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(_WHOLE, _ROWS, _ROWS, _ROWS),
+        out_specs=_ROWS,
+        check_vma=False,
     )
-    logits_BV = transformer.logits(params, model, hidden_BTD[:, -1:])[:, 0]
-    keys_B = _keys(seeds_B, tokens_BT.shape[1] - begin_B)
-    return sample(logits_BV, keys_B, sampling), cache
+    tokens_B, cache = per_device(params, tokens_BT, begin_B, seeds_B)
+    return _everywhere(tokens_B, mesh), cache
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "execution", "sampling", "count"), donate_argnames="cache"
-)
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "count"), donate_argnames="cache")
 def _draw(
     params: Params,
     tokens_B: jax.Array,
@@ -98,22 +130,46 @@ def _draw(
     *,
     model: ModelConfig,
     execution: Execution,
+    mesh: Mesh,
     sampling: Sampling,
     count: int,
 ) -> tuple[jax.Array, Cache]:
     """Draws `count` tokens after one that comes into `slot`, int32 [T, B]."""
 
-    def step(carry: Any, _: None) -> tuple[Any, jax.Array]:
-        tokens_B, slot, cache = carry
-        hidden_BTD, cache = transformer.apply_cached(
-            params, model, tokens_B[:, None], cache, begin_B, slot, execution
-        )
-        logits_BV = transformer.logits(params, model, hidden_BTD)[:, 0]
-        tokens_B = sample(logits_BV, _keys(seeds_B, slot + 1 - begin_B), sampling)
-        return (tokens_B, slot + 1, cache), tokens_B
+    def local(
+        params: Params,
+        tokens_B: jax.Array,
+        begin_B: jax.Array,
+        slot: jax.Array,
+        cache: Cache,
+        seeds_B: jax.Array,
+    ) -> tuple[jax.Array, Cache]:
+        def step(carry: Any, _: None) -> tuple[Any, jax.Array]:
+            tokens_B, slot, cache = carry
+            hidden_BTD, cache = transformer.apply_cached(
+                params, model, tokens_B[:, None], cache, begin_B, slot, execution
+            )
+            logits_BV = transformer.logits(params, model, hidden_BTD)[:, 0]
+            tokens_B = sample(logits_BV, _keys(seeds_B, slot + 1 - begin_B), sampling)
+            return (tokens_B, slot + 1, cache), tokens_B
 
-    (_, _, cache), drawn_TB = jax.lax.scan(step, (tokens_B, slot, cache), length=count)
-    return drawn_TB, cache
+        (_, _, cache), drawn_TB = jax.lax.scan(step, (tokens_B, slot, cache), length=count)
+        return drawn_TB, cache
+
+    per_device = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(_WHOLE, _ROWS, _ROWS, _WHOLE, _ROWS, _ROWS),
+        out_specs=(P(None, BATCH_AXES), _ROWS),
+        check_vma=False,
+    )
+    drawn_TB, cache = per_device(params, tokens_B, begin_B, slot, cache, seeds_B)
+    return _everywhere(drawn_TB, mesh), cache
+
+
+def _everywhere(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """In every process, which all have to know what is drawn."""
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _WHOLE))
 
 
 def _keys(seeds_B: jax.Array, positions_B: jax.Array) -> jax.Array:
@@ -123,11 +179,15 @@ def _keys(seeds_B: jax.Array, positions_B: jax.Array) -> jax.Array:
     )
 
 
-@functools.partial(jax.jit, static_argnames="slots")
-def _grown(cache: Cache, *, slots: int) -> Cache:
-    return jax.tree.map(
-        lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0))), cache
-    )
+@functools.partial(jax.jit, static_argnames=("mesh", "slots"))
+def _grown(cache: Cache, rows_B: jax.Array, *, mesh: Mesh, slots: int) -> Cache:
+    """A larger cache, of some of the rows."""
+
+    def larger(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x[rows_B], ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _ROWS))
+
+    return jax.tree.map(larger, cache)
 
 
 def row_seeds(seed: int, rows: int) -> np.ndarray:
@@ -142,6 +202,7 @@ def stream(
     sampling: Sampling,
     seeds: Sequence[int] | np.ndarray,
     chunk: int = CHUNK,
+    ended: Callable[[], Sequence[bool]] | None = None,
 ) -> Iterator[np.ndarray]:
     """Draws tokens for all prompts at once, int32 [B] at a time.
 
@@ -152,44 +213,71 @@ def stream(
       sampling: how.
       seeds: of the draws, one for each prompt; see `row_seeds`.
       chunk: tokens that one call of the program draws before any of them is seen here.
+      ended: says of each prompt whether what is drawn for it from now on is of no use; it may then
+        be anything.
 
     Raises:
       UserError: prompt and continuation exceed the network's context.
     """
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    if int(lengths.max()) + max_new_tokens > decoder.model.max_length:
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > decoder.model.max_length:
         raise UserError(
-            f"the prompt's {lengths.max()} tokens and {max_new_tokens} new ones exceed the network's "
+            f"the prompt's {longest} tokens and {max_new_tokens} new ones exceed the network's "
             f"context of {decoder.model.max_length}: shorten the prompt or lower --max_new_tokens."
         )
-    width = bucket(int(lengths.max()))
-    tokens_BT = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in zip(tokens_BT, prompts, strict=True):
-        row[width - len(prompt) :] = prompt
-    begin_B, seeds_B = width - lengths, np.asarray(seeds, np.uint32)
-    how = {"model": decoder.model, "execution": decoder.execution, "sampling": sampling}
+    width, devices = bucket(longest), decoder.mesh.size
+    # The prompt of each row: devices have equally many.
+    rows_B = np.resize(np.arange(len(prompts)), -(-len(prompts) // devices) * devices)
+    tokens_BT = np.zeros((len(rows_B), width), np.int32)
+    for row, number in zip(tokens_BT, rows_B.tolist(), strict=True):
+        row[width - len(prompts[number]) :] = prompts[number]
+    begin_N = width - np.array([len(prompt) for prompt in prompts], np.int32)
+    seeds_N = np.asarray(seeds, np.uint32)
+    how = {
+        "model": decoder.model,
+        "execution": decoder.execution,
+        "mesh": decoder.mesh,
+        "sampling": sampling,
+    }
 
     # The checks above are made when this is called, not when the first token is asked for.
-    def draws() -> Iterator[np.ndarray]:
+    def draws(rows_B: np.ndarray) -> Iterator[np.ndarray]:
         slots = max(SLOTS, 1 << width.bit_length())
-        cache = transformer.empty_cache(decoder.model, len(prompts), slots, decoder.execution.dtype)
-        tokens_B, cache = _read(decoder.params, tokens_BT, begin_B, cache, seeds_B, **how)
-        yield np.asarray(tokens_B)
+        first = begin_N[rows_B], seeds_N[rows_B]
+        tokens_B, cache = _read(decoder.params, tokens_BT, *first, slots=slots, **how)
+        last_B = np.asarray(tokens_B)
+        yield last_B[: len(prompts)]
         for slot in range(width, width + max_new_tokens - 1, chunk):
             if slot + chunk > slots:
                 slots *= 2
-                cache = _grown(cache, slots=slots)
+                kept_B = _going(rows_B, ended() if ended else (), devices)
+                cache = _grown(cache, kept_B, mesh=decoder.mesh, slots=slots)
+                rows_B, last_B = rows_B[kept_B], last_B[kept_B]
             drawn_TB, cache = _draw(
                 decoder.params,
-                tokens_B,
-                begin_B,
+                last_B,
+                begin_N[rows_B],
                 np.int32(slot),
                 cache,
-                seeds_B,
+                seeds_N[rows_B],
                 count=chunk,
                 **how,
             )
-            tokens_B = drawn_TB[-1]
-            yield from np.asarray(drawn_TB)[: width + max_new_tokens - 1 - slot]
+            drawn = np.asarray(drawn_TB)
+            last_B = drawn[-1]
+            for tokens in drawn[: width + max_new_tokens - 1 - slot]:
+                shown_N = np.zeros(len(prompts), np.int32)
+                shown_N[rows_B] = tokens
+                yield shown_N
 
-    return draws()
+    return draws(rows_B)
+
+
+def _going(rows_B: np.ndarray, ended: Sequence[bool], devices: int) -> np.ndarray:
+    """Which rows to go on with: half of them, as often as all whose text goes on are among these."""
+    over = [bool(len(ended) and ended[row]) for row in rows_B]
+    order_B = np.argsort(over, kind="stable")
+    count = len(order_B)
+    while count % (2 * devices) == 0 and over.count(False) <= count // 2:
+        count //= 2
+    return np.sort(order_B[:count])

@@ -44,10 +44,14 @@ def continued(
 ) -> list["Text"]:
     """`generate` of prompts as ids, BOS included, with a seed for each; see `Text` for `ends`."""
     texts = [Text(tokenizer, prompt, stop, ends) for prompt in prompts]
-    for tokens_B in stream(decoder, prompts, max_new_tokens, sampling, seeds, chunk):
+
+    def ended() -> list[bool]:
+        return [text.ended for text in texts]
+
+    for tokens_B in stream(decoder, prompts, max_new_tokens, sampling, seeds, chunk, ended):
         for text, token in zip(texts, tokens_B.tolist(), strict=True):
             text.add(token)
-        if all(text.ended for text in texts):
+        if all(ended()):
             break
     return texts
 

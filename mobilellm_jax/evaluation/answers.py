@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mobilellm_jax.data.chat import ConversationEncoder
@@ -32,6 +33,7 @@ def of_checkpoint(
     rows: int = 16,
     dtype: str = "float32",
     cache: epath.PathLike | None = None,
+    mesh: Mesh | None = None,
 ) -> Answer:
     """Answers of a network, through its tokenizer's chat template.
 
@@ -43,10 +45,11 @@ def of_checkpoint(
       sampling: how tokens are drawn.
       max_new_tokens: the longest answer.
       seed: of the draws.
-      rows: conversations that are answered together.
+      rows: conversations that a device answers together.
       dtype: of weights and activations.
       cache: a file to which the answers of each batch are added, and in which those of an earlier
         run are found: same weights, same prompt, same settings.
+      mesh: devices that share the conversations; the first one alone if None.
 
     Returns:
       the answerer, which raises `UserError` for a last message that alone exceeds the context, and
@@ -63,7 +66,8 @@ def of_checkpoint(
             f"of {model.max_length}: lower them."
         )
     encoder = ConversationEncoder(tokenizer)
-    decoder = ready(loaded.params, model, dtype)
+    decoder = ready(loaded.params, model, dtype, mesh)
+    together = rows * decoder.mesh.size
     known = Cache(cache)
     settings = [
         _checksum(loaded.params) if cache else 0,
@@ -81,8 +85,8 @@ def of_checkpoint(
         missing.sort(key=lambda number: -len(prompts[number]))
         done = len(keys) - len(missing)
         with tqdm(total=len(keys), initial=done, desc="answers", delay=2) as bar:
-            for at in range(0, len(missing), rows):
-                batch = missing[at : at + rows]
+            for at in range(0, len(missing), together):
+                batch = missing[at : at + together]
                 texts = continued(
                     decoder,
                     tokenizer,

@@ -1,10 +1,12 @@
 """A network of ours as a model of lm-evaluation-harness; tasks, prompts and metrics are the harness's."""
 
 import functools
+import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from jax.sharding import Mesh
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
@@ -13,12 +15,13 @@ from tqdm import tqdm
 
 from mobilellm_jax.data.chat import ConversationEncoder
 from mobilellm_jax.data.tokenizers import Tokenizer
-from mobilellm_jax.decoding.decoder import Decoder, execution_here, ready, row_seeds
+from mobilellm_jax.decoding.decoder import Decoder, execution_on, ready, whole
 from mobilellm_jax.decoding.sampling import GREEDY, Sampling
 from mobilellm_jax.decoding.text import continued
 from mobilellm_jax.evaluation.scoring import Likelihood, Request, fitted, score
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import Params
+from mobilellm_jax.parallel.mesh import one_device
 
 # The strings of a request, None for a window of a text, and the ids of context and continuation.
 Encoded = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -37,6 +40,8 @@ class HarnessModel(TemplateLM):
         dtype: str = "float32",
         rows: int = 32,
         seed: int = 0,
+        mesh: Mesh | None = None,
+        quiet: bool = False,
     ) -> None:
         """Nothing is computed yet.
 
@@ -45,20 +50,27 @@ class HarnessModel(TemplateLM):
           model: their network.
           tokenizer: its tokenizer.
           dtype: of activations and of the matrices in products.
-          rows: texts that are scored or continued together.
+          rows: texts that a device scores or continues together.
           seed: of the draws of tasks that sample.
+          mesh: devices that share the texts; the first one alone if None.
+          quiet: show no bars.
         """
         super().__init__()
         self.ids = tokenizer
         self.max_length = model.max_length
         self.counts: Counter[str] = Counter()
         self._params, self._model, self._dtype = params, model, dtype
-        self._rows, self._seed = rows, seed
-        self._execution = execution_here(model, dtype)
+        self._rows, self._seed, self._mesh = rows, seed, mesh or one_device()
+        self._quiet = quiet
+        self._execution = execution_on(self._mesh, model, dtype)
 
     @functools.cached_property
     def _decoder(self) -> Decoder:
-        return ready(self._params, self._model, self._dtype)
+        return ready(self._params, self._model, self._dtype, self._mesh)
+
+    @functools.cached_property
+    def _whole(self) -> Params:
+        return whole(self._params, self._dtype, self._mesh)
 
     @functools.cached_property
     def _conversations(self) -> ConversationEncoder:
@@ -90,6 +102,11 @@ class HarnessModel(TemplateLM):
         bos = [] if add_special_tokens is False else [self.ids.bos_id]
         return [*bos, *self.ids.encode(string)]
 
+    @property
+    def _ends(self) -> Collection[int]:
+        """Tokens with which a chat template ends a turn."""
+        return self._conversations.special if self.ids.chat_template else ()
+
     def chat_template(self, _: Any = False) -> str:
         """The template's source, which the harness keeps with the results."""
         return self.ids.chat_template or ""
@@ -120,9 +137,16 @@ class HarnessModel(TemplateLM):
             self.counts["contexts cut"] += short != request
             asked.append(short)
         found: list[Likelihood | None] = [None] * len(asked)
-        with tqdm(total=len(asked), desc="log-likelihoods", disable=disable_tqdm) as bar:
+        hidden = disable_tqdm or self._quiet
+        with tqdm(total=len(asked), desc="log-likelihoods", disable=hidden) as bar:
             scored = score(
-                self._params, self._model, self._execution, asked, self._rows, bar.update
+                self._whole,
+                self._model,
+                self._execution,
+                asked,
+                self._rows,
+                bar.update,
+                self._mesh,
             )
             for number, likelihood in scored:
                 found[number] = likelihood
@@ -154,17 +178,28 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to a task's stop strings, longest prompts first."""
         texts = [""] * len(requests)
-        seeds = row_seeds(self._seed, len(requests))
-        with tqdm(total=len(requests), desc="continuations", disable=disable_tqdm) as bar:
+        seeds, hidden = request_seeds(self._seed, requests), disable_tqdm or self._quiet
+        with tqdm(total=len(requests), desc="continuations", disable=hidden) as bar:
             for numbers, sampling, stop, new_tokens in self._jobs(requests):
-                prompts = []
-                for number in numbers:
-                    ids = self.tok_encode(requests[number].args[0])
-                    room = self.max_length - new_tokens
-                    self.counts["prompts cut"] += len(ids) > room
-                    prompts.append(ids[-room:])
+                # As the harness does, where it can: what a task asks for leaves a prompt less room.
+                wanted = new_tokens if new_tokens < self.max_length else self.max_length // 2
+                room = self.max_length - wanted
+                encoded = [self.tok_encode(requests[number].args[0]) for number in numbers]
+                prompts = [ids[-room:] for ids in encoded]
+                self.counts["prompts cut"] += sum(len(ids) > room for ids in encoded)
+                left = self.max_length - max(map(len, prompts))
+                self.counts["answers limited"] += len(prompts) * (left < new_tokens)
+                new_tokens = min(new_tokens, left)
+                own = [seeds[number] for number in numbers]
                 found = continued(
-                    self._decoder, self.ids, prompts, new_tokens, sampling, seeds[numbers], stop
+                    self._decoder,
+                    self.ids,
+                    prompts,
+                    new_tokens,
+                    sampling,
+                    own,
+                    stop,
+                    ends=self._ends,
                 )
                 for number, text in zip(numbers, found, strict=True):
                     texts[number] = text.whole()
@@ -180,13 +215,14 @@ class HarnessModel(TemplateLM):
         """Requests of equal settings and about equal lengths, at most `rows` together."""
         groups: dict[str, list[int]] = {}
         for number, instance in enumerate(requests):
-            groups.setdefault(repr(instance.args[1]), []).append(number)
+            alike = {key: value for key, value in instance.args[1].items() if key != "sample"}
+            groups.setdefault(repr(alike), []).append(number)
         for numbers in groups.values():
             sampling, stop, new_tokens = generation(requests[numbers[0]].args[1])
-            new_tokens = min(new_tokens, self.max_length - 1)
             numbers.sort(key=lambda n: -len(requests[n].args[0]))
-            for at in range(0, len(numbers), self._rows):
-                yield numbers[at : at + self._rows], sampling, stop, new_tokens
+            together = self._rows * self._mesh.size
+            for at in range(0, len(numbers), together):
+                yield numbers[at : at + together], sampling, stop, new_tokens
 
 
 def generation(asked: dict[str, Any]) -> tuple[Sampling, list[str], int]:
@@ -201,3 +237,18 @@ def generation(asked: dict[str, Any]) -> tuple[Sampling, list[str], int]:
             settings.get("top_p") or 1.0,
         )
     return sampling, stop, settings["max_gen_toks"]
+
+
+def request_seeds(seed: int, requests: Sequence[Instance]) -> list[int]:
+    """Of each request's draws, 31 bits: they follow from what is asked, and how often it was before.
+
+    So an evaluation that goes on after it was killed draws what it would have drawn.
+    """
+    before: Counter[str] = Counter()
+    seeds = []
+    for instance in requests:
+        asked = repr(instance.args)
+        digest = hashlib.sha256(f"{seed} {before[asked]} {asked}".encode()).digest()
+        seeds.append(int.from_bytes(digest[:4], "big") >> 1)
+        before[asked] += 1
+    return seeds

@@ -1,11 +1,13 @@
 """Log-likelihoods of continuations, with each context read once however many continuations it has.
 
 A context is read into a KV cache; every one of its continuations starts from a copy of it. Logits are
-formed for the tokens of continuations alone, a few at a time.
+formed for the tokens of continuations alone, a few at a time. Every device holds the network whole and
+has a batch of its own.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,11 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mobilellm_jax.decoding.decoder import bucket
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import Execution, Params
+from mobilellm_jax.parallel.mesh import one_device
+from mobilellm_jax.parallel.sharding import BATCH_AXES
 
 TOKENS = 4096  # of continuations in a batch, padding included
 AT_ONCE = 16  # tokens of each row whose logits exist at once
@@ -61,6 +67,7 @@ def score(
     requests: Sequence[Request],
     rows: int = 32,
     told: Callable[[int], None] = lambda count: None,
+    mesh: Mesh | None = None,
 ) -> Iterator[tuple[int, Likelihood]]:
     """Scores requests, longest first.
 
@@ -69,20 +76,23 @@ def score(
       model: the network.
       execution: how it is run.
       requests: see `fitted`.
-      rows: continuations in a batch, at most.
+      rows: continuations in a batch of a device, at most.
       told: is called with the number of requests that are done after each batch.
+      mesh: devices that share the work, each of which has all of `params`; the first one if None.
 
     Yields:
       number of a request and its likelihood.
     """
-    run = functools.partial(_score, params, model=model, execution=execution)
-    for batch in _batches(requests, rows):
-        arrays, where = _padded(batch)
+    mesh = mesh or one_device()
+    run = functools.partial(_score, params, model=model, execution=execution, mesh=mesh)
+    batches = _batches(requests, rows)
+    while several := list(itertools.islice(batches, mesh.size)):
+        arrays, where = _padded(several, mesh.size)
         sums_R, greedy_R = (np.asarray(x) for x in run(*arrays))
-        for numbers, total, greedy in zip(where, sums_R.tolist(), greedy_R.tolist(), strict=False):
+        for r, numbers in where.items():
             for number in numbers:
-                yield number, Likelihood(total, greedy)
-        told(sum(map(len, where)))
+                yield number, Likelihood(float(sums_R[r]), bool(greedy_R[r]))
+        told(sum(map(len, where.values())))
 
 
 Group = tuple[tuple[int, ...], dict[tuple[int, ...], list[int]]]  # context; continuations, requests
@@ -120,32 +130,67 @@ def _tail(continuation: Sequence[int]) -> int:
     return bucket(len(continuation), LEAST)
 
 
-def _padded(batch: Sequence[Group]) -> tuple[tuple[np.ndarray, ...], list[list[int]]]:
-    """Arrays of a batch and the requests of each row: contexts end, continuations begin together."""
-    # The last token of a context is the first that a continuation reads.
-    longest = max(len(context) - 1 for context, _ in batch)
+def _padded(
+    batches: Sequence[Sequence[Group]], devices: int
+) -> tuple[tuple[np.ndarray, ...], dict[int, list[int]]]:
+    """Arrays of batches, a device's after another's, and the requests of each row.
+
+    Contexts end, and continuations begin, together. The last token of a context is the first that a
+    continuation reads.
+    """
+    parts = [
+        [
+            (g, context, c, numbers)
+            for g, (context, group) in enumerate(b)
+            for c, numbers in group.items()
+        ]
+        for b in batches
+    ]
+    everything = [row for part in parts for row in part]
+    longest = max(len(context) - 1 for _, context, _, _ in everything)
     width = bucket(longest) if longest else 0
-    rows = [(g, context, c) for g, (context, group) in enumerate(batch) for c in group]
-    tail = max(_tail(continuation) for _, _, continuation in rows)
-    padded_rows, padded_groups = (1 << (n - 1).bit_length() for n in (len(rows), len(batch)))
-    prefix_GT = np.zeros((padded_groups, width), np.int32)
-    begin_G = np.full(padded_groups, max(width - 1, 0), np.int32)
-    for g, (context, _) in enumerate(batch):
-        begin_G[g] = width - len(context) + 1
-        prefix_GT[g, begin_G[g] :] = context[:-1]
-    group_R = np.zeros(padded_rows, np.int32)
-    tokens_RT = np.zeros((padded_rows, tail), np.int32)
-    targets_RT = np.full((padded_rows, tail), -1, np.int32)
-    for r, (g, context, continuation) in enumerate(rows):
-        group_R[r] = g
-        tokens_RT[r, : len(continuation)] = [context[-1], *continuation[:-1]]
-        targets_RT[r, : len(continuation)] = continuation
-    where = [numbers for _, group in batch for numbers in group.values()]
+    tail = max(_tail(continuation) for _, _, continuation, _ in everything)
+    rows = 1 << (max(map(len, parts)) - 1).bit_length()  # of a device, as its groups
+    groups = 1 << (max(map(len, batches)) - 1).bit_length()
+    prefix_GT = np.zeros((devices * groups, width), np.int32)
+    begin_G = np.full(devices * groups, max(width - 1, 0), np.int32)
+    group_R = np.zeros(devices * rows, np.int32)  # among those of the device
+    tokens_RT = np.zeros((devices * rows, tail), np.int32)
+    targets_RT = np.full((devices * rows, tail), -1, np.int32)
+    where = {}
+    for device, part in enumerate(parts):
+        for r, (group, context, continuation, numbers) in enumerate(part, device * rows):
+            g = device * groups + group
+            begin_G[g] = width - len(context) + 1
+            prefix_GT[g, begin_G[g] :] = context[:-1]
+            group_R[r] = group
+            tokens_RT[r, : len(continuation)] = [context[-1], *continuation[:-1]]
+            targets_RT[r, : len(continuation)] = continuation
+            where[r] = numbers
     return (prefix_GT, begin_G, group_R, tokens_RT, targets_RT), where
 
 
-@functools.partial(jax.jit, static_argnames=("model", "execution"))
+@functools.partial(jax.jit, static_argnames=("model", "execution", "mesh"))
 def _score(
+    params: Params,
+    *arrays: jax.Array,
+    model: ModelConfig,
+    execution: Execution,
+    mesh: Mesh,
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of the targets' log-likelihoods and whether each is the most likely token, [R] each."""
+    per_device = jax.shard_map(
+        functools.partial(_score_batch, model=model, execution=execution),
+        mesh=mesh,
+        in_specs=(P(), *[P(BATCH_AXES)] * len(arrays)),
+        out_specs=P(BATCH_AXES),
+        check_vma=False,
+    )
+    everywhere = NamedSharding(mesh, P())  # in every process
+    return jax.lax.with_sharding_constraint(per_device(params, *arrays), everywhere)
+
+
+def _score_batch(
     params: Params,
     prefix_GT: jax.Array,
     begin_G: jax.Array,
@@ -156,7 +201,6 @@ def _score(
     model: ModelConfig,
     execution: Execution,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum of the targets' log-likelihoods and whether each is the most likely token, [R] each."""
     (groups, width), (rows, tail) = prefix_GT.shape, tokens_RT.shape
     if width:
         cache = transformer.empty_cache(model, groups, width + tail, execution.dtype)

@@ -3,8 +3,6 @@
 It answers tasks that generate: such a server gives no log-likelihoods.
 """
 
-import collections
-import hashlib
 import json
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
@@ -17,7 +15,7 @@ from tqdm import tqdm
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluation.answers import server_options
 from mobilellm_jax.evaluation.endpoint import Endpoint, Message, completions
-from mobilellm_jax.evaluation.harness import generation
+from mobilellm_jax.evaluation.harness import generation, request_seeds
 
 _MOST_STOPS = 4  # that OpenAI's own server takes; text is cut after all of them here
 
@@ -67,7 +65,9 @@ class ServedModel(LM):
         """
         settings = [generation(instance.args[1]) for instance in requests]
         options = []
-        for (sampling, stop, new_tokens), seed in zip(settings, self._seeds(requests), strict=True):
+        for (sampling, stop, new_tokens), seed in zip(
+            settings, request_seeds(self._seed, requests), strict=True
+        ):
             ends = {"stop": stop[:_MOST_STOPS]} if stop else {}
             options.append({**server_options(sampling, new_tokens, seed), **ends})
         conversations = [_messages(instance.args[0]) for instance in requests]
@@ -80,17 +80,6 @@ class ServedModel(LM):
             texts.append(_cut(answer.text, stop))
             self.cache_hook.add_partial("generate_until", instance.args, texts[-1])
         return texts
-
-    def _seeds(self, requests: Sequence[Instance]) -> list[int]:
-        """Of what is asked, not of where it comes; a request that is repeated has another each time."""
-        seeds = []
-        repeats: collections.Counter[str] = collections.Counter()
-        for instance in requests:
-            asked = json.dumps(instance.args, sort_keys=True, default=str)
-            key = f"{self._seed} {repeats[asked]} {asked}"
-            seeds.append(int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) >> 1)
-            repeats[asked] += 1
-        return seeds
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Raises `UserError`: see the module."""

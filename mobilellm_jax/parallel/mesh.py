@@ -43,6 +43,17 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(np.asarray(arranged), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def one_device() -> Mesh:
+    """A mesh of this process's first device."""
+    return make_mesh(dict.fromkeys(AXES, 1), jax.local_devices()[:1])
+
+
+def local_mesh() -> Mesh:
+    """A mesh of all of this process's devices, which share rows."""
+    devices = jax.local_devices()
+    return make_mesh(dict.fromkeys(AXES, 1) | {AXES[0]: len(devices)}, devices)
+
+
 def hybrid_shape(shape: Sequence[int], slices: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The mesh within a slice, and how slices are arranged: along the first axis.
 

@@ -26,6 +26,7 @@ from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import Stack
 from mobilellm_jax.model.transformer import Execution
+from mobilellm_jax.parallel.mesh import make_mesh
 
 LENGTH = 96
 MODELS = {
@@ -243,3 +244,18 @@ def test_a_continuation_longer_than_the_context_is_refused():
         fitted(Request((1,), tuple(range(97))), LENGTH)
     assert fitted(Request(tuple(range(200)), (1, 2)), 96).context == tuple(range(200))[-95:]
     assert Likelihood(-1.0, True) == Likelihood(-1.0, True)
+
+
+def test_devices_share_the_texts():
+    """What four devices score and draw is what one does."""
+    name = "shared, untied"
+    mesh = make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4])
+    spread = HarnessModel(
+        parameters(MODELS[name]), MODELS[name], tiny.tokenizer(), rows=2, mesh=mesh
+    )
+    asked = instances("loglikelihood", *pairs()[:21])
+    found, expected = (lm.loglikelihood(asked) for lm in (spread, ours(name)))
+    np.testing.assert_allclose([x for x, _ in found], [x for x, _ in expected], atol=1e-4)
+    settings = {"max_gen_toks": 20, "do_sample": True, "temperature": 1.0}
+    drawn = instances("generate_until", *[(t, settings) for t in texts(6, 9)])
+    assert spread.generate_until(drawn) == ours(name).generate_until(drawn)
