@@ -42,10 +42,10 @@ def answers(lm: Any, data: Path, limit: int, rows: int) -> dict[str, Any]:
     """Log-likelihoods, accuracies and the model's seconds; the first run of a task compiles."""
     import lm_eval
 
-    from mobilellm_jax.evaluation.local_data import question_tasks
+    from mobilellm_jax.evaluation.local_data import local_tasks
 
     found, seconds = {}, [0.0]
-    tasks, computed = question_tasks(data), lm.loglikelihood
+    tasks, computed = local_tasks(data), lm.loglikelihood
 
     def timed(*given: Any, **options: Any) -> Any:
         began = time.perf_counter()

@@ -73,6 +73,13 @@ def train(
     began, leads = began or time.time(), distributed.leads()
     run = set_up(config, devices or jax.devices())
     origin = provenance(run.devices)
+    judge = None
+    if config.eval.tasks:
+        from mobilellm_jax.evaluation import while_training  # needs the extra [eval]
+
+        judge = while_training.judge(
+            config.eval, run.model, run.tokenizer, config.execution.dtype, run.mesh
+        )
     with jax.set_mesh(run.mesh):
         steps_saved = saved_steps(epath.Path(workdir) / FOLDER)
         distributed.check_same(
@@ -199,14 +206,20 @@ def train(
                         record(*pending)
                     pending = step, rows, metrics, {"data_wait_seconds": waited, "batch_crc32": crc}
                     evaluate_now = step % config.eval.every == 0 or step == length.steps
+                    judge_now = step % config.eval.tasks_every == 0 or step == length.steps
                     save_now = checkpoints.due(step)
-                    if evaluate_now or save_now:
+                    if evaluate_now or save_now or (judge and judge_now):
                         record(*pending)  # before the checkpoint: after it nobody would
                         pending = None
                     if evaluate_now:
                         found = run.evaluate(state.params)
                         writer.write("heldout", step, found)
                         progress.heldout(step, found)
+                    if judge and judge_now:
+                        found = judge(state.params)
+                        writer.write("tasks", step, found)
+                        progress.tasks(step, found)
+                    if evaluate_now or (judge and judge_now):
                         progress.lap()
                         clock.lap("evaluate")
                     if save_now and step < last:

@@ -107,7 +107,8 @@ def long_history(steps, names):
     heldout = {f"bits_per_byte/{name}": rng.uniform(1, 2, 200) for name in names}
     measured = Series(np.arange(1, 201) * (steps // 200), heldout)
     starts = [{"kind": "start", "step": i * (steps // 300), **ORIGIN} for i in range(300)]
-    return History(starts, Series(np.arange(1, steps + 1), columns), measured, 0)
+    tasks = Series(measured.steps_N[::10], {"ARC-e acc": rng.uniform(0, 1, 20)})
+    return History(starts, Series(np.arange(1, steps + 1), columns), measured, tasks, 0)
 
 
 @pytest.fixture(scope="module")

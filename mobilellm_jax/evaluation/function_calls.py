@@ -55,6 +55,20 @@ def read_function_calls(path: epath.PathLike) -> Iterator[dict[str, Any]]:
         yield {"id": str(record.get("id", number)), "messages": messages}
 
 
+def dialogues(path: epath.PathLike) -> Iterator[dict[str, Any]]:
+    """Dialogues of a file: of function calling, or as `api_dialogues` makes them, which come as they are.
+
+    Raises:
+      UserError: see `read_function_calls`.
+    """
+    first: Mapping[str, Any] = next(_records(epath.Path(path)), {})
+    said = [str(m.get("content")) for m in first.get("messages") or [] if isinstance(m, Mapping)]
+    if any(text.startswith((PARSER, AGENT)) for text in said):
+        yield from map(dict, _records(epath.Path(path)))
+    else:
+        yield from read_function_calls(path)
+
+
 def _records(path: epath.Path) -> Iterator[Mapping[str, Any]]:
     try:
         text = path.read_text()

@@ -5,15 +5,17 @@ a file for each split:
 
     DIR/allenai/ai2_arc/ARC-Easy/test.jsonl       also .jsonl.gz, .json, .parquet
 
-and a file of questions that is complete in itself is a task by the name of the file:
+and a file that is complete in itself is a task by the name of the file:
 
     DIR/arc_easy.jsonl.gz      {"query": "...", "choices": ["...", ...], "gold": 0} in every line
+    DIR/gsm8k.jsonl            {"question": "...", "answer": "..."}: a problem of mathematics
+    DIR/api.jsonl              {"messages": [...]}: a dialogue with functions
 """
 
 import contextlib
 import gzip
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,16 +23,16 @@ from unittest import mock
 import datasets
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.evaluation.answered import dialogue_file, problem_file
 
 _SUFFIXES = {".jsonl": "json", ".jsonl.gz": "json", ".json": "json", ".parquet": "parquet"}
-_QUESTION = {"query", "choices", "gold"}
 
 
-def question_tasks(root: Path | None) -> dict[str, dict[str, Any]]:
-    """Tasks of files with questions and choices, as configurations of the harness, by name.
+def local_tasks(root: Path | None) -> dict[str, dict[str, Any]]:
+    """Tasks of files that are complete in themselves, as configurations of the harness, by name.
 
     Raises:
-      UserError: there is no such folder, or a file of that kind has a line that is none.
+      UserError: there is no such folder, or a file begins like one of these and goes on otherwise.
     """
     if root is None:
         return {}
@@ -39,40 +41,56 @@ def question_tasks(root: Path | None) -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted(root.iterdir()):
         name = path.name.removesuffix(".gz").removesuffix(".jsonl")
-        if name != path.name.removesuffix(".gz") and _holds_questions(path):
-            found[name] = _task(name, path)
+        if name != path.name.removesuffix(".gz") and (kind := _kind_of(path)):
+            found[name] = kind(name, str(path))
     return found
 
 
-def _holds_questions(path: Path) -> bool:
+def _kind_of(path: Path) -> Callable[[str, str], dict[str, Any]] | None:
+    """What a file holds: what its first line holds, as all others have to."""
+    number = 1
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
         try:
-            first = json.loads(next(lines, ""))
-            if not isinstance(first, dict) or not set(first) >= _QUESTION:
-                return False
+            kind = _kind(json.loads(next(lines, "null")))
+            if kind in (None, dialogue_file):  # whose reader looks at every line
+                return kind
             for number, line in enumerate(lines, start=2):  # noqa: B007 (told below)
-                question = json.loads(line)
-                if not 0 <= question["gold"] < len(question["choices"]):
-                    raise ValueError(f"gold={question['gold']} names none of its choices")
+                record = json.loads(line)
+                if _kind(record) != kind:
+                    raise ValueError(f"it has {', '.join(record) or 'nothing'}")
+                if kind == _question_file and not 0 <= record["gold"] < len(record["choices"]):
+                    raise ValueError(f"gold={record['gold']} names none of its choices")
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is not JSON in every line ({error}).") from None
-        except (KeyError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise UserError(
-                f"{path}, line {number}, is no question ({error}): it needs query, choices and gold."
+                f"{path}, line {number}, is not like the first line ({error}): questions need query, "
+                "choices and gold; problems need question and answer."
             ) from None
         except (OSError, EOFError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read ({error}).") from None
-    return True
+    return kind
 
 
-def _task(name: str, path: Path) -> dict[str, Any]:
+def _kind(record: Any) -> Callable[[str, str], dict[str, Any]] | None:
+    keys = set(record) if isinstance(record, dict) else set()
+    if keys >= {"query", "choices", "gold"}:
+        return _question_file
+    if "messages" in keys or keys >= {"query", "answers"}:
+        return dialogue_file
+    if "answer" in keys and keys & {"question", "problem", "context"}:
+        return problem_file
+    return None
+
+
+def _question_file(name: str, path: str) -> dict[str, Any]:
     measures = [
         {"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")
     ]
     return {
         "task": name,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        "dataset_kwargs": {"data_files": {"test": path}},
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "{{query}}",

@@ -7,6 +7,7 @@ either 50 or 0.5, units ignored.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -14,7 +15,7 @@ import re
 import select
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluation import math_worker
@@ -97,7 +98,7 @@ def grade(
         if not reference.strip():
             raise UserError(f"the reference answer of problem {i} is empty.")
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        parts = pool.map(lambda part: list(_graded(part, seconds)), _parts(pairs, workers))
+        parts = pool.map(lambda part: _graded(part, seconds), _parts(pairs, workers))
     return [result for part in parts for result in part]
 
 
@@ -106,31 +107,45 @@ def _parts(pairs: list[tuple[str, str]], count: int) -> list[list[tuple[str, str
     return [pairs[i : i + size] for i in range(0, len(pairs), size)]
 
 
-def _graded(pairs: list[tuple[str, str]], seconds: float) -> Iterator[MathGrade]:
-    """Grades with one worker at a time; one that gives no answer is replaced."""
-    worker = None
-    try:
-        for response, reference in pairs:
-            stated = stated_answer(response)
-            expected = stated_answer(reference)
-            expected = reference.strip() if expected is None else expected
-            if stated is not None and _plain(stated) == _plain(expected):
-                yield MathGrade(True, stated)
-                continue
-            if not response.strip() or stated == "":
-                yield MathGrade(False, stated, "no answer")
-                continue
-            answer = response[-_END:] if stated is None else _box(stated)
-            worker = worker or _start()
-            told = _ask(worker, {"reference": _box(expected), "answer": answer}, seconds)
-            if told is None:
-                _stop(worker)
-                worker = None
-                yield MathGrade(False, stated, "timeout")
-            else:
-                yield MathGrade(**{"answer": stated, **json.loads(told)})
-    finally:
-        _stop(worker)
+def _graded(pairs: list[tuple[str, str]], seconds: float) -> list[MathGrade]:
+    with contextlib.closing(Grader(seconds)) as grader:
+        return [grader.grade(*pair) for pair in pairs]
+
+
+class Grader:
+    """Compares answers in a process of its own, which starts when it is needed and ends with `close`."""
+
+    def __init__(self, seconds: float = 10.0) -> None:
+        """What takes longer than `seconds` counts as wrong."""
+        self._seconds = seconds
+        self._worker: subprocess.Popen[str] | None = None
+
+    def grade(self, response: str, reference: str) -> MathGrade:
+        """Grades a response; a worker that gives no answer is replaced.
+
+        Raises:
+          UserError: math-verify cannot be imported.
+        """
+        stated = stated_answer(response)
+        expected = stated_answer(reference)
+        expected = reference.strip() if expected is None else expected
+        if stated is not None and _plain(stated) == _plain(expected):
+            return MathGrade(True, stated)
+        if not response.strip() or stated == "":
+            return MathGrade(False, stated, "no answer")
+        answer = response[-_END:] if stated is None else _box(stated)
+        self._worker = self._worker or _start()
+        question = {"reference": _box(expected), "answer": answer}
+        told = _ask(self._worker, question, self._seconds)
+        if told is None:
+            self.close()
+            return MathGrade(False, stated, "timeout")
+        return MathGrade(**{"answer": stated, **json.loads(told)})
+
+    def close(self) -> None:
+        """Ends the process."""
+        _stop(self._worker)
+        self._worker = None
 
 
 def _plain(answer: str) -> str:

@@ -18,6 +18,21 @@ class Entry:
     shots: int | None = 0  # examples before each question; None: as many as the task says
     averaged: bool = False  # counts in the suite's average
     runs_code: bool = False  # runs what the model writes, and so has to be asked for
+    chat: bool = False  # asked through the chat template
+    samples: int | None = None  # answers to each problem, where it is to be answered several times
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A figure that was measured, with its standard error, nan where there is none."""
+
+    label: str
+    shots: int
+    metric: str
+    value: float
+    standard_error: float
+    averaged: bool = False
+    documents: int = 0
 
 
 COMMONSENSE = (
@@ -48,11 +63,19 @@ SUITES: Mapping[str, tuple[Entry, ...]] = {
         *COMMONSENSE,
         Entry("mmlu", "acc,none", "MMLU", shots=5),
     ),
+    # MobileLLM-R1, table 7: no examples, the question alone as a message of the user.
+    "r1_final": (
+        Entry("math500_answers", "pass@1,none", "MATH-500", chat=True),
+        Entry("gsm8k_answers", "pass@1,none", "GSM8K", chat=True),
+        Entry("aime24_answers", "pass@1,none", "AIME'24", chat=True, samples=64),
+        Entry("aime25_answers", "pass@1,none", "AIME'25", chat=True, samples=64),
+        Entry("livecodebench", "pass@1,none", "LiveCodeBench", chat=True, samples=16),
+    ),
 }
 
 AVERAGE = "average"
 
-# In per cent: MobileLLM, table 3; MobileLLM-R1, table 6 (base models).
+# In per cent: MobileLLM, table 3; MobileLLM-R1, tables 6 (base models) and 7 (final ones).
 _COLUMNS = (*(entry.label for entry in COMMONSENSE), AVERAGE)
 PUBLISHED: Mapping[str, Mapping[str, float]] = {
     name: dict(zip(_COLUMNS, row, strict=True))
@@ -70,4 +93,8 @@ PUBLISHED: Mapping[str, Mapping[str, float]] = {
     | {AVERAGE: 51.0, "MMLU": 26.8},
     "MobileLLM-R1-950M-base": {"MATH-500": 26.8, "GSM8K": 61.6, "MBPP": 39.2, "HumanEval": 46.3}
     | {AVERAGE: 58.6, "MMLU": 47.4},
+    "MobileLLM-R1-140M": {"MATH-500": 6.2, "GSM8K": 4.1, "LiveCodeBench": 1.7},
+    "MobileLLM-R1-360M": {"MATH-500": 28.4, "GSM8K": 24.5, "LiveCodeBench": 5.1},
+    "MobileLLM-R1-950M": {"MATH-500": 74.0, "GSM8K": 67.5, "LiveCodeBench": 19.9}
+    | {"AIME'24": 15.5, "AIME'25": 16.3},
 }

@@ -15,7 +15,7 @@ import mobilellm_jax
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.reporting import curves
 from mobilellm_jax.reporting.curves import Line, compact
-from mobilellm_jax.reporting.history import History
+from mobilellm_jax.reporting.history import History, Series
 from mobilellm_jax.reporting.samples import Sample
 from mobilellm_jax.reporting.sources import Source
 from mobilellm_jax.training.length import length_of
@@ -61,6 +61,8 @@ def render(facts: Facts) -> str:
         box=(curves.WIDTH, curves.HEIGHT),
         resumed=_times(len(history.resumes)),
         skipped=_times(len(history.skipped)),
+        tasks=_tasks(history),
+        tasks_step=f"{history.tasks.steps_N[-1]:,}" if len(history.tasks) else "",
         mixture=_mixture(facts.sources, colours),
         samples=[
             {**dataclasses.asdict(s), "colour": colours[s.source]["colour"]} for s in facts.samples
@@ -187,7 +189,8 @@ def _charts(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The charts as the template draws them, and the numbers that the page's script reads."""
     history, train = facts.history, facts.history.train
-    ends = [int(s.steps_N[i]) for s in (train, history.heldout) if len(s) for i in (0, -1)]
+    series = train, history.heldout, history.tasks
+    ends = [int(s.steps_N[i]) for s in series if len(s) for i in (0, -1)]
     domain = (min(ends), max(ends))
     tokens_N = history.tokens_so_far()
     per_source = [
@@ -202,14 +205,23 @@ def _charts(
     with np.errstate(divide="ignore", invalid="ignore"):
         waiting_N = 100 * wait_N / np.maximum(step_N, wait_N)
     waiting = [Line("waiting", waiting_N, 1)]
-    measured = history.heldout
-    measured_tokens = np.interp(measured.steps_N, train.steps_N, tokens_N)
-    beside = curves.axis(measured.steps_N, measured_tokens, domain, len(per_source))
+
+    def sparse(measured: Series, lines: int) -> curves.Axis:
+        measured_tokens = np.interp(measured.steps_N, train.steps_N, tokens_N)
+        return curves.axis(measured.steps_N, measured_tokens, domain, lines)
+
+    beside = sparse(history.heldout, len(per_source) + 1)
     heldout = [
         Line(name, values_N, **colours[name])
-        for name, values_N in measured.per_source("bits_per_byte").items()
+        for name, values_N in history.heldout.per_source("bits_per_byte").items()
         if name in colours
     ]
+    rank = [Line("rank", history.heldout.column("rank_me"), 1)]
+    figures = [
+        Line(name, history.tasks.columns[name], **_colour(i))
+        for i, name in enumerate(_task_names(history))
+    ]
+    judged = sparse(history.tasks, len(figures))
 
     def one(
         name: str, title: str, unit: str = "", scale: float = 1, **how: bool
@@ -226,21 +238,45 @@ def _charts(
         one("tokens_per_second", "Throughput", "tokens/s", from_zero=True),
         curves.chart("Waiting for data", waiting, along, "% of the step", from_zero=True),
         one("mfu", "Model FLOPs utilisation", "% of the peak", 100, from_zero=True),
+        curves.chart("Tasks", figures, judged, exact=True, wide=True),
+        curves.chart("RankMe", rank, beside, "of the output embedding", exact=True),
     ]
     drawn = [chart for chart in charts if chart]
+    axes = {"Held-out": "heldout", "RankMe": "heldout", "Tasks": "tasks"}
     numbers = {
         "domain": domain,
-        "axes": {"train": along.numbers(), "heldout": beside.numbers()},
+        "axes": {
+            "train": along.numbers(),
+            "heldout": beside.numbers(),
+            "tasks": judged.numbers(),
+        },
         "marks": curves.marks(along, history.resumes, history.skipped),
         "charts": [
             {
-                "axis": "heldout" if chart["title"] == "Held-out" else "train",
+                "axis": axes.get(chart["title"], "train"),
                 "lines": [line.pop("numbers") for line in chart["lines"]],
             }
             for chart in drawn
         ],
     }
     return drawn, numbers
+
+
+def _task_names(history: History) -> list[str]:
+    """The figures that tasks give, without their standard errors."""
+    columns = history.tasks.columns
+    return [n for n in columns if n != "step" and not n.startswith("stderr/")]
+
+
+def _tasks(history: History) -> list[dict[str, Any]]:
+    """The newest figure of each task."""
+    found = []
+    for i, name in enumerate(_task_names(history)):
+        error = history.tasks.last(f"stderr/{name}")
+        shown = "" if math.isnan(error) else f"± {error:.4f}"
+        value = f"{history.tasks.last(name):.4f}"
+        found.append({"name": name, **_colour(i), "value": value, "error": shown})
+    return found
 
 
 def _starts(history: History) -> dict[str, Any]:

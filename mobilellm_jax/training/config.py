@@ -27,7 +27,7 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 
 POSITIVE: tuple[str, ...] = ("row_length", "global_batch", "microbatches")
 POSITIVE += ("loss_chunks", "prefetch")
-POSITIVE += ("eval.every", "eval.rows", "checkpoint.every", "checkpoint.keep")
+POSITIVE += ("eval.every", "eval.rows", "eval.tasks_every", "checkpoint.every", "checkpoint.keep")
 POSITIVE += ("max_skipped", "log_every")
 
 
@@ -90,6 +90,10 @@ def base_config(model: ModelConfig) -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.every = 1000  # steps between evaluations on the held-out rows; also at the end
     c.eval.rows = 512  # held-out rows of each source that are read, or all there are
+    c.eval.tasks = ""  # suites and tasks of `evaluate` as well, NAME,NAME; needs the extra [eval]
+    c.eval.tasks_every = 10_000  # steps between those; also at the end
+    c.eval.data = ""  # folder with their data sets in local files
+    c.eval.limit = 0  # documents of each task; 0: all
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 1000  # steps between checkpoints; also at the end and when stopped

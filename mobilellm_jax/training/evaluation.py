@@ -1,15 +1,18 @@
-"""Bits per byte on held-out rows, the measure that compares across tokenizers."""
+"""What is measured while a network is trained: bits per byte of held-out rows, and RankMe."""
 
 import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mobilellm_jax.data.contexts import Contexts
+from mobilellm_jax.model import transformer
+from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.parallel.sharding import put_rows
 from mobilellm_jax.training.metrics import per_source
 from mobilellm_jax.training.objectives import Batch, Network, next_token
@@ -29,7 +32,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and bits per byte on the first `rows` held-out rows of each source, overall and per source.
 
-    Each process reads its own part of a batch. The last batch is filled up with rows of BOS alone,
+    And RankMe of the output embedding.
+
+        Each process reads its own part of a batch. The last batch is filled up with rows of BOS alone,
     which hold no target.
     """
     mine, process = batch_rows // jax.process_count(), jax.process_index()
@@ -49,7 +54,32 @@ def evaluate(
             part = _sums(*arrays, network=network, sources=len(names), mesh=mesh)
             for name, value in jax.device_get(part).items():
                 totals[name] = totals.get(name, 0.0) + value
-    return per_source(totals, names) if totals else {}
+    found = per_source(totals, names) if totals else {}
+    return found | {"rank_me": rank_me(params, network.model)}
+
+
+def rank_me(params: Any, model: ModelConfig) -> float:
+    """The effective rank of the output embedding (RankMe; MobileLLM-R1, appendix B).
+
+    `exp(-sum_k p_k log p_k)` with `p_k = s_k / sum(s) + 1e-7` of the singular values s: from 1, for a
+    matrix of one direction, to its width.
+
+    Args:
+      params: of the network, wherever they live.
+      model: the network.
+    """
+    gram_DD = np.asarray(jax.device_get(_gram(params, model=model)), np.float64)
+    singular_D = np.sqrt(np.maximum(np.linalg.eigvalsh(gram_DD), 0.0))
+    share_D = singular_D / max(singular_D.sum(), np.finfo(np.float64).tiny) + 1e-7
+    return float(np.exp(-(share_D * np.log(share_D)).sum()))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _gram(params: Any, *, model: ModelConfig) -> jax.Array:
+    matrix_DV = transformer.unembedding(params, model)
+    gram_DD = jnp.einsum("DV,EV->DE", matrix_DV, matrix_DV, precision=jax.lax.Precision.HIGHEST)
+    mesh = jax.sharding.get_abstract_mesh()
+    return gram_DD if mesh.empty else jax.lax.with_sharding_constraint(gram_DD, P())
 
 
 @functools.partial(jax.jit, static_argnames=("network", "sources", "mesh"))

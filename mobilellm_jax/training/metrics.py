@@ -84,7 +84,7 @@ class MetricsWriter:
             self._board = EventsWriter(str(board / "events"), f".{time.time_ns()}")
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Records one line; finite numbers of the kinds `train` and `heldout` also go to TensorBoard.
+        """Records one line; finite numbers of all kinds but `start` also go to TensorBoard.
 
         Raises:
           UserError: it cannot be written.

@@ -70,6 +70,13 @@ class Progress:
         tqdm.write(f"held-out bits per byte at step {step:,}: {', '.join(parts)}", file=sys.stdout)
         sys.stdout.flush()
 
+    def tasks(self, step: int, values: Mapping[str, float]) -> None:
+        """Prints the figures of the tasks that the run is judged by."""
+        if self._shown:
+            found = [f"{n} {v:.4f}" for n, v in values.items() if not n.startswith("stderr/")]
+            tqdm.write(f"tasks at step {step:,}: {', '.join(found)}", file=sys.stdout)
+            sys.stdout.flush()
+
     def close(self) -> None:
         """Leaves the bar as it stands."""
         self._bar.close()

@@ -14,11 +14,13 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
 import datasets
 
-from mobilellm_jax import evaluate as program
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.evaluate import Line, evaluate, nearest_published, table
-from mobilellm_jax.evaluation.local_data import local_datasets, question_tasks
-from mobilellm_jax.evaluation.suites import AVERAGE, PUBLISHED, SUITES
+from mobilellm_jax.evaluate import evaluate
+from mobilellm_jax.evaluation import tasks
+from mobilellm_jax.evaluation.answered import answered_tasks
+from mobilellm_jax.evaluation.local_data import local_datasets, local_tasks
+from mobilellm_jax.evaluation.suites import AVERAGE, PUBLISHED, SUITES, Line
+from mobilellm_jax.evaluation.table import nearest_published, table
 from mobilellm_jax.model.presets import preset
 from mobilellm_jax.training.checkpoint import load_model
 
@@ -56,7 +58,7 @@ def data(tmp_path):
 
 def test_a_file_of_questions_is_a_task(loaded, data):
     """Its accuracy is what scoring every choice by hand gives."""
-    lines, results = evaluate(loaded, ["sums"], data)
+    lines, results = evaluate(loaded, ["sums"], data=data)
     found = {line.metric: line for line in lines}
     assert set(found) == {"acc", "acc_norm"} and found["acc"].documents == 12
     from mobilellm_jax.evaluation.scoring import Request, score
@@ -82,14 +84,14 @@ def test_a_file_of_questions_is_a_task(loaded, data):
 
 
 def test_a_task_of_the_harness_reads_local_files(loaded, data):
-    (line, *_), _ = evaluate(loaded, ["arc_easy"], data, limit=5, shots=2)
+    (line, *_), _ = evaluate(loaded, ["arc_easy"], data=data, limit=5, shots=2)
     assert (line.label, line.shots, line.documents) == ("arc_easy", 2, 5)
 
 
 def test_a_tag_gives_the_figures_of_all_its_tasks(loaded, data):
     arc = data / "allenai" / "ai2_arc"
     shutil.copytree(arc / "ARC-Easy", arc / "ARC-Challenge")
-    lines, _ = evaluate(loaded, ["ai2_arc", "arc_easy", "arc_easy"], data, limit=4)
+    lines, _ = evaluate(loaded, ["ai2_arc", "arc_easy", "arc_easy"], data=data, limit=4)
     found = [(line.label, line.metric, line.documents) for line in lines]
     tasks = "arc_challenge", "arc_easy"
     of_tag = {(task, metric, 4) for task in tasks for metric in ("acc", "acc_norm")}
@@ -100,8 +102,8 @@ def test_a_tag_gives_the_figures_of_all_its_tasks(loaded, data):
 def test_a_suite_has_its_metrics_and_their_mean(loaded, data, monkeypatch):
     entries = tuple(e for e in SUITES["commonsense"] if e.task == "arc_easy")
     twice = (*entries, *(type(e)(**{**vars(e), "metric": "acc,none"}) for e in entries))
-    monkeypatch.setitem(program.SUITES, "mine", twice)
-    (first, second, mean), _ = evaluate(loaded, ["mine"], data)
+    monkeypatch.setitem(tasks.SUITES, "mine", twice)
+    (first, second, mean), _ = evaluate(loaded, ["mine"], data=data)
     assert (first.metric, second.metric, mean.label) == ("acc_norm", "acc", AVERAGE)
     assert mean.value == pytest.approx((first.value + second.value) / 2)
     errors = first.standard_error, second.standard_error
@@ -109,7 +111,7 @@ def test_a_suite_has_its_metrics_and_their_mean(loaded, data, monkeypatch):
 
 
 def test_suites_are_those_of_the_papers():
-    known = set(program._harness_tasks().all_tasks)
+    known = {*tasks._harness_tasks().all_tasks, *answered_tasks()}
     assert {entry.task for suite in SUITES.values() for entry in suite} <= known
     for name, row in PUBLISHED.items():
         values = [row[e.label] for e in SUITES["commonsense"] if e.label in row]
@@ -128,7 +130,15 @@ def test_suites_are_those_of_the_papers():
     ],
 )
 def test_the_published_row_is_that_of_the_size(size, name):
-    assert nearest_published(preset(f"mobilellm-{size}")) == name
+    assert nearest_published(preset(f"mobilellm-{size}"), ["average"]) == name
+
+
+def test_the_published_row_knows_what_was_measured():
+    model = preset("mobilellm-r1-360m")
+    assert nearest_published(model, ["MATH-500", "GSM8K", "MBPP"]) == "MobileLLM-R1-360M-base"
+    final = ["MATH-500", "GSM8K", "LiveCodeBench", "AIME'24"]
+    assert nearest_published(model, final) == "MobileLLM-R1-360M"
+    assert nearest_published(model, ["something"]) is None
 
 
 def test_the_table():
@@ -154,19 +164,44 @@ def test_code_is_not_run_unasked(loaded):
         evaluate(loaded, ["r1_base"])
 
 
+def test_code_is_not_run_unasked_whatever_names_it(loaded, tmp_path):
+    """A task that no suite says it of, by its own word: here the harness's HumanEval."""
+    folder = tmp_path / "openai" / "openai_humaneval"
+    folder.mkdir(parents=True)
+    problem = {"task_id": "0", "prompt": "def f():\n", "canonical_solution": "    return 1\n"}
+    problem |= {"test": "def check(f):\n    assert f() == 1\n", "entry_point": "f"}
+    (folder / "test.jsonl").write_text(json.dumps(problem) + "\n")
+    with pytest.raises(UserError, match="humaneval run programs .* --allow_code"):
+        evaluate(loaded, ["humaneval"], data=tmp_path)
+    (line,), _ = evaluate(loaded, ["humaneval"], data=tmp_path, allow_code=True)
+    assert (line.metric, line.documents, line.value) == ("pass@1 (create_test)", 1, 0.0)
+
+
+def test_code_that_no_sandbox_holds_is_not_run(loaded, tmp_path):
+    """CRUXEval starts processes itself."""
+    folder = tmp_path / "cruxeval-org" / "cruxeval"
+    folder.mkdir(parents=True)
+    (folder / "test.jsonl").write_text(json.dumps(dict.fromkeys(("code", "input", "output"), "1")))
+    with pytest.raises(UserError, match="cruxeval_input runs programs .* the sandbox"):
+        evaluate(loaded, ["cruxeval_input"], data=tmp_path, allow_code=True)
+
+
 def test_a_data_set_that_is_nowhere_is_told_with_where_to_put_it(loaded, data, monkeypatch):
     def unreachable(*_, **__):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(UserError, match=r"allenai/ai2_arc/ARC-Challenge .*\(no network\).*--data="):
-        evaluate(loaded, ["arc_challenge"], data)
+        evaluate(loaded, ["arc_challenge"], data=data)
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"query": "a", "choices": ["b"], "gold": 0}\n{"query": "a"}\n', "line 2, is no question"),
+        (
+            '{"query": "a", "choices": ["b"], "gold": 0}\n{"query": "a"}\n',
+            "line 2, is not like the first",
+        ),
         ('{"query": "a", "choices": ["b"], "gold": 0}\n{"query\n', "not JSON"),
         (
             '{"query": "", "choices": [], "gold": 0}\n{"query": "", "choices": [], "gold": 1}\n',
@@ -177,16 +212,16 @@ def test_a_data_set_that_is_nowhere_is_told_with_where_to_put_it(loaded, data, m
 def test_damaged_questions_are_told(tmp_path, text, said):
     (tmp_path / "mine.jsonl").write_text(text)
     with pytest.raises(UserError, match=said):
-        question_tasks(tmp_path)
+        local_tasks(tmp_path)
 
 
 def test_a_cut_archive_is_told(tmp_path):
     whole = gzip.compress(b'{"query": "a", "choices": ["b"], "gold": 0}\n' * 1000)
     (tmp_path / "mine.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"mine.jsonl.gz cannot be read"):
-        question_tasks(tmp_path)
+        local_tasks(tmp_path)
     with pytest.raises(UserError, match="is not a folder"):
-        question_tasks(tmp_path / "nothing")
+        local_tasks(tmp_path / "nothing")
 
 
 def test_the_patch_ends_with_the_block(data):
