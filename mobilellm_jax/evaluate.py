@@ -32,8 +32,10 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluation.perplexity import store_lines, wikitext, window_perplexity
 from mobilellm_jax.evaluation.suites import Line
 from mobilellm_jax.evaluation.table import table
+from mobilellm_jax.interop.stored import load_model
+from mobilellm_jax.parallel.compiled import keep_compiled
 from mobilellm_jax.parallel.mesh import local_mesh
-from mobilellm_jax.training.checkpoint import LoadedModel, load_model
+from mobilellm_jax.training.checkpoint import LoadedModel
 from mobilellm_jax.training.evaluation import rank_me
 
 WIKITEXT2, RANK_ME = "wikitext2", "rank_me"
@@ -114,6 +116,7 @@ def evaluate(
 
 def main() -> None:
     """See the module."""
+    keep_compiled()
     args = flags.FLAGS
     out = Path(args.out) if args.out else None
     if out is not None and (out / "results.json").exists():
@@ -176,17 +179,19 @@ def _served() -> Any:
     args = flags.FLAGS
     if not args.server_model:
         raise UserError("--server needs --server_model, the model's name on the server.")
-    endpoint = Endpoint(args.server, args.server_model, os.environ.get(args.server_key_env))
+    key = os.environ.get(args.server_key_env)
+    endpoint = Endpoint(args.server, args.server_model, key, workers=args.workers)
     return ServedModel(endpoint, seed=args.seed)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("checkpoint", "", "A workdir or a checkpoint.")
+    flags.DEFINE_string("checkpoint", "", "A workdir, a checkpoint or a Hugging Face folder.")
     flags.DEFINE_string(
         "server", "", "Instead: an OpenAI-compatible server, as http://host:8080/v1."
     )
     flags.DEFINE_string("server_model", "", "The model's name there.")
     flags.DEFINE_string("server_key_env", "OPENAI_API_KEY", "Environment variable with its key.")
+    flags.DEFINE_integer("workers", 8, "Answers that the server works on at a time.", 1)
     flags.DEFINE_list("tasks", ["commonsense"], "Suites, tasks of the harness, measures.")
     flags.DEFINE_list(
         "stores", [], "Row stores to measure too: mixture.json, or a source's folder."

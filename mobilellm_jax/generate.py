@@ -25,7 +25,8 @@ from mobilellm_jax.decoding.decoder import Decoder, ready, row_seeds, stream
 from mobilellm_jax.decoding.sampling import Sampling
 from mobilellm_jax.decoding.text import Text, continued, pieces
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.training.checkpoint import load_model
+from mobilellm_jax.interop.stored import load_model
+from mobilellm_jax.parallel.compiled import keep_compiled
 
 INTERACTIVE = 4  # tokens drawn before any is shown
 
@@ -134,6 +135,7 @@ def batch(
 
 def main() -> None:
     """See the module."""
+    keep_compiled()
     args = flags.FLAGS
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     asked = [name for name in ("prompt", "prompts", "chat") if getattr(args, name)]
@@ -164,7 +166,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("checkpoint", None, "A workdir or a checkpoint.", required=True)
+    flags.DEFINE_string(
+        "checkpoint", None, "A workdir, a checkpoint or a Hugging Face folder.", required=True
+    )
     flags.DEFINE_string("prompt", "", "Text to continue; empty: a document from its beginning.")
     flags.DEFINE_string("prompts", "", "A file with a prompt in every line.")
     flags.DEFINE_bool("chat", False, "Talk with the network.")

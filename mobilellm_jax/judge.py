@@ -49,9 +49,10 @@ from mobilellm_jax.evaluation.judge import (
     win_rate,
 )
 from mobilellm_jax.evaluation.scores import Score
+from mobilellm_jax.interop.stored import load_model
+from mobilellm_jax.parallel.compiled import keep_compiled
 from mobilellm_jax.parallel.mesh import local_mesh
 from mobilellm_jax.tables import markdown_table
-from mobilellm_jax.training.checkpoint import load_model
 
 ANSWERS, CONVERSATIONS, RESULTS = "answers.json", "conversations.jsonl", "results.json"
 ANSWERED, JUDGED = "answers.cache.jsonl", "judge.cache.jsonl"
@@ -231,6 +232,7 @@ def main() -> None:
 
 
 def _compared(judge: Endpoint, out: Path) -> tuple[str, dict[str, Any]]:
+    keep_compiled()
     args = flags.FLAGS
     records = read_instructions(args.instructions)
     instructions = [instruction_of(record) for record in records]
@@ -333,7 +335,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("instructions", "", "AlpacaEval's instructions; win rate.")
     flags.DEFINE_string("reference", "", "Answers to compare with; else those in --instructions.")
     flags.DEFINE_string("questions", "", "MT-Bench's questions; ratings.")
-    flags.DEFINE_string("checkpoint", "", "Who answers: a workdir or a checkpoint.")
+    flags.DEFINE_string(
+        "checkpoint", "", "Who answers: a workdir, a checkpoint or a Hugging Face folder."
+    )
     flags.DEFINE_string("server", "", "Who answers: an OpenAI-compatible server, up to its /v1.")
     flags.DEFINE_string("answers", "", "A file of answers that exist already.")
     flags.DEFINE_string("judge", "", "OpenAI-compatible server of the judge, up to its /v1.")

@@ -68,6 +68,26 @@ def test_processes_and_meshes_change_within_a_run(plan, tmp_path):
 
 
 @pytest.mark.slow
+def test_processes_judge_together(plan, tmp_path):
+    """2 processes x 2 devices that split the weights find what one device finds, and one speaks."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    tiny.tasks(tmp_path)
+    judged = {"eval__tasks": "sums,doubles", "eval__data": str(tmp_path), "mesh__fsdp": 2}
+    said = pod(
+        tmp_path / "logs",
+        config_file(tmp_path, plan, **judged),
+        tmp_path / "several",
+        devices=2,
+    )
+    one = tiny.config(plan)
+    one.eval.tasks, one.eval.data = judged["eval__tasks"], judged["eval__data"]
+    run(one, tmp_path / "one")
+    expected, found = (lines(tmp_path / name, "tasks")[12] for name in ("one", "several"))
+    assert found == pytest.approx(expected) and "sums acc_norm" in found
+    assert "tasks at step 12" in said[0] and "tasks" not in said[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_fifty_steps_are_those_of_one_process(plan, tmp_path, processes):
     config = config_file(tmp_path, plan, steps=50)

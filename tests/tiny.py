@@ -1,6 +1,7 @@
 """A corpus of two sources, a plan, a network and a configuration, small enough to train in a second."""
 
 import functools
+import json
 import random
 from pathlib import Path
 
@@ -73,6 +74,21 @@ def corpus(
     plan = Plan(sources, (stage,), "tokenizer.model", model.fingerprint)
     plan.save(directory / "mixture.json")
     return directory / "mixture.json"
+
+
+def tasks(folder: Path) -> None:
+    """Files of questions and of problems to answer: the tasks `sums` and `doubles`."""
+    pairs = ((1, 2), (3, 4), (10, 20), (7, 7), (5, 0), (2, 9))
+    files = {
+        "sums": [
+            {"query": f"{a} + {b} =", "choices": [str(a + b), str(a), str(b + 1)], "gold": 0}
+            for a, b in pairs
+        ],
+        "doubles": [{"question": f"{a} + {a}", "answer": str(2 * a)} for a in range(3)],
+    }
+    for name, records in files.items():
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / f"{name}.jsonl").write_text(text)
 
 
 def config(plan: Path, steps: int = 12) -> ConfigDict:

@@ -124,6 +124,15 @@ class HarnessModel(TemplateLM):
             return template.prompt(chat_history)
         return template.text(chat_history)
 
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihoods of continuations, and whether each is what the network itself would say."""
+        found: list[tuple[float, bool]] = super().loglikelihood(
+            requests, disable_tqdm or self._quiet
+        )
+        return found
+
     def _loglikelihood_tokens(
         self,
         requests: list[Encoded],

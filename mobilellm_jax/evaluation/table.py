@@ -42,7 +42,7 @@ def table(lines: Sequence[Line], model: ModelConfig | None) -> str:
     for line in lines:
         error = "" if math.isnan(line.standard_error) else f"{line.standard_error:.4f}"
         row = [line.label, str(line.shots), line.metric, f"{line.value:.4f}", error]
-        row.append(f"{line.documents:,}")
+        row.append(f"{line.documents:,}" if line.documents else "")
         if name:
             figure = PUBLISHED[name].get(line.label)
             row.append("" if figure is None else f"{figure / 100:.3f}")

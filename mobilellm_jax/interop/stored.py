@@ -76,6 +76,21 @@ class StoredModel:
         return place(self.leaves, shardings, dtype)
 
 
+def load_model(directory: epath.PathLike) -> checkpoint.LoadedModel:
+    """Loads a network with its tokenizer onto the default device, weights in float32.
+
+    Args:
+      directory: see `open_model`.
+
+    Raises:
+      UserError: see `open_model`; or there is no tokenizer.
+    """
+    opened = open_model(directory)
+    tokenizer = opened.needed_tokenizer
+    params = opened.params(dtype="float32")
+    return checkpoint.LoadedModel(params, opened.model, tokenizer, opened.step, opened.meta)
+
+
 def open_model(directory: epath.PathLike, ls_kv: str = "fresh") -> StoredModel:
     """Opens a network without reading its weights.
 

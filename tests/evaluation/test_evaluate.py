@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -21,8 +22,10 @@ from mobilellm_jax.evaluation.answered import answered_tasks
 from mobilellm_jax.evaluation.local_data import local_datasets, local_tasks
 from mobilellm_jax.evaluation.suites import AVERAGE, PUBLISHED, SUITES, Line
 from mobilellm_jax.evaluation.table import nearest_published, table
+from mobilellm_jax.interop import huggingface, stored
+from mobilellm_jax.leaves import flat
 from mobilellm_jax.model.presets import preset
-from mobilellm_jax.training.checkpoint import load_model
+from mobilellm_jax.training.checkpoint import load_model, write_model
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +151,24 @@ def test_the_table():
     ]
     text = table(lines, preset("mobilellm-125m"))
     assert "| ARC-e | 0 | acc_norm | 0.4100 | 0.0100 | 2,376 | 0.439 |" in text
-    assert "| own | 3 | f1 | 0.5000 |  | 0 |  |" in text
+    assert "| own | 3 | f1 | 0.5000 |  |  |  |" in text
     assert "MobileLLM" not in table(lines[1:], preset("mobilellm-125m"))
+
+
+def test_a_network_is_judged_wherever_it_is_kept(loaded, data, tmp_path):
+    """As a folder of Hugging Face's too; without its tokenizer it is told what is missing."""
+    huggingface.export(flat(loaded.params), loaded.model, loaded.tokenizer, tmp_path / "hf")
+    lines, _ = evaluate(stored.load_model(tmp_path / "hf"), ["sums"], data=data)
+    assert lines == evaluate(loaded, ["sums"], data=data)[0]
+    for file in (tmp_path / "hf").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"hf has no tokenizer: put its tokenizer.json"):
+        stored.load_model(tmp_path / "hf")
+    weights = flat(jax.device_get(loaded.params))
+    write_model(weights, loaded.model, loaded.tokenizer, {}, tmp_path / "ours")
+    shutil.rmtree(tmp_path / "ours" / "tokenizer")
+    with pytest.raises(UserError, match=r"ours has no tokenizer: put the folder `tokenizer`"):
+        stored.load_model(tmp_path / "ours")
 
 
 def test_unknown_tasks_are_told_with_the_nearest(loaded):

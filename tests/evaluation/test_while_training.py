@@ -1,7 +1,5 @@
 """A run that is judged by tasks while it trains: what is recorded, shown, and met early."""
 
-import json
-
 import jax
 import pytest
 import tiny
@@ -19,13 +17,7 @@ from mobilellm_jax.training.checkpoint import load_model
 def judged(tmp_path_factory):
     """A run over four devices that is judged at steps 4, 8 and 9."""
     folder = tmp_path_factory.mktemp("judged")
-    questions = [
-        {"query": f"{a} + {b} =", "choices": [str(a + b), str(a), str(b + 1)], "gold": 0}
-        for a, b in ((1, 2), (3, 4), (10, 20), (7, 7), (5, 0), (2, 9))
-    ]
-    (folder / "sums.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
-    problems = [{"question": f"{a} + {a}", "answer": str(2 * a)} for a in range(3)]
-    (folder / "doubles.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
+    tiny.tasks(folder)
     config = tiny.config(tiny.corpus(folder / "data"), steps=9)
     config.mesh.data, config.mesh.fsdp = 2, 2
     config.eval.tasks, config.eval.tasks_every = "sums,doubles", 4
