@@ -152,6 +152,9 @@ def measure(made: Programs, config: ConfigDict) -> StepCosts:
                 unread = f"the compiler cannot print this program for {kind}"
     done = time.perf_counter()
     program = Program(text) if text else None
+    traffic = memory_bytes(program) if program else None
+    exchanged = _exchanged(program, devices) if program else None
+    unknown = sorted(program.unknown_loops) if program else []  # known when all is read
     tokens = config.global_batch * config.row_length
     matmul = flops_per_token(made.model, 0)
     return StepCosts(
@@ -167,9 +170,10 @@ def measure(made: Programs, config: ConfigDict) -> StepCosts:
         / devices,
         matmul=counted.matmul / devices,
         attention=counted.attention / devices,
-        uncounted=dict(counted.uncounted),
-        traffic=memory_bytes(program) if program else None,
-        exchanged=_exchanged(program, devices) if program else None,
+        uncounted=dict(counted.uncounted)
+        | {f"traffic and exchange of further turns of the loop {name}": 1.0 for name in unknown},
+        traffic=traffic,
+        exchanged=exchanged,
         unread=unread,
         trace_seconds=compiling - began,
         compile_seconds=done - compiling,

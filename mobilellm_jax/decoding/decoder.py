@@ -179,15 +179,20 @@ def _keys(seeds_B: jax.Array, positions_B: jax.Array) -> jax.Array:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "slots"))
-def _grown(cache: Cache, rows_B: jax.Array, *, mesh: Mesh, slots: int) -> Cache:
-    """A larger cache, of some of the rows."""
+@functools.partial(jax.jit, static_argnames=("mesh", "rows", "slots"))
+def _grown(cache: Cache, kept_B: jax.Array, *, mesh: Mesh, rows: int, slots: int) -> Cache:
+    """A larger cache, of some of each device's `rows` rows."""
 
-    def larger(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x[rows_B], ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _ROWS))
+    def local(cache: Cache, kept_B: jax.Array) -> Cache:
+        return jax.tree.map(
+            lambda leaf: jnp.pad(leaf, ((0, 0), (0, slots - leaf.shape[1]), (0, 0))),
+            transformer.cache_of(cache, rows, kept_B),
+        )
 
-    return jax.tree.map(larger, cache)
+    per_device = jax.shard_map(
+        local, mesh=mesh, in_specs=(_ROWS, _ROWS), out_specs=_ROWS, check_vma=False
+    )
+    return per_device(cache, kept_B)
 
 
 def row_seeds(seed: int, rows: int) -> np.ndarray:
@@ -250,8 +255,9 @@ def stream(
         for slot in range(width, width + max_new_tokens - 1, chunk):
             if slot + chunk > slots:
                 slots *= 2
-                kept_B = _going(rows_B, ended() if ended else (), devices)
-                cache = _grown(cache, kept_B, mesh=decoder.mesh, slots=slots)
+                kept_B, own_B = _going(rows_B, ended() if ended else (), devices)
+                rows = len(rows_B) // devices
+                cache = _grown(cache, own_B, mesh=decoder.mesh, rows=rows, slots=slots)
                 rows_B, last_B = rows_B[kept_B], last_B[kept_B]
             drawn_TB, cache = _draw(
                 decoder.params,
@@ -273,11 +279,17 @@ def stream(
     return draws(rows_B)
 
 
-def _going(rows_B: np.ndarray, ended: Sequence[bool], devices: int) -> np.ndarray:
-    """Which rows to go on with: half of them, as often as all whose text goes on are among these."""
-    over = [bool(len(ended) and ended[row]) for row in rows_B]
-    order_B = np.argsort(over, kind="stable")
-    count = len(order_B)
-    while count % (2 * devices) == 0 and over.count(False) <= count // 2:
+def _going(
+    rows_B: np.ndarray, ended: Sequence[bool], devices: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows to go on with, and their numbers among their device's.
+
+    Each device keeps half of its rows, as often as all whose text goes on are among these.
+    """
+    over = np.array([bool(len(ended) and ended[row]) for row in rows_B]).reshape(devices, -1)
+    count = over.shape[1]
+    while count % 2 == 0 and (~over).sum(1).max() <= count // 2:
         count //= 2
-    return np.sort(order_B[:count])
+    own = np.sort(np.argsort(over, axis=1, kind="stable")[:, :count])
+    kept = own + over.shape[1] * np.arange(devices)[:, None]
+    return kept.ravel(), own.ravel()

@@ -207,7 +207,7 @@ def _score_batch(
         _, cache = transformer.apply_cached(
             params, model, prefix_GT, cache, begin_G, execution=execution
         )
-        cache = jax.tree.map(lambda leaf: leaf[group_R], cache)
+        cache = transformer.cache_of(cache, groups, group_R)
         hidden_RTD, _ = transformer.apply_cached(
             params, model, tokens_RT, cache, begin_G[group_R], jnp.int32(width), execution
         )

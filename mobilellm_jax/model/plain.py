@@ -40,23 +40,30 @@ def attention(
 
 
 def cached_attention(
-    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BTS: jax.Array
+    q_BTNH: jax.Array, k_RSH: jax.Array, v_RSH: jax.Array, visible_BTS: jax.Array
 ) -> jax.Array:
     """What `attention` computes, of a few queries with the keys and values of a cache.
 
     The queries of a KV head are the rows of one product, so that the cache is read as it lies.
+
+    Args:
+      q_BTNH: queries.
+      k_RSH: keys of all rows and KV heads, the heads outermost.
+      v_RSH: values.
+      visible_BTS: see `attention`.
     """
     B, T, N, H = q_BTNH.shape
-    K = k_BKSH.shape[1]
-    q_BKQH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 2).reshape(B, K, -1, H)
-    scores_BKQS = jnp.einsum(
-        "BKQH,BKSH->BKQS", q_BKQH, k_BKSH, preferred_element_type=jnp.float32
-    ) / math.sqrt(H)
+    K = len(k_RSH) // B
+    q_KBTGH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 2, 0)
+    q_RQH = q_KBTGH.reshape(K * B, -1, H)
+    scores_RQS = jnp.einsum("RQH,RSH->RQS", q_RQH, k_RSH, preferred_element_type=jnp.float32)
     visible_BQS = jnp.repeat(visible_BTS, N // K, axis=1)
-    scores_BKQS = jnp.where(visible_BQS[:, None], scores_BKQS, jnp.finfo(jnp.float32).min)
-    shares_BKQS = jax.nn.softmax(scores_BKQS, axis=-1).astype(v_BKSH.dtype)
-    y_BKQH = jnp.einsum("BKQS,BKSH->BKQH", shares_BKQS, v_BKSH)
-    y_BTKGH = jnp.moveaxis(y_BKQH.reshape(B, K, T, N // K, H), 2, 1)
+    visible_RQS = jnp.tile(visible_BQS, (K, 1, 1))
+    lowest = jnp.finfo(jnp.float32).min
+    scores_RQS = jnp.where(visible_RQS, scores_RQS / math.sqrt(H), lowest)
+    shares_RQS = jax.nn.softmax(scores_RQS, axis=-1).astype(v_RSH.dtype)
+    y_RQH = jnp.einsum("RQS,RSH->RQH", shares_RQS, v_RSH)
+    y_BTKGH = jnp.moveaxis(y_RQH.reshape(K, B, T, N // K, H), 0, 2)
     return y_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 

@@ -133,7 +133,7 @@ class Attention(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
-        """Attends; with a cache ({"key", "value"}: [B, AK, S, H]) first writes new slots into it."""
+        """Attends; with a cache ({"key", "value"}: [AKB, S, H]) first writes new slots into it."""
         c, s = self.config, self.stack
 
         matrix = functools.partial(_matrix, self, c.init_std, x_BTD.dtype)
@@ -161,31 +161,36 @@ class Attention(nn.Module):
             if context.own_keys:
                 new = {"key": k_BTKH, "value": v_BTKH}
                 cache = {name: _written(cache[name], new[name], context) for name in new}
-            k_BKSH, v_BKSH = (_kept(cache[n], s.kv_heads, context) for n in ("key", "value"))
+            rows, length = x_BTD.shape[:2]
+            k_RSH, v_RSH = (_kept(cache[n], s.kv_heads * rows, context) for n in ("key", "value"))
             if context.whole_rows and not context.own_keys:
-                length = x_BTD.shape[1]
-                k_BSKH, v_BSKH = (jnp.swapaxes(x[:, :, :length], 1, 2) for x in (k_BKSH, v_BKSH))
+                k_BSKH, v_BSKH = (
+                    jnp.moveaxis(x[:, :length].reshape(-1, rows, length, c.head_dim), 0, 2)
+                    for x in (k_RSH, v_RSH)
+                )
         if context.visible_BTS is None:
             segments_BT = context.segment_ids_BT
             y_BTNH = of_rows(context.attention, q_BTNH, k_BSKH, v_BSKH, segments_BT)
         elif context.whole_rows:
             y_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, context.visible_BTS)
         else:
-            y_BTNH = cached_attention(q_BTNH, k_BKSH, v_BKSH, context.visible_BTS)
+            y_BTNH = cached_attention(q_BTNH, k_RSH, v_RSH, context.visible_BTS)
         out_NHD = matrix("out", s.heads, c.head_dim, c.width)
         # Over N and H in this order: einsum's would be H, N, for which XLA copies the weights.
         return jnp.tensordot(y_BTNH, out_NHD, 2), cache
 
 
-# The heads of all applications are one axis: with an axis more XLA would copy the cache at each step.
+# Applications, their KV heads and the rows are one axis of a cache: with an axis more, or one of length
+# 1, XLA would copy the cache at each step. R stands for the heads and rows of one application.
 def _written(cache: jax.Array, new_BTKH: jax.Array, context: Context) -> jax.Array:
-    new_BKTH = jnp.swapaxes(new_BTKH, 1, 2).astype(cache.dtype)
-    at = 0, context.application * new_BTKH.shape[2], context.slot, 0
-    return jax.lax.dynamic_update_slice(cache, new_BKTH, at)
+    new_KBTH = jnp.moveaxis(new_BTKH, 2, 0).astype(cache.dtype)
+    new_RTH = new_KBTH.reshape(-1, *new_KBTH.shape[2:])
+    at = context.application * len(new_RTH), context.slot, 0
+    return jax.lax.dynamic_update_slice(cache, new_RTH, at)
 
 
-def _kept(cache: jax.Array, kv_heads: int, context: Context) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(cache, context.application * kv_heads, kv_heads, axis=1)
+def _kept(cache: jax.Array, count: int, context: Context) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(cache, context.application * count, count)
 
 
 class MLP(nn.Module):
@@ -370,7 +375,7 @@ def apply_cached(
     if slot is None:
         context = _context(tokens_BT, text_BT, execution.attention)
     else:
-        length = jax.tree.leaves(cache)[0].shape[2]
+        length = jax.tree.leaves(cache)[0].shape[1]
         slots_BS = jnp.broadcast_to(jnp.arange(length), (tokens_BT.shape[0], length))
         visible_BTS = visible(slots_BT, slots_BS, None, None)
         visible_BTS &= (slots_BS >= begin_B[:, None])[:, None]
@@ -419,10 +424,20 @@ def empty_cache(config: ModelConfig, rows: int, length: int, dtype: str = "float
     }
 
 
+def cache_of(cache: Cache, rows: int, chosen_C: jax.Array) -> Cache:
+    """A cache of `rows` rows as one of some of them, in any order, repeated or not."""
+
+    def of(leaf: jax.Array) -> jax.Array:
+        by_row = leaf.reshape(-1, rows, *leaf.shape[1:])
+        return by_row[:, chosen_C].reshape(-1, *leaf.shape[1:])
+
+    return jax.tree.map(of, cache)
+
+
 def _zeros(
     slots: int, config: ModelConfig, stack: Stack, rows: int, length: int, dtype: DTypeLike
 ) -> Cache:
-    shape = (rows, slots * stack.kv_heads, length, config.head_dim)
+    shape = (slots * stack.kv_heads * rows, length, config.head_dim)
     return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
 
 
