@@ -1,6 +1,5 @@
 """What tests of training share: runs made quickly, what they recorded, and programs as a user starts them."""
 
-import atexit
 import contextlib
 import dataclasses
 import io
@@ -8,10 +7,8 @@ import json
 import logging
 import os
 import runpy
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -24,12 +21,6 @@ from absl import app, flags
 from mobilellm_jax.train import train
 
 TESTS = Path(__file__).parent
-
-# Many tests train the same tiny network: compile each of its programs once per session.
-_compiled = tempfile.mkdtemp(prefix="compiled_")
-atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
-jax.config.update("jax_compilation_cache_dir", _compiled)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def run(config, workdir, stop_at=None, devices=None):
@@ -116,8 +107,6 @@ def start(*arguments, program=(sys.executable,), **environment):
         **os.environ,
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(simulated, ""),
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
-        "JAX_COMPILATION_CACHE_DIR": _compiled,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         **environment,
     }
     return subprocess.Popen(

@@ -317,10 +317,10 @@ def test_text_from_outside_is_escaped():
 
 def test_a_million_steps_stay_small_and_quick():
     names = [f"source_{i}" for i in range(14)]
-    start = time.monotonic()
+    start = time.process_time()
     text = page.render(facts(long_history(1_000_000, names), names))
     assert len(text.encode()) < 2_000_000
-    assert time.monotonic() - start < 15
+    assert time.process_time() - start < 15
     many = [f"source_{i}" for i in range(60)]
     assert len(page.render(facts(long_history(20_000, many), many)).encode()) < 2_000_000
 

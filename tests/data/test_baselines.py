@@ -136,8 +136,8 @@ def test_zlib_sees_each_document_once_however_rows_are_cut(length: int, eos: int
 def test_a_vocabulary_of_128k_takes_seconds() -> None:
     vocab = 128_256
     train_RT = rows(0, count=1000, length=1024, vocab=vocab)
-    start = time.monotonic()
+    start = time.process_time()
     heldout_RT, ones_V = rows(1, 50, 1024, vocab), np.ones(vocab)
     bits = baselines.bigram_bits_per_byte(train_RT, heldout_RT, ones_V, BOS, EOS)
     assert 0 < bits < math.log2(vocab)
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
