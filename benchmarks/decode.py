@@ -2,7 +2,7 @@
 
     python -m benchmarks.decode --network=125m --rows=1,16 --dtypes=float32,bfloat16
 
-Prompts of 16 tokens, greedy, no end: seconds of a token between the 9th and the last, so that neither
+Prompts of --prompt tokens, greedy, no end: seconds of a token between the 9th and the last, so that neither
 prompt nor compilation counts. Each way runs in a process of its own, in turns; printed are medians over
 rounds. The bytes of the weights over the seconds of a token are what is read from memory at least.
 """
@@ -20,10 +20,10 @@ from benchmarks.step import network
 from mobilellm_jax.model.config import parameter_count
 from mobilellm_jax.tables import aligned
 
-PROMPT, FIRST = 16, 8
+FIRST = 8
 
 
-def ours(name: str, rows: int, dtype: str, tokens: int) -> float:
+def ours(name: str, rows: int, dtype: str, tokens: int, prompt: int) -> float:
     """Seconds of a token of each row."""
     import jax
 
@@ -34,7 +34,7 @@ def ours(name: str, rows: int, dtype: str, tokens: int) -> float:
     model = network(name)
     params = jax.jit(lambda: transformer.init(model, jax.random.key(0)))()
     decoder = ready(params, model, dtype)
-    prompts = [[3 + i] * PROMPT for i in range(rows)]
+    prompts = [[3 + i] * prompt for i in range(rows)]
     for _compiled in range(2):
         for number, _row in enumerate(
             stream(decoder, prompts, FIRST + tokens + 1, GREEDY, row_seeds(0, rows))
@@ -44,7 +44,7 @@ def ours(name: str, rows: int, dtype: str, tokens: int) -> float:
     return (time.perf_counter() - began) / tokens
 
 
-def theirs(name: str, rows: int, dtype: str, tokens: int) -> float:
+def theirs(name: str, rows: int, dtype: str, tokens: int, prompt: int) -> float:
     """The same of `generate` with its default cache."""
     import torch
     import transformers
@@ -65,7 +65,7 @@ def theirs(name: str, rows: int, dtype: str, tokens: int) -> float:
                 setattr(layers[i].get_submodule(owner), leaf, value)
     llama.generation_config.eos_token_id = None
     llama.generation_config.pad_token_id = 0
-    prompts = torch.tensor([[3 + i] * PROMPT for i in range(rows)])
+    prompts = torch.tensor([[3 + i] * prompt for i in range(rows)])
 
     def seconds(count: int) -> float:
         began = time.perf_counter()
@@ -84,7 +84,9 @@ WAYS = {"ours": ours, "transformers": theirs}
 def main(_: list[str]) -> None:
     args = flags.FLAGS
     if args.way:
-        found = WAYS[args.way](args.network, int(args.rows[0]), args.dtypes[0], args.tokens)
+        found = WAYS[args.way](
+            args.network, int(args.rows[0]), args.dtypes[0], args.tokens, args.prompt
+        )
         print(json.dumps(found))
         return
     lines = [["dtype", "rows", "way", "ms a token", "tokens/s", "GB/s", "ours / it"]]
@@ -96,7 +98,7 @@ def main(_: list[str]) -> None:
                     command = [sys.executable, "-m", "benchmarks.decode", f"--way={way}"]
                     command += [f"--network={args.network}", f"--rows={rows}", f"--dtypes={dtype}"]
                     done = subprocess.run(
-                        [*command, f"--tokens={args.tokens}"],
+                        [*command, f"--tokens={args.tokens}", f"--prompt={args.prompt}"],
                         capture_output=True,
                         text=True,
                         check=True,
@@ -110,12 +112,15 @@ def main(_: list[str]) -> None:
                 lines.append(
                     [*cells, f"{size / seconds / 1e9:.1f}", f"{seconds / medians['ours']:.2f}"]
                 )
-    print(f"{args.network}, {args.tokens} tokens, medians of {args.rounds} rounds")
+    print(
+        f"{args.network}, prompts of {args.prompt}, {args.tokens} tokens, medians of {args.rounds} rounds"
+    )
     print(aligned(lines, "<><>>>>"))
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("network", "125m", "As `benchmarks.step` names it.")
+    flags.DEFINE_integer("prompt", 16, "Tokens of a prompt.")
     flags.DEFINE_list("rows", ["1", "16"], "Texts that are drawn together.")
     flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Of weights and cache.")
     flags.DEFINE_integer("tokens", 64, "Tokens that are timed.", lower_bound=1)

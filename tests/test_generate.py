@@ -23,6 +23,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.generate import batch, chat
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, Stack
+from mobilellm_jax.parallel.mesh import make_mesh
 
 PLAIN = ModelConfig(97, 32, (Stack(3, 4, 2, 48),), head_dim=8, max_length=64, init_std=0.3)
 SHARED = dataclasses.replace(PLAIN, stacks=(Stack(2, 4, 2, 48, repeats=2),), qk_norm="unit")
@@ -296,6 +297,40 @@ def test_chunks_and_growth_of_the_cache_change_nothing(monkeypatch, name, dtype)
     whole = rows(40)
     monkeypatch.setattr(program, "SLOTS", 16)
     assert (rows(1) == whole).all() and (rows(8) == whole).all()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_texts_that_have_ended_leave_the_batch(monkeypatch, devices):
+    """The others go on as they would have, in fewer rows; the devices keep equally many."""
+    mesh = make_mesh({"data": devices, "fsdp": 1}, jax.devices()[:devices])
+    made = ready(parameters(SHARED), SHARED, mesh=mesh)
+    prompts, hot = [*PROMPTS, *PROMPTS[:3]], Sampling(temperature=1.2)
+    seeds, over = row_seeds(1, 7), [True, False, True, True, True, False, True]
+    monkeypatch.setattr(program, "SLOTS", 16)
+    whole = np.stack(list(stream(made, prompts, 40, hot, seeds, 4)))
+    draw, rows = program._draw, []
+
+    def counted(params, tokens_B, *given, **options):
+        rows.append(len(tokens_B))
+        return draw(params, tokens_B, *given, **options)
+
+    monkeypatch.setattr(program, "_draw", counted)
+    shorter = np.stack(list(stream(made, prompts, 40, hot, seeds, 4, lambda: over)))
+    going = ~np.array(over)
+    assert (shorter[:, going] == whole[:, going]).all() and shorter.shape == whole.shape
+    assert sorted({*rows}, reverse=True) == ([7, 2] if devices == 1 else [8, 2])
+
+
+def test_rows_to_go_on_with():
+    """By hand: powers of two of each device, so that nothing is lost."""
+    rows_B, over = np.arange(8), np.array([1, 0, 1, 1, 1, 1, 1, 0], bool)
+    kept, own = program._going(rows_B, over, 2)
+    assert kept.tolist() == [1, 7] and own.tolist() == [1, 3]
+    kept, own = program._going(rows_B, over & (rows_B != 2), 2)
+    assert kept.tolist() == [1, 2, 4, 7] and own.tolist() == [1, 2, 0, 3]
+    assert program._going(rows_B, (), 4)[0].tolist() == list(range(8))
+    assert program._going(rows_B[:7], (), 1)[0].tolist() == list(range(7))
+    assert len(program._going(rows_B, [True] * 8, 1)[0]) == 1
 
 
 def test_seeds_are_of_sequences():

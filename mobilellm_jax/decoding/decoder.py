@@ -284,12 +284,11 @@ def _going(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which rows to go on with, and their numbers among their device's.
 
-    Each device keeps half of its rows, as often as all whose text goes on are among these.
+    Each device keeps a power of two of its rows, or all: so that few programs are compiled.
     """
     over = np.array([bool(len(ended) and ended[row]) for row in rows_B]).reshape(devices, -1)
-    count = over.shape[1]
-    while count % 2 == 0 and (~over).sum(1).max() <= count // 2:
-        count //= 2
+    going = max(1, int((~over).sum(1).max()))
+    count = min(over.shape[1], 1 << (going - 1).bit_length())
     own = np.sort(np.argsort(over, axis=1, kind="stable")[:, :count])
     kept = own + over.shape[1] * np.arange(devices)[:, None]
     return kept.ravel(), own.ravel()
