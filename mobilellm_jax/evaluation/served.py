@@ -5,7 +5,7 @@ It answers tasks that generate: such a server gives no log-likelihoods.
 
 import json
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from etils import epath
 from lm_eval.api.instance import Instance
@@ -20,10 +20,8 @@ from mobilellm_jax.evaluation.harness import generation, request_seeds
 _MOST_STOPS = 4  # that OpenAI's own server takes; text is cut after all of them here
 
 
-class Chat(NamedTuple):
-    """A conversation in JSON, which no text that a task makes can be taken for."""
-
-    messages: str
+class Chat(str):
+    """A conversation in JSON, told apart from what a task makes as text."""
 
 
 class ServedModel(LM):
@@ -101,7 +99,8 @@ def _refuse(requests: Sequence[Instance]) -> NoReturn:
 def _messages(context: str | Chat) -> list[Message]:
     """A conversation, or a prompt as what the user says."""
     if isinstance(context, Chat):
-        return json.loads(context.messages)
+        messages: list[Message] = json.loads(context)
+        return messages
     return [{"role": "user", "content": context}]
 
 

@@ -9,7 +9,8 @@ import zlib
 import numpy as np
 import pytest
 import tiny
-from runs import run
+from chat_servers import served
+from runs import program, run
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
@@ -271,3 +272,37 @@ def test_the_suite_of_final_models_asks_as_its_authors_do(tmp_path):
         0.95,
         30_000,
     )
+
+
+def test_the_program_asks_a_server_and_keeps_what_it_said(tmp_path):
+    written(tmp_path, "sums", PROBLEMS)
+    out = tmp_path / "out"
+    flags = ["--tasks=sums", f"--data={tmp_path}", "--chat", "--samples=2", f"--out={out}"]
+    with served(lambda messages: "42" if "7" in messages[-1]["content"] else "no idea") as server:
+        where = [f"--server={server.url}", "--server_model=mine"]
+        ended = program("mobilellm_jax.evaluate", *where, *flags, "--log_samples")
+        assert ended.status == 0, ended.err
+        again = program("mobilellm_jax.evaluate", *where, *flags)
+    assert "| sums | 0 | pass@1 | 0.5000 | 0.5000 | 2 |" in ended.out
+    assert len(server.requests) == 4
+    seeds = {body["seed"] for _, _, body in server.requests}
+    assert len(seeds) == 4  # each answer has draws of its own
+    samples = [json.loads(line) for line in (out / "samples_sums.jsonl").open()]
+    assert [sample["resps"] for sample in samples] == [[["no idea"]] * 2, [["42"]] * 2]
+    results = json.loads((out / "results.json").read_text())
+    assert results["subject"] == f"mine at {server.url}"
+    assert again.status == 1 and "holds results already" in again.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "name either --checkpoint or --server"),
+        (["--checkpoint=a", "--server=b"], "name either --checkpoint or --server"),
+        (["--server=http://localhost:1"], "--server needs --server_model"),
+        (["--checkpoint=a", "--log_samples"], "--log_samples needs --out"),
+    ],
+)
+def test_the_program_says_what_is_missing(flags, said):
+    ended = program("mobilellm_jax.evaluate", *flags)
+    assert ended.status == 1 and said in ended.err
