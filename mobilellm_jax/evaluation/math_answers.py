@@ -9,6 +9,7 @@ either 50 or 0.5, units ignored.
 import concurrent.futures
 import contextlib
 import dataclasses
+import decimal
 import importlib.util
 import json
 import re
@@ -25,6 +26,7 @@ _END = 1000  # characters: where a response without a sign says its answer
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(\{|[^\s{}\\])")
 _HASHES = re.compile(r"####\s*(.+)")
 _QUANTITY = re.compile(r"((?:\\?\$\s*)?[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+))\s*([A-Za-z][A-Za-z. ]+)")
+_PER_CENT = re.compile(r"([-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+))\s*\\?%")
 _LAYOUT = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|\$|\s")
 
 
@@ -133,10 +135,18 @@ class Grader:
             return MathGrade(True, stated)
         if not response.strip() or stated == "":
             return MathGrade(False, stated, "no answer")
-        answer = response[-_END:] if stated is None else _box(stated)
+        if stated is None:
+            return self._compared(_box(expected), response[-_END:], None)
+        grade = MathGrade(False, stated)
+        for reference, answer in _per_cent(expected, stated):
+            grade = self._compared(_box(reference), _box(answer), stated)
+            if grade.correct or grade.note:
+                break
+        return grade
+
+    def _compared(self, reference: str, answer: str, stated: str | None) -> MathGrade:
         self._worker = self._worker or _start()
-        question = {"reference": _box(expected), "answer": answer}
-        told = _ask(self._worker, question, self._seconds)
+        told = _ask(self._worker, {"reference": reference, "answer": answer}, self._seconds)
         if told is None:
             self.close()
             return MathGrade(False, stated, "timeout")
@@ -146,6 +156,26 @@ class Grader:
         """Ends the process."""
         _stop(self._worker)
         self._worker = None
+
+
+def _per_cent(expected: str, stated: str) -> list[tuple[str, str]]:
+    """Pairs of which one has to be equal: where one alone is per cent, it is its number or a share.
+
+    Not left to math-verify, which knows the sign with some of the parsers it may have and not with
+    others.
+    """
+    found = [_PER_CENT.fullmatch(text.strip()) for text in (expected, stated)]
+    numbers = [
+        match[1] if match else text for match, text in zip(found, (expected, stated), strict=True)
+    ]
+    pairs = [(numbers[0], numbers[1])]
+    if sum(map(bool, found)) == 1:
+        shares = [
+            str(decimal.Decimal(match[1].replace(",", "")) / 100) if match else text
+            for match, text in zip(found, numbers, strict=True)
+        ]
+        pairs.append((shares[0], shares[1]))
+    return pairs
 
 
 def _plain(answer: str) -> str:
