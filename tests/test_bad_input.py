@@ -377,6 +377,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_under_the_checkpoints(intact, small_disk, tmp_path):
     """As a program: one sentence, a non-zero exit; with room again the same command goes on."""
     config = config_file(tmp_path, intact, steps=4, checkpoint__every=1, checkpoint__keep=9)

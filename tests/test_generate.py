@@ -279,7 +279,7 @@ def test_a_space_between_prompt_and_continuation_survives():
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("again", "float32"), ("first pass", "bfloat16")]
+    [("again", "float32")]
     + [
         pytest.param(name, dtype, marks=pytest.mark.slow)
         for name in MODELS

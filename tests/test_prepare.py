@@ -302,6 +302,7 @@ def test_killed_at_any_moment_it_leaves_nothing_half_and_goes_on(
     assert contents(out) == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_the_middle_is_told_and_the_rest_is_done_later(tmp_path):
     write_corpus(tmp_path / "a.jsonl", 1, 20_000)
     corpora = [FileCorpus("a", f"{tmp_path}/a.jsonl", part_size=100_000)]
@@ -327,6 +328,7 @@ def test_a_worker_killed_in_the_middle_is_told_and_the_rest_is_done_later(tmp_pa
     assert ours == whole
 
 
+@pytest.mark.slow
 def test_kill_9_ends_the_processes_that_tokenize_too(tmp_path):
     write_corpus(tmp_path / "a.jsonl", 1, 60_000)
     command = (
@@ -535,6 +537,7 @@ def test_the_command_line(tmp_path):
     assert "row_length 32 instead of 16" in line and "Traceback" not in refused.stderr
 
 
+@pytest.mark.slow
 def test_no_training_row_holds_a_heldout_docstring(tmp_path):
     corpora = embedded_corpora(0)
     prepare(corpora, tmp_path, 256, vocab_size=2048, workers=2)

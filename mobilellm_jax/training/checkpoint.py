@@ -183,9 +183,8 @@ def read_meta(path: epath.Path) -> dict[str, Any]:
 
 def _read_tokenizer(path: epath.Path) -> Tokenizer:
     if not (path / "tokenizer").exists():
-        raise UserError(
-            f"the checkpoint {path} has no tokenizer: put the folder `tokenizer` of another checkpoint "
-            "of that run into it."
+        raise FileNotFoundError(
+            "it has no tokenizer: that of another checkpoint of the run will do"
         )
     return Tokenizer.from_dict(_read_json(path / "tokenizer"))
 
