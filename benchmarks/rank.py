@@ -17,7 +17,6 @@ import jax
 from absl import app, flags
 
 from configs import smoke
-from mobilellm_jax.tables import aligned
 from mobilellm_jax.train import train
 
 
@@ -38,13 +37,12 @@ def measured(plan: str, steps: int, peak: float, seed: int) -> dict[str, float]:
 def main(_: list[str]) -> None:
     """See the module."""
     args = flags.FLAGS
-    rows = [["peak learning rate", "seed", "RankMe", "held-out bits per byte"]]
+    print("peak learning rate  seed  RankMe  held-out bits per byte")
     for peak in map(float, args.peaks):
         for seed in range(args.seeds):
             found = measured(args.plan, args.steps, peak, seed)
-            row = [f"{peak:g}", f"{seed}"]
-            rows.append([*row, f"{found['rank_me']:.1f}", f"{found['bits_per_byte']:.3f}"])
-    print(aligned(rows, ">>>>"))
+            measures = f"{found['rank_me']:6.1f}  {found['bits_per_byte']:22.3f}"
+            print(f"{peak:18g}  {seed:4}  {measures}", flush=True)
 
 
 if __name__ == "__main__":
