@@ -20,7 +20,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from absl import flags
 from mobilellm_jax import cli
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluation.perplexity import store_lines, wikitext, window_perplexity
+from mobilellm_jax.evaluation.server_flags import define_server, named_server
 from mobilellm_jax.evaluation.suites import Line
 from mobilellm_jax.evaluation.table import table
 from mobilellm_jax.interop.stored import load_model
@@ -173,24 +173,17 @@ def _keep(out: Path, text: str, lines: Sequence[Line], results: dict[str, Any]) 
 
 def _served() -> Any:
     """The model on the server that the flags name."""
-    from mobilellm_jax.evaluation.endpoint import Endpoint
     from mobilellm_jax.evaluation.served import ServedModel
 
     args = flags.FLAGS
     if not args.server_model:
         raise UserError("--server needs --server_model, the model's name on the server.")
-    key = os.environ.get(args.server_key_env)
-    endpoint = Endpoint(args.server, args.server_model, key, workers=args.workers)
-    return ServedModel(endpoint, seed=args.seed)
+    return ServedModel(named_server("server"), seed=args.seed)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", "", "A workdir, a checkpoint or a Hugging Face folder.")
-    flags.DEFINE_string(
-        "server", "", "Instead: an OpenAI-compatible server, as http://host:8080/v1."
-    )
-    flags.DEFINE_string("server_model", "", "The model's name there.")
-    flags.DEFINE_string("server_key_env", "OPENAI_API_KEY", "Environment variable with its key.")
+    define_server("server", "Instead: an OpenAI-compatible server, as http://host:8080/v1.")
     flags.DEFINE_integer("workers", 8, "Answers that the server works on at a time.", 1)
     flags.DEFINE_list("tasks", ["commonsense"], "Suites, tasks of the harness, measures.")
     flags.DEFINE_list(

@@ -15,7 +15,6 @@ that was answered so far: a killed run goes on by the same command.
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,7 @@ from mobilellm_jax.evaluation.judge import (
     win_rate,
 )
 from mobilellm_jax.evaluation.scores import Score
+from mobilellm_jax.evaluation.server_flags import define_server, named_server, server_settings
 from mobilellm_jax.interop.stored import load_model
 from mobilellm_jax.parallel.compiled import keep_compiled
 from mobilellm_jax.parallel.mesh import local_mesh
@@ -210,6 +210,7 @@ def _see_said(texts: Sequence[str]) -> None:
 
 def main() -> None:
     """See the module."""
+    keep_compiled()
     args, out = flags.FLAGS, Path(flags.FLAGS.out)
     if (out / RESULTS).exists():
         raise UserError(f"--out={out} holds results already: name another folder.")
@@ -219,7 +220,7 @@ def main() -> None:
         raise UserError(
             "--reference goes with --instructions: --questions are rated by themselves."
         )
-    judge = _endpoint("judge")
+    judge = named_server("judge")
     table, results = (_compared if asked == "instructions" else _graded)(judge, out)
     print(table)
     described = {
@@ -232,7 +233,6 @@ def main() -> None:
 
 
 def _compared(judge: Endpoint, out: Path) -> tuple[str, dict[str, Any]]:
-    keep_compiled()
     args = flags.FLAGS
     records = read_instructions(args.instructions)
     instructions = [instruction_of(record) for record in records]
@@ -271,7 +271,7 @@ def _who(out: Path) -> tuple[str, Answer]:
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     cache = out / ANSWERED
     if args.server:
-        server = _endpoint("server")
+        server = named_server("server")
         drawn = server_options(sampling, args.max_new_tokens, args.seed)
         answer = of_server(server, cache, **{**drawn, **server.options})
         return args.name or server.model, answer
@@ -287,38 +287,8 @@ def _draws() -> dict[str, Any]:
     names = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
     drawn = {name: getattr(args, name) for name in names}
     if args.server:
-        return {**drawn, "server": args.server, "options": _options("server")}
+        return {**drawn, "server": args.server, "options": server_settings("server")}
     return {**drawn, "checkpoint": str(args.checkpoint), "dtype": args.dtype}
-
-
-def _endpoint(who: str) -> Endpoint:
-    """The server that the flags of `who` name.
-
-    Raises:
-      UserError: they name none, no model on it, or a key that is not there.
-    """
-    args = flags.FLAGS
-    url, model = getattr(args, who), getattr(args, f"{who}_model")
-    if not url:
-        raise UserError(f"--{who}=URL is missing: a server of chat completions, up to its /v1.")
-    if not model:
-        raise UserError(f"--{who}_model=NAME is missing: the model's name on {url}.")
-    variable = getattr(args, f"{who}_key_env")
-    key = os.environ.get(variable)
-    if key is None and args[f"{who}_key_env"].present:
-        raise UserError(f"--{who}_key_env={variable}: the environment has no such variable.")
-    return Endpoint(url, model, key, _options(who), workers=args.workers)
-
-
-def _options(who: str) -> dict[str, Any]:
-    given = getattr(flags.FLAGS, f"{who}_options")
-    try:
-        options = json.loads(given or "{}")
-    except ValueError:
-        options = None
-    if not isinstance(options, dict):
-        raise UserError(f"--{who}_options={given} is no object in JSON, as '{{\"top_p\": 0.9}}'.")
-    return options
 
 
 def _one_of(*names: str, what: str) -> str:
@@ -338,15 +308,9 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "checkpoint", "", "Who answers: a workdir, a checkpoint or a Hugging Face folder."
     )
-    flags.DEFINE_string("server", "", "Who answers: an OpenAI-compatible server, up to its /v1.")
+    define_server("server", "Who answers: an OpenAI-compatible server, up to its /v1.")
     flags.DEFINE_string("answers", "", "A file of answers that exist already.")
-    flags.DEFINE_string("judge", "", "OpenAI-compatible server of the judge, up to its /v1.")
-    for _who_is in ("server", "judge"):
-        flags.DEFINE_string(f"{_who_is}_model", "", f"Name of the model on --{_who_is}.")
-        flags.DEFINE_string(
-            f"{_who_is}_key_env", "OPENAI_API_KEY", f"Environment variable with --{_who_is}'s key."
-        )
-        flags.DEFINE_string(f"{_who_is}_options", "", f"What else --{_who_is} is told, in JSON.")
+    define_server("judge", "OpenAI-compatible server of the judge, up to its /v1.")
     flags.DEFINE_string("out", None, "Folder for answers and results.", required=True)
     flags.DEFINE_string("name", "", "What the answers are called; else the checkpoint or model.")
     flags.DEFINE_float("temperature", 0.7, "Of the answers; 0 takes the most likely token.")

@@ -206,9 +206,11 @@ def train(
                         record(*pending)
                     pending = step, rows, metrics, {"data_wait_seconds": waited, "batch_crc32": crc}
                     evaluate_now = step % config.eval.every == 0 or step == length.steps
-                    judge_now = step % config.eval.tasks_every == 0 or step == length.steps
+                    judge_now = judge and (
+                        step % config.eval.tasks_every == 0 or step == length.steps
+                    )
                     save_now = checkpoints.due(step)
-                    if evaluate_now or save_now or (judge and judge_now):
+                    if evaluate_now or judge_now or save_now:
                         record(*pending)  # before the checkpoint: after it nobody would
                         pending = None
                     if evaluate_now:
@@ -219,7 +221,7 @@ def train(
                         found = judge(state.params)
                         writer.write("tasks", step, found)
                         progress.tasks(step, found)
-                    if evaluate_now or (judge and judge_now):
+                    if evaluate_now or judge_now:
                         progress.lap()
                         clock.lap("evaluate")
                     if save_now and step < last:

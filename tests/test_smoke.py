@@ -97,7 +97,5 @@ def test_make_run(tmp_path):
     version = ".".join(platform.python_version_tuple()[:2])
     if version not in stored:
         pytest.skip(f"no figures for Python {version} yet; this run gave {found}")
-    for source, bits in stored[version].items():
-        # The same bits on a machine; another kind of processor rounds otherwise, and moves a run of
-        # 1,000 small steps by up to 8 %.
-        assert found[source] == pytest.approx(bits, rel=0.1), source
+    # The same bits on a machine; another kind of processor rounds otherwise, and has figures too.
+    assert any(found == pytest.approx(bits, rel=0.01) for bits in stored[version]), found

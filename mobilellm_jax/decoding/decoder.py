@@ -8,7 +8,6 @@ Every device holds the network whole and draws its own rows: nothing crosses dev
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from mobilellm_jax.decoding.sampling import Sampling, sample
 from mobilellm_jax.errors import UserError
@@ -25,7 +23,7 @@ from mobilellm_jax.model.attention import choose
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import Cache, Execution, Params
 from mobilellm_jax.parallel.mesh import one_device
-from mobilellm_jax.parallel.sharding import BATCH_AXES
+from mobilellm_jax.parallel.sharding import ROWS, WHOLE, gathered, on_each_device
 
 SLOTS = 128  # of a cache, at least
 CHUNK = 16  # tokens drawn by one call of a program
@@ -63,7 +61,7 @@ def whole(params: Params, dtype: str, mesh: Mesh) -> Params:
     cast = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf if path[-1].key == "scale" else leaf.astype(dtype), params
     )
-    return jax.device_put(cast, NamedSharding(mesh, P()))
+    return jax.device_put(cast, NamedSharding(mesh, WHOLE))
 
 
 def execution_on(mesh: Mesh, model: ModelConfig, dtype: str) -> Execution:
@@ -78,11 +76,7 @@ def bucket(length: int, least: int = 16) -> int:
     return -(-length // step) * step
 
 
-_STATIC = ("model", "execution", "mesh", "sampling")
-_ROWS, _WHOLE = P(BATCH_AXES), P()
-
-
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "slots"))
+@on_each_device(in_specs=(WHOLE, ROWS, ROWS, ROWS), out_specs=(WHOLE, ROWS))
 def _read(
     params: Params,
     tokens_BT: jax.Array,
@@ -91,35 +85,22 @@ def _read(
     *,
     model: ModelConfig,
     execution: Execution,
-    mesh: Mesh,
     sampling: Sampling,
     slots: int,
 ) -> tuple[jax.Array, Cache]:
     """Reads prompts, padded on the left, into a cache and draws the first token of each."""
-
-    def local(
-        params: Params, tokens_BT: jax.Array, begin_B: jax.Array, seeds_B: jax.Array
-    ) -> tuple[jax.Array, Cache]:
-        cache = transformer.empty_cache(model, len(tokens_BT), slots, execution.dtype)
-        hidden_BTD, cache = transformer.apply_cached(
-            params, model, tokens_BT, cache, begin_B, execution=execution
-        )
-        logits_BV = transformer.logits(params, model, hidden_BTD[:, -1:])[:, 0]
-        keys_B = _keys(seeds_B, tokens_BT.shape[1] - begin_B)
-        return sample(logits_BV, keys_B, sampling), cache
-
-    per_device = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(_WHOLE, _ROWS, _ROWS, _ROWS),
-        out_specs=_ROWS,
-        check_vma=False,
+    cache = transformer.empty_cache(model, len(tokens_BT), slots, execution.dtype)
+    hidden_BTD, cache = transformer.apply_cached(
+        params, model, tokens_BT, cache, begin_B, execution=execution
     )
-    tokens_B, cache = per_device(params, tokens_BT, begin_B, seeds_B)
-    return _everywhere(tokens_B, mesh), cache
+    logits_BV = transformer.logits(params, model, hidden_BTD[:, -1:])[:, 0]
+    keys_B = _keys(seeds_B, tokens_BT.shape[1] - begin_B)
+    return gathered(sample(logits_BV, keys_B, sampling)), cache
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "count"), donate_argnames="cache")
+@on_each_device(
+    in_specs=(WHOLE, ROWS, ROWS, WHOLE, ROWS, ROWS), out_specs=(WHOLE, ROWS), donate=(4,)
+)
 def _draw(
     params: Params,
     tokens_B: jax.Array,
@@ -130,46 +111,22 @@ def _draw(
     *,
     model: ModelConfig,
     execution: Execution,
-    mesh: Mesh,
     sampling: Sampling,
     count: int,
 ) -> tuple[jax.Array, Cache]:
     """Draws `count` tokens after one that comes into `slot`, int32 [T, B]."""
 
-    def local(
-        params: Params,
-        tokens_B: jax.Array,
-        begin_B: jax.Array,
-        slot: jax.Array,
-        cache: Cache,
-        seeds_B: jax.Array,
-    ) -> tuple[jax.Array, Cache]:
-        def step(carry: Any, _: None) -> tuple[Any, jax.Array]:
-            tokens_B, slot, cache = carry
-            hidden_BTD, cache = transformer.apply_cached(
-                params, model, tokens_B[:, None], cache, begin_B, slot, execution
-            )
-            logits_BV = transformer.logits(params, model, hidden_BTD)[:, 0]
-            tokens_B = sample(logits_BV, _keys(seeds_B, slot + 1 - begin_B), sampling)
-            return (tokens_B, slot + 1, cache), tokens_B
+    def step(carry: Any, _: None) -> tuple[Any, jax.Array]:
+        tokens_B, slot, cache = carry
+        hidden_BTD, cache = transformer.apply_cached(
+            params, model, tokens_B[:, None], cache, begin_B, slot, execution
+        )
+        logits_BV = transformer.logits(params, model, hidden_BTD)[:, 0]
+        tokens_B = sample(logits_BV, _keys(seeds_B, slot + 1 - begin_B), sampling)
+        return (tokens_B, slot + 1, cache), tokens_B
 
-        (_, _, cache), drawn_TB = jax.lax.scan(step, (tokens_B, slot, cache), length=count)
-        return drawn_TB, cache
-
-    per_device = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(_WHOLE, _ROWS, _ROWS, _WHOLE, _ROWS, _ROWS),
-        out_specs=(P(None, BATCH_AXES), _ROWS),
-        check_vma=False,
-    )
-    drawn_TB, cache = per_device(params, tokens_B, begin_B, slot, cache, seeds_B)
-    return _everywhere(drawn_TB, mesh), cache
-
-
-def _everywhere(x: jax.Array, mesh: Mesh) -> jax.Array:
-    """In every process, which all have to know what is drawn."""
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _WHOLE))
+    (_, _, cache), drawn_TB = jax.lax.scan(step, (tokens_B, slot, cache), length=count)
+    return gathered(drawn_TB, axis=1), cache
 
 
 def _keys(seeds_B: jax.Array, positions_B: jax.Array) -> jax.Array:
@@ -179,20 +136,13 @@ def _keys(seeds_B: jax.Array, positions_B: jax.Array) -> jax.Array:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "rows", "slots"))
-def _grown(cache: Cache, kept_B: jax.Array, *, mesh: Mesh, rows: int, slots: int) -> Cache:
+@on_each_device(in_specs=(ROWS, ROWS), out_specs=ROWS)
+def _grown(cache: Cache, kept_B: jax.Array, *, rows: int, slots: int) -> Cache:
     """A larger cache, of some of each device's `rows` rows."""
-
-    def local(cache: Cache, kept_B: jax.Array) -> Cache:
-        return jax.tree.map(
-            lambda leaf: jnp.pad(leaf, ((0, 0), (0, slots - leaf.shape[1]), (0, 0))),
-            transformer.cache_of(cache, rows, kept_B),
-        )
-
-    per_device = jax.shard_map(
-        local, mesh=mesh, in_specs=(_ROWS, _ROWS), out_specs=_ROWS, check_vma=False
+    return jax.tree.map(
+        lambda leaf: jnp.pad(leaf, ((0, 0), (0, slots - leaf.shape[1]), (0, 0))),
+        transformer.cache_of(cache, rows, kept_B),
     )
-    return per_device(cache, kept_B)
 
 
 def row_seeds(seed: int, rows: int) -> np.ndarray:

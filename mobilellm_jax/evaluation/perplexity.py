@@ -1,19 +1,16 @@
 """Measures of text that are no tasks: perplexity in windows, and bits per byte of row stores."""
 
-import functools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from mobilellm_jax.data.contexts import Contexts
-from mobilellm_jax.data.packing import token_ids
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.rows import open_rows, read_info
 from mobilellm_jax.data.tokenizers import Tokenizer
@@ -24,10 +21,13 @@ from mobilellm_jax.evaluation.scoring import Request, score
 from mobilellm_jax.evaluation.suites import Line
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import Params
-from mobilellm_jax.parallel.sharding import BATCH_AXES
+from mobilellm_jax.parallel.sharding import ROWS, WHOLE, gathered, on_each_device
+from mobilellm_jax.training.evaluation import batches
 from mobilellm_jax.training.objectives import Network, next_token
+from mobilellm_jax.training.step import row_sums
 
 WINDOW = 2048  # tokens
+AT_ONCE = 8192  # tokens of rows that a device reads together, about
 WIKITEXT = "Salesforce/wikitext", "wikitext-2-raw-v1"
 
 
@@ -126,9 +126,11 @@ def store_lines(
             if info.row_length % parts == 0 and info.row_length // parts <= model.max_length
         )
         split = Contexts(open_rows(folder, "heldout"), length)
+        count = len(split) if rows is None else min(rows, len(split))
+        batch = mesh.size * min(max(1, AT_ONCE // length), -(-count // mesh.size))
         sums = [
             np.asarray(_row_sums(params, part, piece_bytes_V, network=network, mesh=mesh))
-            for part in _parts(split, rows, mesh.size, tokenizer.bos_id)
+            for part in batches(split, count, batch, tokenizer.bos_id)
         ]
         if sums:
             nats_N, bytes_N = np.concatenate(sums, axis=1).astype(np.float64)
@@ -145,37 +147,14 @@ def _sources(path: epath.Path) -> list[epath.Path]:
     return [epath.Path(plan.resolve(source.path)) for source in plan.sources]
 
 
-def _parts(split: Contexts, rows: int | None, devices: int, bos_id: int) -> Iterator[np.ndarray]:
-    """Batches of rows; the last is filled up with rows of BOS alone, which hold no target."""
-    count = len(split) if rows is None else min(rows, len(split))
-    batch = devices * min(max(1, 8192 // split.row_length), -(-count // devices))
-    for first in range(0, count, batch):
-        tokens = np.full((batch, split.row_length + 1), bos_id, np.int32)
-        read = split.read(np.arange(first, min(first + batch, count)))
-        tokens[: len(read)] = read
-        yield tokens
-
-
-@functools.partial(jax.jit, static_argnames=("network", "mesh"))
+@on_each_device(in_specs=(WHOLE, ROWS, WHOLE), out_specs=WHOLE)
 def _row_sums(
-    params: Params, tokens: jax.Array, piece_bytes_V: jax.Array, *, network: Network, mesh: Mesh
+    params: Params, tokens: jax.Array, piece_bytes_V: jax.Array, *, network: Network
 ) -> jax.Array:
     """Nats, and bytes of the targets, of each row: float32 [2, B]."""
-
-    def local(params: Params, tokens: jax.Array, piece_bytes_V: jax.Array) -> jax.Array:
-        losses = next_token(params, {"tokens": tokens}, network)
-        targets_BT = losses.weight_BT * piece_bytes_V[token_ids(tokens[:, 1:])]
-        return jax.numpy.stack([(losses.nll_BT * losses.weight_BT).sum(1), targets_BT.sum(1)])
-
-    per_device = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(P(), P(BATCH_AXES), P()),
-        out_specs=P(None, BATCH_AXES),
-        check_vma=False,
-    )
-    found = per_device(params, tokens, piece_bytes_V)
-    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, P()))
+    losses = next_token(params, {"tokens": tokens}, network)
+    sums = row_sums(losses, tokens, piece_bytes_V)
+    return gathered(jnp.stack([sums["nll"], sums["bytes"]]), axis=1)
 
 
 def _ratio_line(name: str, bits_N: np.ndarray, bytes_N: np.ndarray, length: int) -> Line:

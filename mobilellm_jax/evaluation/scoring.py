@@ -15,15 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from mobilellm_jax.decoding.decoder import bucket
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import Execution, Params
 from mobilellm_jax.parallel.mesh import one_device
-from mobilellm_jax.parallel.sharding import BATCH_AXES
+from mobilellm_jax.parallel.sharding import ROWS, WHOLE, gathered, on_each_device
 
 TOKENS = 4096  # of continuations in a batch, padding included
 AT_ONCE = 16  # tokens of each row whose logits exist at once
@@ -170,27 +169,8 @@ def _padded(
     return (prefix_GT, begin_G, group_R, tokens_RT, targets_RT), where
 
 
-@functools.partial(jax.jit, static_argnames=("model", "execution", "mesh"))
+@on_each_device(in_specs=(WHOLE, ROWS, ROWS, ROWS, ROWS, ROWS), out_specs=WHOLE)
 def _score(
-    params: Params,
-    *arrays: jax.Array,
-    model: ModelConfig,
-    execution: Execution,
-    mesh: Mesh,
-) -> tuple[jax.Array, jax.Array]:
-    """Sum of the targets' log-likelihoods and whether each is the most likely token, [R] each."""
-    per_device = jax.shard_map(
-        functools.partial(_score_batch, model=model, execution=execution),
-        mesh=mesh,
-        in_specs=(P(), *[P(BATCH_AXES)] * len(arrays)),
-        out_specs=P(BATCH_AXES),
-        check_vma=False,
-    )
-    everywhere = NamedSharding(mesh, P())  # in every process
-    return jax.lax.with_sharding_constraint(per_device(params, *arrays), everywhere)
-
-
-def _score_batch(
     params: Params,
     prefix_GT: jax.Array,
     begin_G: jax.Array,
@@ -201,6 +181,7 @@ def _score_batch(
     model: ModelConfig,
     execution: Execution,
 ) -> tuple[jax.Array, jax.Array]:
+    """Sum of the targets' log-likelihoods and whether each is the most likely token, [R] each."""
     (groups, width), (rows, tail) = prefix_GT.shape, tokens_RT.shape
     if width:
         cache = transformer.empty_cache(model, groups, width + tail, execution.dtype)
@@ -228,4 +209,4 @@ def _score_batch(
     likelihood_CRt, greedy_CRt = jax.lax.map(of_chunk, (cut(hidden_RTD), cut(targets_RT)))
     counts_CRt = cut(targets_RT) >= 0
     sums_R = jnp.where(counts_CRt, likelihood_CRt, 0.0).sum((0, 2))
-    return sums_R, (greedy_CRt | ~counts_CRt).all((0, 2))
+    return gathered(sums_R), gathered((greedy_CRt | ~counts_CRt).all((0, 2)))

@@ -11,6 +11,7 @@ from typing import Any
 
 import lm_eval
 from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluation.answered import Answered, answered_tasks
@@ -149,8 +150,6 @@ def _runs_code(names: Sequence[str]) -> UserError:
 @functools.cache
 def _harness_tasks() -> Any:
     """The harness's index of its tasks, which takes seconds to make."""
-    from lm_eval.tasks import TaskManager
-
     return TaskManager()
 
 

@@ -14,8 +14,7 @@ from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import Params
-
-STDERR = "stderr/"  # before the name of a figure whose standard error it is
+from mobilellm_jax.training.metrics import STDERR
 
 
 def judge(

@@ -8,9 +8,11 @@ carry the names of their parameters and so follow them. Rows of a batch are shar
 A third axis is one more name in `parallel/mesh.py` and in this table.
 """
 
+import functools
+import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +22,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 BATCH_AXES = ("data", "fsdp")
+ROWS, WHOLE = P(BATCH_AXES), P()  # of arrays that devices share, and that each has
 
 # (pattern searched at the end of a parameter's path, its specification). [L, ...] for weights in a
 # stack.
@@ -91,6 +94,40 @@ def batch_sharded(x: jax.Array) -> jax.Array:
     if batch_mesh(x.shape[0]) is None:
         return x
     return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))
+
+
+def on_each_device(
+    in_specs: tuple[P, ...], out_specs: Any, donate: tuple[int, ...] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a function of arrays a compiled program over a mesh, which each device runs by itself.
+
+    The function sees its device's part of the arrays. Its keyword arguments are static, and the
+    program has one more: `mesh`.
+
+    Args:
+      in_specs: how each array is split over the devices: `ROWS`, or `WHOLE` where all have all of it.
+      out_specs: likewise of what comes back.
+      donate: numbers of the arrays whose memory the result may take.
+    """
+
+    def program_of(function: Callable[..., Any]) -> Callable[..., Any]:
+        parameters = inspect.signature(function).parameters.values()
+        static = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+        def program(*arrays: Any, mesh: Mesh, **settings: Any) -> Any:
+            local = functools.partial(function, **settings)
+            specs = {"in_specs": in_specs, "out_specs": out_specs}
+            return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)(*arrays)
+
+        program.__name__, program.__doc__ = function.__name__, function.__doc__
+        return jax.jit(program, static_argnames=("mesh", *static), donate_argnums=donate)
+
+    return program_of
+
+
+def gathered(x: jax.Array, axis: int = 0) -> jax.Array:
+    """Inside `on_each_device`: the parts of all devices, in every process."""
+    return jax.lax.all_gather(x, BATCH_AXES, axis=axis, tiled=True)
 
 
 def summed(x: jax.Array, place: P, mesh: AbstractMesh) -> jax.Array:

@@ -19,6 +19,7 @@ from mobilellm_jax.reporting.history import History, Series
 from mobilellm_jax.reporting.samples import Sample
 from mobilellm_jax.reporting.sources import Source
 from mobilellm_jax.training.length import length_of
+from mobilellm_jax.training.metrics import STDERR
 
 MARK = "mobilellm_jax.report"  # at the head of every page, so that only a report is replaced by one
 COLOURS = 7  # of the palette in page.css; colour 0 is the total of all sources
@@ -264,15 +265,14 @@ def _charts(
 
 def _task_names(history: History) -> list[str]:
     """The figures that tasks give, without their standard errors."""
-    columns = history.tasks.columns
-    return [n for n in columns if n != "step" and not n.startswith("stderr/")]
+    return [name for name in history.tasks.columns if not name.startswith(STDERR)]
 
 
 def _tasks(history: History) -> list[dict[str, Any]]:
     """The newest figure of each task."""
     found = []
     for i, name in enumerate(_task_names(history)):
-        error = history.tasks.last(f"stderr/{name}")
+        error = history.tasks.last(STDERR + name)
         shown = "" if math.isnan(error) else f"± {error:.4f}"
         value = f"{history.tasks.last(name):.4f}"
         found.append({"name": name, **_colour(i), "value": value, "error": shown})

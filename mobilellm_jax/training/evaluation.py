@@ -1,7 +1,7 @@
 """What is measured while a network is trained: bits per byte of held-out rows, and RankMe."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -33,22 +33,11 @@ def evaluate(
     """Loss and bits per byte on the first `rows` held-out rows of each source, overall and per source.
 
     And RankMe of the output embedding.
-
-        Each process reads its own part of a batch. The last batch is filled up with rows of BOS alone,
-    which hold no target.
     """
-    mine, process = batch_rows // jax.process_count(), jax.process_index()
     totals: dict[str, Any] = {}
     for source, split in heldout.items():
-        width = split.row_length + 1
-        count = min(rows, len(split))
-        for first in range(0, count, batch_rows):
-            tokens = np.full((mine, width), network.bos_id, np.int32)
-            begin = first + process * mine
-            if begin < count:
-                read = split.read(np.arange(begin, min(begin + mine, count)))
-                tokens[: len(read)] = read
-            numbers = np.full(mine, source, np.int32)
+        for tokens in batches(split, min(rows, len(split)), batch_rows, network.bos_id):
+            numbers = np.full(len(tokens), source, np.int32)
             batch = put_rows({"tokens": tokens, "source": numbers}, mesh)
             arrays = params, batch, piece_bytes_V
             part = _sums(*arrays, network=network, sources=len(names), mesh=mesh)
@@ -56,6 +45,27 @@ def evaluate(
                 totals[name] = totals.get(name, 0.0) + value
     found = per_source(totals, names) if totals else {}
     return found | {"rank_me": rank_me(params, network.model)}
+
+
+def batches(split: Contexts, count: int, batch_rows: int, bos_id: int) -> Iterator[np.ndarray]:
+    """This process's part of each batch of the first rows of a split, int32 [rows, row_length + 1].
+
+    The last batch is filled up with rows of BOS alone, which hold no target.
+
+    Args:
+      split: rows.
+      count: of them that are read.
+      batch_rows: of a batch, over all processes.
+      bos_id: token that begins a document.
+    """
+    mine, process = batch_rows // jax.process_count(), jax.process_index()
+    for first in range(0, count, batch_rows):
+        tokens = np.full((mine, split.row_length + 1), bos_id, np.int32)
+        begin = first + process * mine
+        if begin < count:
+            read = split.read(np.arange(begin, min(begin + mine, count)))
+            tokens[: len(read)] = read
+        yield tokens
 
 
 def rank_me(params: Any, model: ModelConfig) -> float:

@@ -19,6 +19,8 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from mobilellm_jax.errors import UserError
 
+STDERR = "stderr/"  # before the name of a task's figure: its standard error
+
 
 def per_source(totals: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
     """Loss (nats per token) and bits per byte, over all sources and for each that has tokens.

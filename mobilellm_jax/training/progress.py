@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from tqdm import tqdm
 
 from mobilellm_jax.training.length import Length
+from mobilellm_jax.training.metrics import STDERR
 
 
 class Progress:
@@ -73,7 +74,7 @@ class Progress:
     def tasks(self, step: int, values: Mapping[str, float]) -> None:
         """Prints the figures of the tasks that the run is judged by."""
         if self._shown:
-            found = [f"{n} {v:.4f}" for n, v in values.items() if not n.startswith("stderr/")]
+            found = [f"{n} {v:.4f}" for n, v in values.items() if not n.startswith(STDERR)]
             tqdm.write(f"tasks at step {step:,}: {', '.join(found)}", file=sys.stdout)
             sys.stdout.flush()
 

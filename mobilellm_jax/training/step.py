@@ -44,15 +44,20 @@ def sums(
     Keys: `nll` (nats), `tokens` (targets that count), `bytes` (of text those targets stand for),
     `rows`.
     """
-    targets_BT = token_ids(batch["tokens"][:, 1:])
-    per_row = {
+    member = jax.nn.one_hot(batch["source"], sources)  # [B, sources]
+    per_row = row_sums(losses, batch["tokens"], piece_bytes_V)
+    return {name: value @ member for name, value in per_row.items()}
+
+
+def row_sums(losses: Losses, tokens: jax.Array, piece_bytes_V: jax.Array) -> dict[str, jax.Array]:
+    """The same of each row of int [B, T + 1] tokens: float32 [B] each."""
+    targets_BT = token_ids(tokens[:, 1:])
+    return {
         "nll": (losses.nll_BT * losses.weight_BT).sum(1),
         "tokens": losses.weight_BT.sum(1),
         "bytes": (piece_bytes_V[targets_BT] * losses.weight_BT).sum(1),
         "rows": jnp.ones(targets_BT.shape[0]),
     }
-    member = jax.nn.one_hot(batch["source"], sources)  # [B, sources]
-    return {name: value @ member for name, value in per_row.items()}
 
 
 def train_step(
