@@ -38,6 +38,7 @@ def pod(folder, config, workdir, *arguments, processes=2, devices=1, status=0):
     return said
 
 
+@pytest.mark.slow
 def test_processes_and_meshes_change_within_a_run(plan, tmp_path):
     """2 processes x 2 devices, 1 x 1, 1 x 4, then 2 x 2 again, against one device throughout."""
     config = config_file(tmp_path, plan, mesh__fsdp=-1, mesh__data=1)

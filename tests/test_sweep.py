@@ -324,6 +324,7 @@ def get_sweep(argument):
 """
 
 
+@pytest.mark.slow
 def test_a_tuned_row_is_tuned_on_a_seed_of_its_own_and_shown_at_its_best(tmp_path):
     file, workdir = tmp_path / "sweep.py", tmp_path / "out"
     plan = tiny.corpus(tmp_path / "corpus")

@@ -11,7 +11,7 @@ from typing import cast
 import numpy as np
 
 from mobilellm_jax.data.contexts import Contexts
-from mobilellm_jax.data.documents import Piece, documents_of, find
+from mobilellm_jax.data.documents import Piece, documents_at, find
 from mobilellm_jax.data.mixture import Mixture
 from mobilellm_jax.data.packing import PACKERS, token_ids
 
@@ -65,16 +65,50 @@ def documents_in(rows: Contexts, row: int) -> list[Piece]:
     Raises:
       UserError: the files beside the shards cannot be read.
     """
-    first, count, begin = rows.stored(row)
-    stride = _stride(rows)
-    end = begin + rows.row_length + 1
+    return [placed.piece for placed in documents_placed(rows, np.array([row]))[0]]
 
-    def inside(piece: Piece) -> bool:
-        start = (piece.row - first) * stride + piece.offset
-        return start < end and start + piece.tokens > begin
 
-    pieces = documents_of(rows.info.path, rows.split, first, first + count)
-    return [piece for piece in pieces if inside(piece)]
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A piece of a document in a row: the tokens [first, last) of the row are its own, from `begin` on."""
+
+    piece: Piece
+    first: int
+    last: int
+    begin: int
+
+
+def documents_placed(rows: Contexts, indices: np.ndarray) -> list[list[Placed]]:
+    """The pieces of documents that have a token in some rows, of each row in order.
+
+    Args:
+      rows: of a source.
+      indices: int64 [n], numbers of rows, in any order.
+
+    Raises:
+      UserError: the files beside the shards cannot be read.
+    """
+    ranges = [rows.stored(index) for index in indices.tolist()]
+    stored = [np.arange(first, first + count) for first, count, _ in ranges]
+    pieces = documents_at(rows.info.path, rows.split, np.concatenate(stored)) if ranges else []
+    stride, length = _stride(rows), rows.info.row_length
+    starts = np.array([piece.row * stride + piece.offset for piece in pieces], np.int64)
+    longest = max((piece.tokens for piece in pieces), default=0)
+    found = []
+    for first, count, begin in ranges:
+        near = np.searchsorted(starts, [first * stride - longest, (first + count) * stride])
+        placed = []
+        for piece in pieces[slice(*near)]:
+            # Each stored row gives `length` tokens to a longer one, see `contexts`.
+            start = (piece.row - first) * length + piece.offset - begin
+            end = start + piece.tokens
+            if stride > length and piece.row < first + count - 1:
+                end = min(end, (piece.row - first + 1) * length - begin)
+            first_token, last_token = max(start, 0), min(end, rows.row_length + 1)
+            if first_token < last_token:
+                placed.append(Placed(piece, first_token, last_token, first_token - start))
+        found.append(placed)
+    return found
 
 
 def occurrences(

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
@@ -98,26 +99,51 @@ def documents_of(path: epath.PathLike, split: str, first: int, last: int) -> lis
     Raises:
       UserError: there is no complete source, it lacks the split, or nothing says what its rows hold.
     """
+    return [
+        piece
+        for shard in _shards(path, split)
+        for piece in _pieces_in(
+            path, shard, np.arange(max(first, shard.first), min(last, shard.first + shard.rows))
+        )
+    ]
+
+
+def documents_at(path: epath.PathLike, split: str, rows: np.ndarray) -> list[Piece]:
+    """The same of some rows (int64 [n], in any order) anywhere in a split; each file is read once.
+
+    Raises:
+      UserError: see `documents_of`.
+    """
+    rows = np.unique(rows)
+    found: list[Piece] = []
+    for shard in _shards(path, split):
+        ends = np.searchsorted(rows, [shard.first, shard.first + shard.rows])
+        found += _pieces_in(path, shard, rows[slice(*ends)])
+    return found
+
+
+def _pieces_in(path: epath.PathLike, shard: "_Shard", rows: np.ndarray) -> list[Piece]:
+    """The pieces of a shard with a token in any of its rows, which rise and are counted over the split."""
+    if not len(rows):
+        return []
     info = read_info(path)
     width = info.row_length + 1
     stride = width - PACKERS[info.packing].OVERLAP
+    rows = rows - shard.first
     found: list[Piece] = []
-    for shard in _shards(path, split):
-        begin, end = max(first - shard.first, 0), min(last - shard.first, shard.rows)
-        if begin >= end:
-            continue
-        with shard.open() as table:
-            lows = [low for low, _ in _bounds(table, "row")]
-            # The piece that began last before these rows, and a BOS that is their last token.
-            earliest = max((i for i, low in enumerate(lows) if low < begin), default=0)
-            latest = max((i for i, low in enumerate(lows) if low <= end), default=-1)
-            for group in range(earliest, latest + 1):
-                lines = table.read_row_group(group)
-                starts = lines["row"].to_numpy() * stride + lines["offset"].to_numpy()
-                inside = (starts < (end - 1) * stride + width) & (
-                    starts + lines["tokens"].to_numpy() > begin * stride
-                )
-                found += shard.pieces(lines.filter(pyarrow.array(inside)))
+    with shard.open() as table:
+        lows = np.array([low for low, _ in _bounds(table, "row")])
+        for group, low in enumerate(lows):
+            # Pieces of a group begin in its rows and go on up to where the next one begins.
+            high = lows[group + 1] if group + 1 < len(lows) else shard.rows
+            if np.searchsorted(rows, low - 1) == np.searchsorted(rows, high, "right"):
+                continue
+            lines = table.read_row_group(group)
+            starts = lines["row"].to_numpy() * stride + lines["offset"].to_numpy()
+            ends = starts + lines["tokens"].to_numpy()
+            least, most = -(-(starts - width + 1) // stride), (ends - 1) // stride  # rows touched
+            inside = np.searchsorted(rows, least) < np.searchsorted(rows, most, "right")
+            found += shard.pieces(lines.filter(pyarrow.array(inside)))
     return found
 
 

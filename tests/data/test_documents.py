@@ -8,8 +8,10 @@ import pyarrow.parquet
 import pytest
 
 from mobilellm_jax.data import documents as sidecars
+from mobilellm_jax.data.accounting import documents_placed
+from mobilellm_jax.data.contexts import Contexts
 from mobilellm_jax.data.corpora import FileCorpus, documents
-from mobilellm_jax.data.documents import documents_of, find
+from mobilellm_jax.data.documents import documents_at, documents_of, find
 from mobilellm_jax.data.packing import PACKERS
 from mobilellm_jax.data.rows import open_rows
 from mobilellm_jax.data.tokenizers import Tokenizer
@@ -93,18 +95,22 @@ def test_the_documents_of_rows_are_those_with_a_token_there(source, split):
     ends = np.cumsum(shards)
     assert len(ends) > 1 or split == "heldout"
 
-    def touches(piece, row):
-        if np.searchsorted(ends, piece.row, "right") != np.searchsorted(ends, row, "right"):
-            return False  # rows do not go on from one shard to the next
-        start = (piece.row - row) * stride + piece.offset
-        return start <= ROW and start + piece.tokens > 0
+    begins, offsets, tokens = (
+        np.array([getattr(piece, key) for piece in pieces]) for key in ("row", "offset", "tokens")
+    )
+
+    def touch(row):
+        same_shard = np.searchsorted(ends, begins, "right") == np.searchsorted(ends, row, "right")
+        start = (begins - row) * stride + offsets  # rows do not go on from one shard to the next
+        return same_shard & (start <= ROW) & (start + tokens > 0)
 
     rng = np.random.default_rng(0)
     ranges = [(i, i + 1) for i in rng.integers(0, len(rows), 60)]
     ranges += [(end - 1, min(end + 1, len(rows))) for end in ends]
     ranges += [sorted(rng.integers(0, len(rows) + 1, 2)) for _ in range(20)]
     for first, last in ranges:
-        expected = [p for p in pieces if any(touches(p, row) for row in range(first, last))]
+        inside = np.any([touch(row) for row in range(first, last)] or [np.zeros(len(pieces))], 0)
+        expected = [pieces[i] for i in np.flatnonzero(inside)]
         assert documents_of(path, split, first, last) == expected
     # And a row decodes to just what its documents have there.
     for row in rng.integers(0, len(rows), 40).tolist():
@@ -186,3 +192,29 @@ def test_what_is_not_there_is_told(source):
             documents_of(path, "train", 0, 1)
     finally:
         file.write_bytes(content)
+
+
+def test_documents_anywhere_are_those_of_each_row(source):
+    path, _, _ = source
+    rows = np.array([7, 3, 50, 51, 52, 3])
+    expected = []
+    for row in np.unique(rows):
+        expected += [p for p in documents_of(path, "train", row, row + 1) if p not in expected]
+    assert documents_at(path, "train", rows) == expected
+    assert documents_at(path, "train", np.empty(0, np.int64)) == []
+
+
+@pytest.mark.parametrize("length", [ROW // 4, ROW, 2 * ROW])
+def test_documents_are_placed_where_their_tokens_are(source, length):
+    """In rows of any length, each token of a row belongs to the document that says so, or is padding."""
+    path, _, _ = source
+    contexts = Contexts(open_rows(path, "train"), length)
+    overlap, whole = PACKERS[contexts.info.packing].OVERLAP, stored(path, "train")
+    indices = np.random.default_rng(2).integers(0, len(contexts), 40)
+    found = documents_placed(contexts, indices)
+    for tokens, placed in zip(contexts.read(indices), found, strict=True):
+        rebuilt = np.full(length + 1, contexts.info.bos_id)
+        for one in placed:
+            own = tokens_of(one.piece, whole, overlap)[one.begin :]
+            rebuilt[one.first : one.last] = own[: one.last - one.first]
+        assert (rebuilt == tokens).all()

@@ -1,0 +1,207 @@
+"""Slopes and DataInf's directions, against gradients of single rows that are taken one by one and kept."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from scipy.stats import spearmanr
+
+from data_mixing import derivatives
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model import transformer
+from mobilellm_jax.model.config import Stack
+from mobilellm_jax.parallel.mesh import local_mesh, one_device
+
+BOS, EOS = 1, 2
+TIED = tiny.MODEL
+UNTIED = dataclasses.replace(TIED, tied=False, stacks=(Stack(2, 4, 2, 48),))
+
+
+def network(model, chunks=1):
+    return derivatives.network_of(model, BOS, EOS, "float32", chunks)
+
+
+def rows(count, seed):
+    """Rows of several documents each, the last of a row cut off or followed by padding."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(3, TIED.vocab_size, (count, tiny.ROW + 1))
+    tokens[:, 0] = BOS
+    ends = rng.integers(5, tiny.ROW - 5, count)
+    tokens[np.arange(count), ends], tokens[np.arange(count), ends + 1] = EOS, BOS
+    tokens[0, ends[0] + 1 :] = BOS
+    return tokens.astype(np.int32)
+
+
+def made(model, layers="all", mesh=None, batch=8, **settings):
+    params = transformer.init(model, jax.random.key(3))
+    mesh = mesh or one_device()
+    return derivatives.differentiated(params, network(model), layers, mesh, batch, **settings)
+
+
+def own_gradients(of, tokens):
+    """Gradient of the mean loss of each row, one by one, float64 by name."""
+
+    def mean(chosen, row):
+        nll, weight = derivatives.token_losses({**of.rest, **chosen}, row[None], of.network)
+        return nll.sum() / weight.sum()
+
+    one = jax.jit(jax.grad(mean))
+    found = [one(of.chosen, jnp.asarray(row)) for row in tokens]
+    return {n: np.stack([np.asarray(g[n], np.float64) for g in found]) for n in of.chosen}
+
+
+def blocks(of, array, name):
+    layers = of.chosen[name].shape[0] if name.startswith("stack_") else 1
+    return array.reshape(len(array), layers, -1)
+
+
+def direct_datainf(of, v, own):
+    """Equation 5 of DataInf as a loop over blocks and samples."""
+    found = {}
+    for name in of.chosen:
+        gradients = blocks(of, own[name], name)
+        probe = blocks(of, np.asarray(v[name], np.float64)[None], name)[0]
+        out = np.zeros_like(probe)
+        for layer in range(probe.shape[0]):
+            g, p = gradients[:, layer], probe[layer]
+            damping = 0.1 * np.mean(np.mean(g**2, axis=1))
+            for sample in g:
+                out[layer] += (p - sample * (p @ sample) / (damping + sample @ sample)) / damping
+        found[name] = (out / len(own[name])).reshape(of.chosen[name].shape)
+    return found
+
+
+def dots(direction, own):
+    """Direction times each row's gradient."""
+    return sum(
+        np.einsum("ne,e->n", own[n].reshape(len(own[n]), -1), np.asarray(d, np.float64).ravel())
+        for n, d in direction.items()
+    )
+
+
+def per_row(found, tokens):
+    """Slopes of targets as slopes of the rows' mean losses, [n, K]."""
+    targets = (tokens[:, 1:] != BOS).sum(1)
+    return np.concatenate(list(found)).sum(-1) / targets[:, None]
+
+
+@pytest.mark.parametrize("layers", ["embedding", "output", "embedding+output", "all"])
+@pytest.mark.parametrize("model", [TIED, UNTIED], ids=["tied", "untied"])
+def test_slopes_and_datainf_equal_gradients_of_single_rows(model, layers):
+    of = made(model, layers, group=2)
+    probes, sample, train = rows(5, 1), rows(11, 2), rows(14, 3)
+    v = derivatives.mean_gradient(of, probes)
+    inverse = derivatives.datainf(of, [v], train)[0]
+    own = own_gradients(of, sample)
+    expected = direct_datainf(of, v, own_gradients(of, train))
+    found = per_row(derivatives.slopes(of, [v, inverse], sample), sample)
+    for k, direction in enumerate((v, expected)):
+        wanted = dots(direction, own)
+        np.testing.assert_allclose(found[:, k], wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_weights_of_a_tied_embedding_are_two_whose_gradients_add_up():
+    of, probes = made(TIED), rows(4, 1)
+    v = derivatives.mean_gradient(of, probes)
+
+    def loss(params):
+        from mobilellm_jax.training.objectives import next_token
+
+        found = next_token(params, {"tokens": jnp.asarray(probes)}, of.network)
+        return found.total / found.weight_BT.sum()
+
+    whole = jax.grad(loss)(transformer.init(TIED, jax.random.key(3)))
+    together = v["embedding"] + v["output"].T
+    np.testing.assert_allclose(together, whole["embedding"], atol=1e-6)
+    assert np.abs(v["embedding"]).max() > 0 and np.abs(v["output"]).max() > 0
+
+
+def test_devices_batches_groups_and_chunks_change_nothing():
+    probes, sample, train = rows(6, 1), rows(10, 2), rows(9, 3)
+
+    def found(mesh, batch, group, chunks=1):
+        of = made(TIED, "all", mesh, batch, group=group)
+        of = dataclasses.replace(of, network=network(TIED, chunks))
+        v = derivatives.mean_gradient(of, probes)
+        directions = [v, derivatives.datainf(of, [v], train)[0]]
+        return per_row(derivatives.slopes(of, directions, sample), sample)
+
+    alone = found(one_device(), 4, 1)
+    scale = np.abs(alone).max(0)
+    assert local_mesh().size > 1
+    for other in (found(local_mesh(), 16, 2), found(one_device(), 6, 3, chunks=4)):
+        np.testing.assert_allclose(other / scale, alone / scale, atol=2e-5)
+
+
+def test_slopes_of_several_directions_are_those_of_each():
+    of, sample = made(TIED), rows(5, 2)
+    one, other = (derivatives.mean_gradient(of, rows(3, seed)) for seed in (5, 6))
+    together = np.concatenate(list(derivatives.slopes(of, [one, other], sample)))
+    for k, direction in enumerate((one, other)):
+        alone = np.concatenate(list(derivatives.slopes(of, [direction], sample)))
+        np.testing.assert_allclose(together[:, k], alone[:, 0], atol=1e-5)
+
+
+def test_slopes_stay_inside_documents():
+    of, sample = made(TIED), rows(3, 2)
+    v = derivatives.mean_gradient(of, rows(3, 5))
+    before = np.concatenate(list(derivatives.slopes(of, [v], sample)))
+    second = np.flatnonzero(sample[1] == BOS)[1]
+    changed = sample.copy()
+    changed[1, 1:second] = 7
+    after = np.concatenate(list(derivatives.slopes(of, [v], changed)))
+    np.testing.assert_allclose(after[1, 0, second:], before[1, 0, second:], atol=1e-6)
+    assert np.abs(after[1, 0, : second - 1] - before[1, 0, : second - 1]).max() > 1e-4
+
+
+def test_a_positive_slope_is_a_sample_that_helps():
+    """First order: what a probe's loss falls by, after one small step on a sample, ranks as the slope."""
+    of, probes, sample = made(TIED), rows(8, 1), rows(24, 2)
+    v = derivatives.mean_gradient(of, probes)
+    slope = per_row(derivatives.slopes(of, [v], sample), sample)[:, 0]
+
+    @jax.jit
+    def probe_losses(chosen):
+        weights = {**of.rest, **chosen}
+        return derivatives.token_losses(weights, jnp.asarray(probes), of.network)
+
+    def probe_loss(chosen):
+        nll, weight = (np.asarray(x, np.float64) for x in probe_losses(chosen))
+        return nll.sum() / weight.sum()
+
+    own, rate = own_gradients(of, sample), 5e-3
+    start, falls = probe_loss(of.chosen), []
+    for i in range(len(sample)):
+        stepped = {n: w - rate * own[n][i].astype(np.float32) for n, w in of.chosen.items()}
+        falls.append(start - probe_loss(stepped))
+    assert spearmanr(slope, falls).statistic >= 0.99
+    # and by as much as the slope says, to first order
+    np.testing.assert_allclose(np.array(falls) / rate, slope, atol=0.1 * np.abs(slope).max())
+
+
+def test_losses_are_those_of_training():
+    from mobilellm_jax.training.objectives import next_token
+
+    of, sample = made(UNTIED, batch=4), rows(7, 2)
+    nll, weight = derivatives.losses(of, sample)
+    params = transformer.init(UNTIED, jax.random.key(3))
+    found = next_token(params, {"tokens": jnp.asarray(sample)}, of.network)
+    np.testing.assert_array_equal(weight, found.weight_BT)
+    np.testing.assert_allclose(nll, found.nll_BT * found.weight_BT, atol=1e-5)
+
+
+def test_bad_input():
+    params = transformer.init(TIED, jax.random.key(3))
+    with pytest.raises(UserError, match="layers=head: 'head' is not embedding, output, all"):
+        derivatives.differentiated(params, network(TIED), "head", one_device(), 4)
+    with pytest.raises(UserError, match="3 rows cannot be split over"):
+        derivatives.differentiated(params, network(TIED), "all", local_mesh(), 3)
+    empty = np.full((3, tiny.ROW + 1), BOS, np.int32)
+    with pytest.raises(UserError, match="no token to predict"):
+        derivatives.mean_gradient(made(TIED), empty)
+    v = derivatives.mean_gradient(made(TIED), rows(2, 1))
+    with pytest.raises(UserError, match="DataInf cannot be had"):
+        derivatives.datainf(made(TIED), [v], empty)
