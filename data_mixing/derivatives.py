@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from mobilellm_jax.costs.flops import count
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.leaves import flat, nested
 from mobilellm_jax.model import transformer
@@ -83,6 +84,12 @@ def differentiated(
     return Differentiated(chosen, rest, network, mesh, batch_rows, group)
 
 
+def params_of(weights: Mapping[str, jax.Array], model: ModelConfig) -> transformer.Params:
+    """Weights as the network takes them; of a tied embedding the input's."""
+    params = nested({name: leaf for name, leaf in weights.items() if name != "output"})
+    return params if model.tied else {**params, "head": weights["output"]}
+
+
 def token_losses(
     weights: Mapping[str, jax.Array], tokens: jax.Array, network: Network
 ) -> tuple[jax.Array, jax.Array]:
@@ -97,9 +104,7 @@ def token_losses(
       float32 [B, T], nats, 0 where a target does not count; float32 [B, T], 1 where it does.
     """
     rows = split_rows(tokens, network.bos_id, network.eos_id)
-    params = nested({name: leaf for name, leaf in weights.items() if name != "output"})
-    if not network.model.tied:
-        params["head"] = weights["output"]
+    params = params_of(weights, network.model)
     hidden_BTD = transformer.apply(
         params, network.model, rows.inputs_BT, rows.segment_ids_BT, network.execution
     )
@@ -144,10 +149,10 @@ def mean_gradient(of: Differentiated, rows: np.ndarray) -> Weights:
       UserError: the rows hold no target.
     """
     sums, targets = None, 0.0
-    for batch in _batches(of, rows):
-        gradient, count = _summed_gradient(of.chosen, of.rest, batch, **_static(of))
+    for batch in batches(of, rows):
+        gradient, found = _summed_gradient(of.chosen, of.rest, batch, **_static(of))
         sums = gradient if sums is None else jax.tree.map(jnp.add, sums, gradient)
-        targets += float(count)
+        targets += float(found)
     if not targets:
         raise UserError("a probe set holds no token to predict: its documents are empty.")
     return jax.tree.map(lambda g: g / targets, sums)
@@ -181,7 +186,7 @@ def slopes(
     """
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions)
     done = 0
-    for batch in _batches(of, rows):
+    for batch in batches(of, rows):
         found = _slopes(of.chosen, of.rest, stacked, batch, **_static(of))
         yield np.asarray(jax.device_get(found))[: len(rows) - done]
         done += of.batch_rows
@@ -196,7 +201,7 @@ def _losses(
 
 def losses(of: Differentiated, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What every target of some rows costs, and whether it counts: float32 [n, T] each."""
-    found = [_losses(of.chosen, of.rest, batch, **_static(of)) for batch in _batches(of, rows)]
+    found = [_losses(of.chosen, of.rest, batch, **_static(of)) for batch in batches(of, rows)]
     nll, weight = (
         np.concatenate([np.asarray(x) for x in part]) for part in zip(*found, strict=True)
     )
@@ -312,7 +317,7 @@ def datainf(
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients)
     settings = {**_static(of), "group": of.group}
     found = []
-    for batch in _batches(of, rows):
+    for batch in batches(of, rows):
         found.append(jax.device_get(_products(of.chosen, of.rest, stacked, batch, **settings)))
         told(of.batch_rows // 2)
     factors, dampings = {}, {}
@@ -329,7 +334,7 @@ def datainf(
         factors[name] = (dots_NKL / (damping_L + squared_NL)[:, None]).astype(np.float32)
         dampings[name] = damping_L
     sums: Any = None
-    for i, batch in enumerate(_batches(of, rows)):
+    for i, batch in enumerate(batches(of, rows)):
         mine = slice(i * of.batch_rows, (i + 1) * of.batch_rows)
         by_name = put_rows({name: factor[mine] for name, factor in factors.items()}, of.mesh)
         part = _weighted_sum(of.chosen, of.rest, by_name, batch, **settings)
@@ -344,7 +349,7 @@ def datainf(
     return [{n: direction(n, v, k) for n, v in g.items()} for k, g in enumerate(gradients)]
 
 
-def _batches(of: Differentiated, rows: np.ndarray) -> Iterator[jax.Array]:
+def batches(of: Differentiated, rows: np.ndarray) -> Iterator[jax.Array]:
     """Rows on the devices, the last batch filled up with rows of BOS, which hold no target."""
     for first in range(0, len(rows), of.batch_rows):
         batch = np.full((of.batch_rows, rows.shape[1]), of.network.bos_id, np.int32)
@@ -361,3 +366,34 @@ def network_of(model: ModelConfig, bos_id: int, eos_id: int, dtype: str, chunks:
     """A network as it is differentiated forwards: with the reference attention."""
     execution = transformer.Execution(dtype, attention="reference")
     return Network(model, execution, bos_id, eos_id, chunks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """FLOPs a row: of a probe's gradient, of a direction of DataInf, of slopes along all directions."""
+
+    gradient: float
+    datainf: float
+    slopes: float
+
+
+def cost(of: Differentiated, directions: int, row_length: int) -> Cost:
+    """What the programs above compute for a row, counted from their jaxprs."""
+    tokens = jax.ShapeDtypeStruct((of.batch_rows, row_length + 1), jnp.int32)
+    arrays = jax.eval_shape(lambda: (of.chosen, of.rest))
+    stacked = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((directions, *x.shape), x.dtype), arrays[0]
+    )
+    grouped = {**_static(of), "group": of.group}
+    products = jax.eval_shape(lambda *a: _products(*a, **grouped), *arrays, stacked, tokens)
+    factors = {name: dots for name, (_, dots) in products.items()}
+
+    def of_row(program: Any, *inputs: Any, **settings: Any) -> float:
+        return count(program.trace(*inputs, **settings).jaxpr).total / of.batch_rows
+
+    return Cost(
+        gradient=of_row(_summed_gradient, *arrays, tokens, **_static(of)),
+        datainf=of_row(_products, *arrays, stacked, tokens, **grouped)
+        + of_row(_weighted_sum, *arrays, factors, tokens, **grouped),
+        slopes=of_row(_slopes, *arrays, stacked, tokens, **_static(of)),
+    )
