@@ -156,7 +156,7 @@ def histograms(
 ) -> str:
     """Histograms of several samples over each other in the same bins, with the share of each above 0.
 
-    The bins hold the central 99 % of all values; what lies beyond is counted, not drawn. A border of bins is 0.
+    The bins hold the central 99 % of all values, and a border of theirs is 0; what lies beyond is counted.
 
     Args:
       title: above.

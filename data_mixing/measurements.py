@@ -1,4 +1,4 @@
-"""What was measured of sources, as it lies in files: scores of pieces (Parquet) and leave-one-out runs (JSON).
+"""Files of what was measured of sources: scores of pieces (Parquet) and leave-one-out runs (JSON).
 
 Scores have a line per piece of a training row: columns `source`, `row`, `tokens` (targets of the piece) and
 columns of numbers, the benefit per token by one metric; `datainf` over all capabilities and checkpoints,

@@ -62,7 +62,7 @@ class Weights(dict[str, float]):
         self.measured = dict(measured or {})
 
 
-Method = Callable[..., dict[str, float]]
+Method = Callable[..., Weights]
 
 
 def uniform(tokens: Mapping[str, float]) -> Weights:
@@ -215,7 +215,9 @@ def regmix(
             mixtures.names, found.weights_S, low_S, high_S, strict=True
         )
     }
-    said = f"{fitted.model} regression, held-out rank correlation {fitted.rank.text}"
+    said = (
+        f"{fitted.model} regression of {len(losses.runs)} runs, rank correlation {fitted.rank.text}"
+    )
     reasons = {
         name: f"mean of the best {len(found.top_KS)} proposals, {m.low:.2%} to {m.high:.2%}; {said}"
         for name, m in measured.items()
@@ -252,9 +254,9 @@ def proportional(measured: Mapping[str, Measured], floor: float, what: str) -> W
     reasons = {}
     for name, m in measured.items():
         reasons[name] = f"{what} {m.text}"
-        if m.value < floor * largest:
+        if floor and m.value < floor * largest:
             reasons[name] = f"raised to the floor, {floor:.3g} of {best}'s: {reasons[name]}"
-        elif m.low <= 0 < m.value and math.isfinite(m.low):
+        elif m.low <= 0 <= m.high and math.isfinite(m.high - m.low):
             reasons[name] += ", not distinguishable from 0"
     return _told({name: value / total for name, value in values.items()}, reasons, measured)
 

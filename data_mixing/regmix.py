@@ -1,14 +1,15 @@
-r"""Which mixture is best, by regression of the losses of proxy runs on their weights (RegMix, arXiv 2407.01492).
+r"""Which mixture is best, by regression of proxy runs' losses on their weights (RegMix, arXiv 2407.01492).
 
     python -m data_mixing.regmix --mixtures=mixtures.csv --losses=losses.csv --out=DIR
     python -m data_mixing.regmix --mixtures=a.csv --losses=b.csv --target=math \
         --heldout_mixtures=c.csv --heldout_losses=d.csv
-    python -m data_mixing.regmix --mixtures=a.csv --losses=b.csv --plan=mixture.json --max_epochs=4 --tokens=1e9
+    python -m data_mixing.regmix --mixtures=a.csv --losses=b.csv --plan=mixture.json \
+        --max_epochs=4 --tokens=1e9
 
-reads any pair of tables of runs (data_mixing/run_tables.py). It prints for every target how well each regression
-(data_mixing/regression.py) ranks runs that it has not seen, and the mixture with the lowest predicted loss: the
-mean of the best among many proposals around the sizes of the plan's sources, or around the mean of the runs'
-mixtures where there is no plan. Needs scikit-learn (`pip install 'mobilellm-jax[mixing]'`).
+reads any pair of tables of runs (data_mixing/run_tables.py). It prints for every target how well each
+regression (data_mixing/regression.py) ranks runs that it has not seen, and the mixture with the lowest
+predicted loss: the mean of the best among many proposals around the sizes of the plan's sources, or around
+the mean of the runs' mixtures where there is no plan. Needs scikit-learn: the extra [mixing].
 
 With --out a new folder gets regmix.md, regmix.svg and best.csv.
 """
@@ -41,6 +42,10 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import new_folder
 from mobilellm_jax.tables import aligned, markdown_table
 
+PER_SOURCE = (
+    10  # runs; with fewer a regression may rank well and still have its optimum where no run was
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -52,6 +57,7 @@ class Report:
     sources: tuple[str, ...]
     prior_S: np.ndarray
     found: Best
+    runs: int
 
     @property
     def cells(self) -> tuple[list[list[str]], list[list[str]]]:
@@ -73,9 +79,15 @@ class Report:
     @property
     def said(self) -> str:
         """What the second table is."""
+        few = self.runs < PER_SOURCE * len(self.sources)
         return (
             f"Best mixture for {self.target}, the mean of the best {len(self.found.top_KS)} proposals; its "
             f"predicted loss is {self.found.predicted:.4f}. Lowest and highest are among these proposals."
+            + (
+                f" {self.runs} runs are few for {len(self.sources)} sources: doubt it."
+                if few
+                else ""
+            )
         )
 
 
@@ -130,7 +142,8 @@ def report(
         predicted = {name: of.predict(unseen[0].values) for name, of in fits.items()}
         ranks = {name: rank(p, losses_of(unseen[1], name)) for name, p in predicted.items()}
     found = best(fits[targets[0]], prior, bounds, top=top, candidates=candidates, seed=seed)
-    return Report(fits, ranks, targets[0], mixtures.names, np.array(list(prior.values())), found)
+    prior_S = np.array(list(prior.values()))
+    return Report(fits, ranks, targets[0], mixtures.names, prior_S, found, len(mixtures.runs))
 
 
 def write(found: Report, out: str) -> None:

@@ -1,8 +1,8 @@
 """Losses of proxy runs, regressed on their mixture weights; and the mixture with the lowest prediction.
 
-Three regressions are tried, and the one with the lowest error on held-out folds is taken: ridge regression on
-the weights (`linear`), on the weights and their logarithms (`logarithmic`, in which a source gives less the more
-of it there is), and gradient-boosted `trees`, RegMix's own (arXiv 2407.01492). Needs scikit-learn.
+Three regressions are tried, and the one with the lowest error on held-out folds is taken: ridge regression
+on the weights (`linear`), on the weights and their logarithms (`logarithmic`, in which a source gives less
+the more of it there is), and gradient-boosted `trees`, RegMix's own (arXiv 2407.01492). Needs scikit-learn.
 
 Axes in names: N runs, S sources, M models, F folds, K best proposals.
 """
@@ -114,8 +114,8 @@ def fit(mixtures: RunTable, losses: RunTable, target: str = "", seed: int = 0) -
     """Regresses a target on the weights and says how well the regression ranks unseen runs.
 
     Every run is predicted by models that were fitted without its fold. The model is the one with the lowest
-    squared error there; what a fold adds to the rank correlation is predicted by the model that is best on the
-    other folds, so that the choice does not know what it is judged by.
+    squared error there; what a fold adds to the rank correlation is predicted by the model that is best on
+    the other folds, so that the choice does not know what it is judged by.
 
     Args:
       mixtures: weights of each run.

@@ -120,7 +120,7 @@ def load_pair(
     if len(bad):
         said = "are below 0" if mixtures.values[bad[0]].min() < 0 else f"sum to {total[bad[0]]:.6g}"
         raise UserError(
-            f"{mixtures_path}: weights of the run {mixtures.runs[bad[0]]} {said}; they are shares that sum to 1."
+            f"{mixtures_path}: weights of the run {mixtures.runs[bad[0]]} {said}: shares sum to 1."
         )
     mixtures = dataclasses.replace(mixtures, values=mixtures.values / total[:, None])
     return mixtures, losses.ordered(mixtures.runs)
