@@ -144,8 +144,7 @@ def fit(mixtures: RunTable, losses: RunTable, target: str = "", seed: int = 0) -
     squares_MN = (predicted_MN - loss_N) ** 2
     by_fold_MF = np.stack([squares_MN[:, fold_N == f].sum(1) for f in range(FOLDS)], axis=1)
     best = int(np.argmin(by_fold_MF.sum(1)))
-    elsewhere_F = np.argmin(by_fold_MF.sum(1, keepdims=True) - by_fold_MF, axis=0)
-    chosen_N = predicted_MN[elsewhere_F[fold_N], np.arange(runs)]
+    chosen_N = predicted_MN[best_elsewhere(by_fold_MF)[fold_N], np.arange(runs)]
     # A fold whose runs are bad was fitted on runs that are good, and its mean prediction lies too low:
     # without signal that would be a negative correlation. What counts is the distance from that mean.
     mean_N = np.array([loss_N[fold_N != f].mean() for f in range(FOLDS)])[fold_N]
@@ -160,6 +159,11 @@ def fit(mixtures: RunTable, losses: RunTable, target: str = "", seed: int = 0) -
         math.sqrt(float(squares_MN[best].mean())),
         {n: spearman(predicted_MN[m] - mean_N, loss_N) for m, n in enumerate(names)},
     )
+
+
+def best_elsewhere(errors_MF: np.ndarray) -> np.ndarray:
+    """int64 [F]: for each fold, the model with the lowest error on all others."""
+    return np.argmin(errors_MF.sum(1, keepdims=True) - errors_MF, axis=0)
 
 
 def rank(predicted_N: np.ndarray, loss_N: np.ndarray, effective: float | None = None) -> Rank:

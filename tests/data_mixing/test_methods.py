@@ -191,6 +191,11 @@ def test_standardised_capabilities_count_alike():
         plain
     )
     assert methods.leave_one_out(left(scaled, names="abc")) != pytest.approx(plain, rel=1e-2)
+    one = rises[:, :, :1]
+    stderr = np.full(one.shape, 0.1)
+    spread = one.mean(2).std(0)
+    a = methods.leave_one_out(left(one, stderr, "abc"), standardise=True).measured["a"]
+    assert a.high - a.value == pytest.approx(1.96 * np.sqrt(((0.1 / spread) ** 2).sum()))
     with pytest.raises(UserError, match="'c0' are the same for all sources"):
         methods.leave_one_out(left([[[0.1]], [[0.1]]]), standardise=True)
 

@@ -214,6 +214,17 @@ def test_what_is_drawn_has_a_seed():
     assert (first == second).all() and not (first == other).all()
 
 
+def test_a_fold_has_no_say_in_the_model_that_it_judges():
+    errors = np.random.default_rng(0).uniform(size=(3, 5))
+    found = regression.best_elsewhere(errors)
+    for fold in range(5):
+        others = [m.sum() for m in np.delete(errors, fold, axis=1)]
+        assert found[fold] == np.argmin(others)
+        changed = errors.copy()
+        changed[:, fold] = [9, 0, 5]
+        assert regression.best_elsewhere(changed)[fold] == found[fold]
+
+
 def without_trees(monkeypatch):
     all_of = regression.models
     cheap = ("linear", "logarithmic")

@@ -1,5 +1,6 @@
 """From files to plans that stream: what is written is what the table says, and bad input is a sentence."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from data_mixing.proposals import proxies
 from data_mixing.run_tables import RunTable
 from data_mixing.weights import Request, parse
 from mobilellm_jax.data.mixture import open_mixture
-from mobilellm_jax.data.plan import Plan, Stage
+from mobilellm_jax.data.plan import Plan, Skip, Stage
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.plan import fill_in, write
 
@@ -197,6 +198,18 @@ def test_the_plans_own_caps_and_length_hold_unless_told(folder):
     unknown = Plan.load(folder / "data" / "mixture.json")
     with pytest.raises(UserError, match="does not know the tokens of words, sums: fill them in"):
         weights.mixtures_of(unknown, [Request("uniform")], tokens=100)
+
+
+def test_what_belonged_to_the_old_run_is_gone(folder):
+    """Its ramp and fixed shares, and the rows that it skipped; seed, name and data stay."""
+    plan = Plan.load(folder / "data" / "plan.json")
+    even = {"words": 0.5, "sums": 0.5}
+    stage = Stage("mine", 64_000, even, {"words": 1.0}, fixed=True)
+    old = dataclasses.replace(plan, stages=(stage,), skips=(Skip(4, 4, tiny.ROW),), seed=5)
+    (found,) = weights.mixtures_of(old, [Request("uniform")]).values()
+    assert found.plan.stages == (Stage("mine", 64_000, even),)
+    assert found.plan.skips == () and found.plan.seed == 5
+    assert found.plan.tokenizer == plan.tokenizer
 
 
 # --- Requests
