@@ -63,7 +63,7 @@ def differentiated(
       network: with the reference attention: kernels know no forward mode.
       layers: `embedding`, `output`, `all`, or several joined by `+`.
       mesh: devices that share the rows.
-      batch_rows: rows of one call of a program; a multiple of the devices.
+      batch_rows: rows of one call of a program; a multiple of the devices times `group`.
       group: see `Differentiated`.
 
     Raises:
@@ -76,8 +76,11 @@ def differentiated(
         if layer not in LAYERS:
             raise UserError(f"layers={layers}: {layer!r} is not {', '.join(LAYERS)}.")
         names |= set(LAYERS[layer] or weights)
-    if batch_rows % mesh.size:
-        raise UserError(f"a batch of {batch_rows} rows cannot be split over {mesh.size} devices.")
+    if batch_rows % (mesh.size * group):
+        raise UserError(
+            f"a batch of {batch_rows} rows cannot be split over {mesh.size} devices in groups of {group}: "
+            "make it a multiple of their product."
+        )
     whole = jax.device_put(weights, jax.sharding.NamedSharding(mesh, WHOLE))
     chosen = {name: leaf for name, leaf in whole.items() if name in names}
     rest = {name: leaf for name, leaf in whole.items() if name not in names}

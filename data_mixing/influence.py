@@ -323,7 +323,7 @@ def summary(table: pyarrow.Table, metrics: Sequence[str], capabilities: Sequence
 
 def _capabilities(probes: ProbeSets, checkpoints: Sequence[Checkpoint]) -> list[str]:
     named = {c for point in checkpoints for c in point.capabilities}
-    if not named:
+    if not named or not checkpoints:
         raise UserError("there is no checkpoint to score with: name one with --checkpoints.")
     return [c for c in probes.capabilities if c in named]
 
