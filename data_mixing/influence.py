@@ -252,7 +252,7 @@ def with_joint(
             points = [point for point in checkpoints if capability in point.capabilities]
             kind = "datainf" if metric == "datainf" else "gradient"
             parts = [column(f"{kind}/{capability}/{point.step}") for point in points]
-            share = _shares(metric, points)
+            share = shares(metric, points)
             per_capability[capability] = sum(w * x for w, x in zip(share, parts, strict=True))
         for capability, values in per_capability.items():
             if (name := f"{metric}/{capability}") not in table.column_names:
@@ -263,7 +263,8 @@ def with_joint(
     return table
 
 
-def _shares(metric: str, points: Sequence[Checkpoint]) -> np.ndarray:
+def shares(metric: str, points: Sequence[Checkpoint]) -> np.ndarray:
+    """The weights of a capability's checkpoints, see `with_joint`."""
     if metric == "dot":
         weights = np.array([float(i == len(points) - 1) for i in range(len(points))])
     elif metric == "datainf":

@@ -34,7 +34,7 @@ class Settings:
       dtype: of activations.
       batch_rows: rows of one call of a program, over all devices.
       group: rows whose own gradients exist at once on a device.
-      chunks: parts of a row whose logits exist at once.
+      loss_chunks: parts of a row whose logits exist at once.
       damping: of DataInf.
     """
 
@@ -42,7 +42,7 @@ class Settings:
     dtype: str = "float32"
     batch_rows: int = 8
     group: int = 1
-    chunks: int = 1
+    loss_chunks: int = 1
     damping: float = derivatives.DAMPING
 
 
@@ -215,7 +215,7 @@ def _opened(path: epath.Path, settings: Settings, mesh: Mesh) -> derivatives.Dif
     stored = open_model(path)
     tokenizer = stored.needed_tokenizer
     network = derivatives.network_of(
-        stored.model, tokenizer.bos_id, tokenizer.eos_id, settings.dtype, settings.chunks
+        stored.model, tokenizer.bos_id, tokenizer.eos_id, settings.dtype, settings.loss_chunks
     )
     params = stored.params(dtype="float32")
     return derivatives.differentiated(

@@ -1,0 +1,121 @@
+"""Why did it say that: planted facts come first, with every step at which they were read."""
+
+import html.parser
+
+import mixing
+import numpy as np
+import pytest
+import runs
+import tiny
+
+from data_mixing import why as asking
+from data_mixing.influence import open_checkpoints
+from data_mixing.scorers import Settings
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.rows import open_run
+
+FACTS = [
+    f"the code of {a} is {b}."
+    for a, b in zip("kmnpqr", (417, 925, 308, 652, 741, 836), strict=True)
+]
+SETTINGS = Settings(batch_rows=16)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run on sums, sentences and six facts, each in a document of its own that comes three times."""
+    folder = tmp_path_factory.mktemp("why")
+    texts = {
+        "sums": tiny.documents("sums", 150),
+        "words": tiny.documents("words", 100),
+        "facts": [fact for fact in FACTS for _ in range(3)],
+    }
+    mixing.HELDOUT, before = 0.0, mixing.HELDOUT
+    plan = mixing.sources(folder, texts)
+    mixing.HELDOUT = before
+    config = tiny.config(folder / "data" / "mixture.json", 60)
+    config.checkpoint.every = 20
+    runs.run(config, folder / "run")
+    assert plan.names == ("sums", "words", "facts")
+    return folder / "run"
+
+
+def ask(workdir, fact, name="", steps=1, **settings):
+    prompt, _, answer = fact.rpartition(" ")
+    points = open_checkpoints([f"{workdir}{name}"], steps, [asking.ANSWER])
+    defaults = {"rows": 10_000, "shown": 5, "train_rows": 64, "settings": SETTINGS}
+    return asking.why(points, open_run(workdir), prompt, f" {answer}", **{**defaults, **settings})
+
+
+@pytest.mark.parametrize("metric", ["datainf", "dot"])
+def test_a_planted_fact_comes_first(workdir, metric):
+    for fact in FACTS[:3]:
+        helped, hurt, _ = ask(workdir, fact, metric=metric)
+        assert helped[0].source == "facts"
+        assert FACTS[(int(helped[0].id.split("-")[1])) // 3] == fact
+        assert "".join(text for text, _ in helped[0].tokens).strip() == fact
+        benefits = [f.benefit for f in helped]
+        assert benefits == sorted(benefits, reverse=True) and all(b > 0 for b in benefits)
+        assert all(f.benefit < 0 for f in hurt)
+
+
+def test_steps_are_those_at_which_the_run_read_it(workdir):
+    run = open_run(workdir)
+    helped, _, _ = ask(workdir, FACTS[0], "@40")
+    for found in helped:
+        expected = []
+        for step in range(1, 41):
+            at = run.mixture.locate(np.arange(*run.rows_of(step)))
+            mine = (at.source == run.plan.names.index(found.source)) & (at.row == found.row)
+            expected += [step] * int(mine.sum())
+        assert list(found.steps) == expected and expected
+
+
+def test_a_benefit_is_the_sum_of_what_its_tokens_do(workdir):
+    helped, hurt, _ = ask(workdir, FACTS[1], steps=2, metric="tracin")
+    for found in (*helped, *hurt):
+        assert found.benefit == pytest.approx(sum(value for _, value in found.tokens), rel=1e-4)
+
+
+def test_of_a_long_run_the_rows_most_alike_are_scored(workdir):
+    helped, _, scored = ask(workdir, FACTS[2], rows=40)
+    assert scored == 40 and FACTS[int(helped[0].id.split("-")[1]) // 3] == FACTS[2]
+
+
+def test_the_page_says_it_and_escapes_it(workdir):
+    helped, hurt, scored = ask(workdir, FACTS[0])
+    point = open_checkpoints([str(workdir)], 1, [asking.ANSWER])[0]
+    page = asking.render(helped, hurt, "<b>why", "&", scored, point, "datainf")
+    assert "<b>why" not in page and "&lt;b&gt;why" in page and helped[0].name in page
+
+    class Texts(html.parser.HTMLParser):
+        found = ""
+
+        def handle_data(self, data):
+            self.found += data
+
+    reader = Texts()
+    reader.feed(page)
+    assert FACTS[0] in reader.found
+    assert ", ".join(map(str, helped[0].steps)) in reader.found
+    assert helped[0].name in asking.table(helped, hurt)
+
+
+def test_the_program(workdir, tmp_path):
+    flags = [f"--checkpoint={workdir}", "--prompt=the code of k is", "--answer= 417."]
+    flags += ["--batch_rows=16", f"--out={tmp_path / 'why.html'}"]
+    status, out, err = runs.program("data_mixing.why", flags)
+    assert status == 0, err
+    assert "facts-0" in out.splitlines()[1] and (tmp_path / "why.html").exists()
+    status, _, err = runs.program("data_mixing.why", flags)
+    assert status == 1 and "exists: name a new file" in err
+
+
+def test_bad_input(workdir):
+    with pytest.raises(UserError, match="adds no token"):
+        points = open_checkpoints([str(workdir)], 1, [asking.ANSWER])
+        asking.why(points, open_run(workdir), "a", "", settings=SETTINGS)
+    with pytest.raises(UserError, match="shorten the prompt"):
+        ask(workdir, "1 + " * 200 + "2 3")
+    with pytest.raises(UserError, match="--metric=x is none of"):
+        ask(workdir, FACTS[0], metric="x")
