@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from data_mixing.measures import Measure
+from data_mixing.text_measures import Measure
 from mobilellm_jax.decoding.decoder import bucket, execution_on, whole
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.interop.stored import load_model, open_model

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from data_mixing.measures import Measure, is_import_path, of_callable
+from data_mixing.text_measures import Measure, is_import_path, of_callable
 from mobilellm_jax.data.chat import ConversationEncoder
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.decoding.decoder import execution_on, whole

@@ -3,12 +3,16 @@
 import collections
 import dataclasses
 import functools
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import tqdm
 
 from data_mixing import documents, selection
 from data_mixing.documents import Documents
@@ -27,6 +31,20 @@ from data_mixing.selection import (
 from mobilellm_jax.data.corpora import Corpus
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.tables import aligned
+
+
+class Bar(tqdm.tqdm):
+    """A bar that leaves a line with the time that was needed."""
+
+    def __init__(self, what: str, total: int) -> None:
+        super().__init__(total=total, desc=what, unit="doc", disable=not sys.stderr.isatty())
+        self._what, self._begin = what, time.monotonic()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        if raised[0] is None:
+            seconds = time.monotonic() - self._begin
+            print(f"{self._what}, {seconds:.1f} s", file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass

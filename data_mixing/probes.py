@@ -25,22 +25,19 @@ may be changed till it is complete.
 import dataclasses
 import json
 import shutil
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tqdm
 from absl import flags
 
 from data_mixing import embeddings, judges, probe_sets, selection
 from data_mixing.documents import SPLITS
-from data_mixing.measures import Measure, is_import_path, of_callable, remembered
-from data_mixing.pools import Pool, counted, funnel, kept_sets, read, write_decisions
+from data_mixing.pools import Bar, Pool, counted, funnel, kept_sets, read, write_decisions
 from data_mixing.probe_sets import FILE, ProbeSets
 from data_mixing.selection import ALIKE, DOMAIN, KEPT, QUALITY, REASONING, Candidate, Rules
+from data_mixing.text_measures import Measure, is_import_path, of_callable, remembered
 from mobilellm_jax import cli
 from mobilellm_jax.data.cleaning import work_folder, write_json
 from mobilellm_jax.data.corpora import Corpus
@@ -207,7 +204,7 @@ def _begun(growing: Path, looked: Mapping[str, Any]) -> Path:
 def _score(pool: Pool, stage: str, measure: Measure, rules: Rules, work: Path) -> None:
     """Gives a source's documents a stage's scores, and drops those that it does not leave."""
     numbers, keys = pool.left, pool.documents.keys
-    with _bar(f"{pool.name}: {stage}", len(numbers)) as bar:
+    with Bar(f"{pool.name}: {stage}", len(numbers)) as bar:
         found = remembered(
             measure,
             [keys[n] for n in numbers],
@@ -264,7 +261,7 @@ def _choose(pools: Sequence[Pool], rules: Rules, measures: Measures, work: Path)
     if embedding and rules.whiten:
         drawn = sorted(candidates, key=lambda c: (selection.draw(c.key, rules.seed), c.name))
         whiten = embeddings.Whitening.fitted(raw(drawn[:SAMPLE]))
-    with _bar("choose", len(ordered)) as bar:
+    with Bar("choose", len(ordered)) as bar:
         verdicts = selection.chosen(ordered, rules, vectors if embedding else None, bar.update)
     for candidate, verdict in verdicts.items():
         by_name[candidate.source].verdicts[candidate.number - 1] = verdict
@@ -282,20 +279,6 @@ def _folder(work: Path, name: str) -> Path:
     folder = work / name
     folder.mkdir(exist_ok=True)
     return folder
-
-
-class _bar(tqdm.tqdm):
-    """A bar that leaves a line with the time that was needed."""
-
-    def __init__(self, what: str, total: int) -> None:
-        super().__init__(total=total, desc=what, unit="doc", disable=not sys.stderr.isatty())
-        self._what, self._begin = what, time.monotonic()
-
-    def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
-        if raised[0] is None:
-            seconds = time.monotonic() - self._begin
-            print(f"{self._what}, {seconds:.1f} s", file=sys.stderr, flush=True)
 
 
 # The command line.

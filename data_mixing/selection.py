@@ -154,7 +154,7 @@ def chosen(
 ) -> dict[Candidate, Verdict]:
     """The greedy choice over all sources, best first.
 
-    A candidate is kept unless its text is that of a kept one, its source has all that it may have, or
+    A candidate is kept unless its source has all that it may have, its text is that of a kept one, or
     its cosine similarity to a kept one is `rules.alike` or more. So no document is dropped for the
     sake of one that is not among the probes. Vectors are asked for as they are needed, `chunk`
     candidates at a time; the size changes no verdict.
@@ -171,20 +171,24 @@ def chosen(
     texts: dict[bytes, Candidate] = {}
     near, order = Kept(), list[Candidate]()
 
-    def settled(candidate: Candidate) -> Verdict | None:
-        if first := texts.get(candidate.key):
-            return Verdict(ALIKE, f"a copy of {first.name}", 1.0, first.name)
-        if counts[candidate.source] == rules.most:
-            among = "first" if candidate.score is None else "best"
-            return Verdict(MOST, f"not among the {among} {rules.most:,}")
-        return None
+    def full(candidate: Candidate) -> Verdict | None:
+        if counts[candidate.source] < rules.most:
+            return None
+        among = "first" if candidate.score is None else "best"
+        return Verdict(MOST, f"not among the {among} {rules.most:,}")
+
+    def copied(candidate: Candidate) -> Verdict | None:
+        if candidate.key not in texts:
+            return None
+        first = texts[candidate.key].name
+        return Verdict(ALIKE, f"a copy of {first}", 1.0, first)
 
     left = collections.deque(candidates)
     while left:
         batch: list[Candidate] = []
         while left and len(batch) < chunk:
             candidate = left.popleft()
-            if verdict := settled(candidate):
+            if verdict := full(candidate):  # which it will be when its turn comes
                 verdicts[candidate] = verdict
                 told(1)
             else:
@@ -195,7 +199,7 @@ def chosen(
             among_CC = vectors_CD @ vectors_CD.T
         kept: list[int] = []
         for i, candidate in enumerate(batch):
-            verdict = settled(candidate)
+            verdict = full(candidate) or copied(candidate)
             like: tuple = ()
             if vectors_CD is not None and nearest_C[i] >= 0:
                 like = float(similarity_C[i]), order[nearest_C[i]].name
