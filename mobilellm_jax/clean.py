@@ -35,11 +35,11 @@ from absl import flags
 from mobilellm_jax import cli
 from mobilellm_jax.data import cleaning, decontamination
 from mobilellm_jax.data.cleaning import EVALUATION, EXACT, KEPT, NEAR, VERDICTS, PartJob
-from mobilellm_jax.data.corpora import Corpus, FileCorpus
+from mobilellm_jax.data.corpora import Corpus
 from mobilellm_jax.data.decontamination import EvalIndex, EvalItem, EvalSets
 from mobilellm_jax.data.encoding import Workers
 from mobilellm_jax.data.ngrams import jaccard
-from mobilellm_jax.data.tfds_corpus import PREFIX, TfdsCorpus
+from mobilellm_jax.data.source_flags import corpus_of
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.tables import aligned
 
@@ -330,11 +330,7 @@ def table(report: Mapping[str, Any]) -> str:
 def main() -> None:
     """The command line around `clean`."""
     args = flags.FLAGS
-    name, equals, where = args.source.partition("=")
-    if not equals:
-        raise UserError(f"--source={args.source} is not of the form name=PATTERN.")
-    kind = TfdsCorpus if where.startswith(PREFIX) else FileCorpus
-    corpus = kind(name, where.removeprefix(PREFIX), args.text_key, 0.0, args.id_key)
+    corpus = corpus_of(args.source, args.text_key, 0.0, args.id_key)
     evals = EvalSets(
         tuple(args.decontaminate), tuple(args.eval_keys), ngram=args.ngram, shortest=args.shortest
     )

@@ -21,7 +21,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -36,13 +35,18 @@ from mobilellm_jax.data import on_beam, parts, rows
 from mobilellm_jax.data import plan as plans
 from mobilellm_jax.data.chat import ConversationEncoder, EncodeChats, read_template
 from mobilellm_jax.data.chat_corpus import TOO_LONG, ChatCorpus
-from mobilellm_jax.data.corpora import Corpus, FileCorpus
-from mobilellm_jax.data.embedded import embedded_corpora
+from mobilellm_jax.data.corpora import Corpus
 from mobilellm_jax.data.encoding import Encode, Workers, encode_texts
 from mobilellm_jax.data.packing import TEXT_PACKERS
 from mobilellm_jax.data.sentencepiece_tokenizer import train_tokenizer
 from mobilellm_jax.data.shards import SourceWriter
-from mobilellm_jax.data.tfds_corpus import PREFIX, TfdsCorpus
+from mobilellm_jax.data.source_flags import (
+    check_names,
+    define_sources,
+    named,
+    named_corpora,
+    parse_share,
+)
 from mobilellm_jax.data.tokenizers import Tokenizer, file_of
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.tables import aligned
@@ -171,22 +175,6 @@ def parse_weights(text: str) -> dict[str, float]:
     return weights
 
 
-def parse_share(text: str) -> float:
-    """`0.1%` or `0.001` as a number.
-
-    Raises:
-      UserError: it is neither, or not above 0 and at most 100 %.
-    """
-    number, percent, rest = text.partition("%")
-    try:
-        share = float(number) / (100 if percent else 1)
-    except ValueError:
-        share = 0.0
-    if rest or not 0 < share <= 1:
-        raise UserError(f"--sample={text} is no share: give 0.1% or 0.001, at most 100%.")
-    return share
-
-
 # What is asked for, and what is there already.
 
 
@@ -197,11 +185,7 @@ def _check_request(
         raise UserError(
             "there is nothing to prepare: give --embedded, --source=name=PATTERN or --chat=name=PATTERN."
         )
-    for name in names:
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-            raise UserError(f"a source cannot be called {name!r}: use a-z, digits and underscores.")
-    if len(set(names)) < len(names):
-        raise UserError(f"two sources have one name: {', '.join(names)}.")
+    check_names(names)
     if row_length < 2:
         raise UserError(f"row_length must be at least 2, not {row_length}.")
     if packing not in TEXT_PACKERS:
@@ -381,25 +365,13 @@ def _shares(plan: plans.Plan) -> str:
     )
 
 
-def _named(text: str, flag: str) -> tuple[str, str]:
-    name, equals, where = text.partition("=")
-    if not equals:
-        raise UserError(f"--{flag}={text} is not of the form name=PATTERN.")
-    return name, where
-
-
 def main() -> None:
     """The command line around `prepare`."""
     args = flags.FLAGS
-    corpora: list[Corpus] = list(embedded_corpora(args.seed or 0)) if args.embedded else []
+    corpora = named_corpora(args.seed or 0)
     share = parse_share(args.sample)
-    for source in args.source:
-        name, where = _named(source, "source")
-        kind = TfdsCorpus if where.startswith(PREFIX) else FileCorpus
-        where = where.removeprefix(PREFIX)
-        corpora.append(kind(name, where, args.text_key, args.heldout, args.id_key, share))
     for source in args.chat:
-        name, where = _named(source, "chat")
+        name, where = named(source, "chat")
         corpora.append(
             ChatCorpus(
                 name,
@@ -431,13 +403,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Directory to write into.", required=True)
-    flags.DEFINE_bool("embedded", False, "Take code, prose and math from this Python installation.")
-    flags.DEFINE_multi_string(
-        "source",
-        [],
-        "A source of your own: name=PATTERN, name=tfds:NAME:SPLIT or name=tfds:DIRECTORY:SPLIT. May "
-        "be repeated.",
-    )
+    define_sources()
     flags.DEFINE_multi_string(
         "chat", [], "Conversations of your own: name=PATTERN. May be repeated."
     )
@@ -456,22 +422,6 @@ if __name__ == "__main__":
         "chat_template",
         None,
         "Chat template for the tokenizer: llama3, chatml or a file of Jinja; default: its own.",
-    )
-    flags.DEFINE_string(
-        "text_key",
-        "text",
-        "Field of JSON lines, column of Parquet files, feature of TFDS datasets; a+b joins two.",
-    )
-    flags.DEFINE_string(
-        "id_key", "id", "The same for what a document is called; it may be missing."
-    )
-    flags.DEFINE_float(
-        "heldout", 0.01, "Share of the documents of --source kept out of training.", 0.0, 0.5
-    )
-    flags.DEFINE_string(
-        "sample",
-        "100%",
-        "Share of the documents to read, but of --embedded: 0.1% makes a proxy corpus.",
     )
     flags.DEFINE_integer("row_length", 2048, "Targets per row: the length of context in training.")
     flags.DEFINE_integer("vocab_size", 32_000, "Pieces of the tokenizer that is trained.")
