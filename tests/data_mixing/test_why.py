@@ -104,10 +104,10 @@ def test_the_page_says_it_and_escapes_it(workdir):
 def test_the_program(workdir, tmp_path):
     flags = [f"--checkpoint={workdir}", "--prompt=the code of k is", "--answer= 417."]
     flags += ["--batch_rows=16", f"--out={tmp_path / 'why.html'}"]
-    status, out, err = runs.program("data_mixing.why", flags)
+    status, out, err = runs.program("data_mixing.why", *flags)
     assert status == 0, err
     assert "facts-0" in out.splitlines()[1] and (tmp_path / "why.html").exists()
-    status, _, err = runs.program("data_mixing.why", flags)
+    status, _, err = runs.program("data_mixing.why", *flags)
     assert status == 1 and "exists: name a new file" in err
 
 
