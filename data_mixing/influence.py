@@ -273,14 +273,13 @@ def shares(metric: str, points: Sequence[Checkpoint]) -> np.ndarray:
         if None in (rates := [point.learning_rate for point in points]):
             raise UserError(
                 "tracin needs the learning rates of its checkpoints, and "
-                f"{points[rates.index(None)].path} does not say how it was trained: leave it out of "
-                "--metrics."
+                f"{points[rates.index(None)].path} does not say how it was trained: ask for dot instead."
             )
         weights = np.array(rates, np.float64)
         if not weights.any():
             raise UserError(
                 "tracin weighs checkpoints by their learning rates, and all of them are 0: give "
-                "checkpoints from before the end of the schedule, or leave it out of --metrics."
+                "checkpoints from before the end of the schedule, or ask for dot instead."
             )
     return weights / weights.sum()
 

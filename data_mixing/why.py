@@ -39,7 +39,7 @@ from mobilellm_jax.parallel.mesh import local_mesh
 from mobilellm_jax.rows import Run, open_run
 from mobilellm_jax.tables import aligned
 
-METRICS = ("datainf", "tracin", "dot")
+METRICS = ("tracin", "dot", "datainf")
 ANSWER = "answer"  # the capability that is probed
 
 
@@ -79,7 +79,7 @@ def why(
     scan: int = 200_000,
     shown: int = 10,
     train_rows: int = 256,
-    metric: str = "datainf",
+    metric: str = "tracin",
     seed: int = 0,
     settings: Settings = Settings(),
 ) -> tuple[list[Finding], list[Finding], int]:
@@ -366,8 +366,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("scan", 200_000, "Rows to look through for half of them, at most.", 2)
     flags.DEFINE_integer("shown", 10, "Documents that helped, and that hurt, on the page.", 1)
     flags.DEFINE_integer("train_rows", 256, "Rows for the curvature of DataInf.", 1)
-    flags.DEFINE_integer("steps", 1, "Checkpoints of the run that are asked, evenly spaced.", 1)
-    flags.DEFINE_enum("metric", "datainf", METRICS, "See data_mixing/influence.py.")
+    flags.DEFINE_integer("steps", 5, "Checkpoints of the run that are asked, evenly spaced.", 1)
+    flags.DEFINE_enum("metric", "tracin", METRICS, "See data_mixing/influence.py.")
     flags.DEFINE_integer("seed", 0, "Of the rows that are drawn.")
     flags.DEFINE_string("layers", "embedding+output", "See data_mixing.influence.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations.")
