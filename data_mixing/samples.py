@@ -12,7 +12,7 @@ from mobilellm_jax.data.accounting import Placed, documents_placed
 from mobilellm_jax.data.contexts import Contexts
 from mobilellm_jax.data.encoding import encode_texts
 from mobilellm_jax.data.mixture import first_rows, open_split
-from mobilellm_jax.data.packing import BestFit, counted, token_ids
+from mobilellm_jax.data.packing import UNTRAINED, BestFit, counted, token_ids
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
@@ -122,6 +122,30 @@ def packed_texts(texts: Sequence[str], tokenizer: Tokenizer, row_length: int) ->
     return np.concatenate(
         [packer.add([i for i in ids if i is not None]).rows, packer.finish().rows]
     )
+
+
+def answer_row(prompt: str, answer: str, tokenizer: Tokenizer, row_length: int) -> np.ndarray:
+    """A row of one text of which the answer alone counts: int32 [row_length + 1], with marks.
+
+    Raises:
+      UserError: the answer adds no token to the prompt, or both do not fit into a row.
+    """
+    before = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    whole = [tokenizer.bos_id, *tokenizer.encode(prompt + answer)]
+    # Where prompt and answer meet, pieces of the whole may differ from those of the prompt.
+    same = 0
+    while same < min(len(before), len(whole)) and before[same] == whole[same]:
+        same += 1
+    if same == len(whole):
+        raise UserError("the answer adds no token to the prompt: give the text that followed.")
+    if len(whole) > row_length + 1:
+        raise UserError(
+            f"prompt and answer have {len(whole):,} tokens, a row {row_length + 1:,}: shorten the prompt."
+        )
+    row = np.full(row_length + 1, tokenizer.bos_id | UNTRAINED, np.int32)
+    row[: len(whole)] = whole
+    row[:same] |= UNTRAINED
+    return row
 
 
 def check_disjoint(

@@ -27,7 +27,7 @@ from etils import epath
 import mobilellm_jax
 from data_mixing import influence
 from data_mixing.influence import Checkpoint
-from data_mixing.samples import Sample
+from data_mixing.samples import Sample, answer_row
 from data_mixing.scorers import Gradients, Ngrams, Settings
 from mobilellm_jax import cli
 from mobilellm_jax.data.contexts import Contexts
@@ -107,7 +107,7 @@ def why(
     if metric not in METRICS:
         raise UserError(f"--metric={metric} is none of {', '.join(METRICS)}.")
     tokenizer, until = checkpoints[-1].tokenizer, run.length.rows(checkpoints[-1].step)
-    probe = _probe_row(prompt, answer, tokenizer, run.config["row_length"])
+    probe = answer_row(prompt, answer, tokenizer, run.config["row_length"])[None]
     samples = _candidates(run, until, probe, tokenizer, rows, scan, seed)
     rng, total = np.random.default_rng(seed), sum(map(len, samples))
     read = np.concatenate([sample.tokens for sample in samples])
@@ -133,27 +133,6 @@ def why(
     hurt = [pieces[i] for i in order[::-1][:shown] if pieces[i][0] < 0]
     tell = functools.partial(_finding, run=run, until=until, tokenizer=tokenizer)
     return [tell(*piece) for piece in helped], [tell(*piece) for piece in hurt], total
-
-
-def _probe_row(prompt: str, answer: str, tokenizer: Tokenizer, row_length: int) -> np.ndarray:
-    """int32 [1, T + 1]: the prompt, of which nothing counts, and the answer, padded."""
-    before = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    whole = [tokenizer.bos_id, *tokenizer.encode(prompt + answer)]
-    # Where prompt and answer meet, pieces of the whole may differ from those of the prompt.
-    same = 0
-    while same < min(len(before), len(whole)) and before[same] == whole[same]:
-        same += 1
-    if same == len(whole):
-        raise UserError("--answer adds no token to --prompt: give the text that followed.")
-    if len(whole) > row_length + 1:
-        raise UserError(
-            f"prompt and answer have {len(whole):,} tokens, a row of this run {row_length + 1:,}: "
-            "shorten the prompt."
-        )
-    row = np.full((1, row_length + 1), tokenizer.bos_id | UNTRAINED, np.int32)
-    row[0, : len(whole)] = whole
-    row[0, :same] |= UNTRAINED
-    return row
 
 
 def _candidates(
