@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow
-from absl import app, flags
+from absl import app, flags, logging
 from scipy.stats import spearmanr
 
 from data_mixing import experiments, influence, probe_sets
@@ -114,6 +114,7 @@ def correlations(
 
 def main(_: list[str]) -> None:
     args = flags.FLAGS
+    logging.set_verbosity(logging.WARNING)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     groups = grouped(Path(args.corpora), out, args.groups)
@@ -160,7 +161,7 @@ def main(_: list[str]) -> None:
     # --- Predicted from scores
     points = influence.open_checkpoints([str(out / "runs" / "all")], args.keep, list(rows))
     lines = [["metric", "layers", "score", "95 % interval", *rows, "FLOPs", "of a run"]]
-    run_flops = flops_per_token(config.model and NETWORKS[args.network], 128) * args.steps * 8 * 128
+    run_flops = flops_per_token(NETWORKS[args.network], 128) * args.steps * 8 * 128
     for layers in args.layers:
         metrics = ["datainf", "tracin", "dot"]
         metrics += ["loss", "embedding", "ngrams"] if layers == args.layers[0] else []
@@ -172,6 +173,7 @@ def main(_: list[str]) -> None:
             out / f"scores-{layers}",
             rows=args.rows,
             train_rows=args.train_rows,
+            probe_rows=args.probe_rows,
             metrics=metrics,
             standardise=True,
             settings=settings,
@@ -205,7 +207,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("steps", 300, "Of every run.")
     flags.DEFINE_integer("rows", 24, "Rows of each group that are scored.")
     flags.DEFINE_integer("train_rows", 128, "Rows that stand for the training data in DataInf.")
-    flags.DEFINE_integer("probe_rows", 128, "Most rows of a corpus that are measured.")
+    flags.DEFINE_integer("probe_rows", 128, "Most rows of held-out text of a corpus.")
     flags.DEFINE_integer("keep", 4, "Checkpoints that score.")
     flags.DEFINE_integer("group", 0, "Runs that train as one program.")
     flags.DEFINE_integer("seed", 0, "Of the halves.")

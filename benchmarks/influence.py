@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.tables import aligned
@@ -159,6 +159,7 @@ def export(args: Any, folder: Path) -> None:
 
 def main(_: list[str]) -> None:
     args = flags.FLAGS
+    logging.set_verbosity(logging.WARNING)
     if args.way:
         print(json.dumps(WAYS[args.way](args, Path(args.folder))))
         return

@@ -245,7 +245,7 @@ def _write(found: Comparison, out: epath.Path) -> None:
 def drawn(found: Comparison) -> str:
     """Differences from the first plan with their intervals, as SVG."""
     base, *others = found.bits
-    differences = {}
+    differences: dict[str, dict[str, drawing.Interval]] = {}
     for name in others:
         differences[name] = {}
         for measure in [*found.measures, "mean"]:

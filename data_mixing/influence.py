@@ -78,6 +78,7 @@ def influence(
     *,
     rows: int = 1024,
     train_rows: int = 256,
+    probe_rows: int = 512,
     row_length: int | None = None,
     metrics: Sequence[str] = METRICS,
     standardise: bool = True,
@@ -92,6 +93,7 @@ def influence(
       out: directory; what an interrupted run left there is used.
       rows: of each source, at most.
       train_rows: the first of the plan's stream, which stand for the training data in DataInf.
+      probe_rows: of each capability's probes, at most; of more, a random choice that never changes.
       row_length: of rows; that of training if None.
       metrics: of `METRICS`.
       standardise: divides each capability's scores at each checkpoint by their standard deviation over rows
@@ -117,6 +119,7 @@ def influence(
         "checkpoints": [[str(c.path), c.step, list(c.capabilities)] for c in checkpoints],
         "rows": rows,
         "train_rows": train_rows,
+        "probe_rows": probe_rows,
         "row_length": row_length,
         "metrics": list(metrics),
         "standardise": standardise,
@@ -131,8 +134,10 @@ def influence(
     texts = {c: probes.of(c, "score") for c in capabilities}
     samples.check_disjoint(texts, scored, tokenizer)
     packed = {
-        c: samples.packed_texts([p.text for p in found], tokenizer, row_length)
-        for c, found in texts.items()
+        c: samples.some(
+            samples.packed_texts([p.text for p in f], tokenizer, row_length), probe_rows
+        )
+        for c, f in texts.items()
     }
     train = None
     if "datainf" in metrics:
@@ -302,12 +307,9 @@ def deviation(table: pyarrow.Table, name: str) -> float:
 
 
 def summary(table: pyarrow.Table, metrics: Sequence[str], capabilities: Sequence[str]) -> str:
-    """Mean benefit per token of each source, for a terminal."""
-    names = [
-        name
-        for m in metrics
-        for name in ([m] if m == "loss" else [m, *(f"{m}/{c}" for c in capabilities)])
-    ]
+    """Mean benefit per token of each source: by each metric, and by the first for each capability."""
+    names = [*metrics, *(f"{metrics[0]}/{c}" for c in capabilities)]
+    names = [name for name in names if name in table.column_names]
     source = table["source"].to_numpy(zero_copy_only=False)
     tokens = table["tokens"].to_numpy()
     text = [["source", "tokens", *names]]
@@ -430,6 +432,7 @@ def main() -> None:
         args.out,
         rows=args.rows,
         train_rows=args.train_rows,
+        probe_rows=args.probe_rows,
         row_length=args.row_length,
         metrics=args.metrics,
         standardise=args.standardise,
@@ -455,6 +458,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "train_rows", 256, "Rows of the plan's stream that stand for the training data.", 1
     )
+    flags.DEFINE_integer("probe_rows", 512, "Rows of each capability's probes, at most.", 1)
     flags.DEFINE_integer("row_length", None, "Of rows; default: that of training.", 2)
     flags.DEFINE_list("metrics", list(METRICS), "Any of these, joined by commas.")
     flags.DEFINE_bool(

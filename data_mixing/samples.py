@@ -124,6 +124,13 @@ def packed_texts(texts: Sequence[str], tokenizer: Tokenizer, row_length: int) ->
     )
 
 
+def some(rows: np.ndarray, most: int) -> np.ndarray:
+    """The rows, or of more than `most` a random choice, always the same, in their order."""
+    if len(rows) <= most:
+        return rows
+    return rows[np.sort(np.random.default_rng(0).choice(len(rows), most, replace=False))]
+
+
 def answer_row(prompt: str, answer: str, tokenizer: Tokenizer, row_length: int) -> np.ndarray:
     """A row of one text of which the answer alone counts: int32 [row_length + 1], with marks.
 
