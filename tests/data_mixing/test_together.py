@@ -29,9 +29,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def config(data):
-    """Members share this; microbatches, so that they are vmapped too."""
+    """Members share this."""
     config = tiny.config(data, STEPS)
-    config.global_batch, config.microbatches = 8, 2
+    config.global_batch = 8
     config.checkpoint.every = 2
     return config
 
@@ -93,7 +93,7 @@ def check_as_solo(folder, solo):
             np.testing.assert_allclose(leaf, expected[path], rtol=1e-5, atol=1e-5, err_msg=path)
 
 
-@pytest.mark.parametrize(("group", "devices"), [(1, 1), (3, 1), (2, 2), (4, 4)])
+@pytest.mark.parametrize(("group", "devices"), [(1, 1), (3, 1), (4, 4)])
 def test_each_member_is_its_solo_run(group, devices, config, members, probes, solo, pair, tmp_path):
     found = run(config, members, probes, tmp_path / "runs", devices, group=group, keep=1)
     check_as_solo(tmp_path / "runs", solo)
@@ -139,49 +139,50 @@ def same_files(folder, other):
     assert not (folder / UNFINISHED).exists()
 
 
-def test_a_killed_program_goes_on_bit_for_bit(pair, config, members, probes, tmp_path, monkeypatch):
-    """It dies once in each group, while a member's files are being written the second time."""
-    folder = tmp_path / "runs"
-    arguments = config, members, probes, folder
-    monkeypatch.setattr(together, "put_rows", dying(together.put_rows, 5))
+def test_a_stopped_program_goes_on_bit_for_bit(
+    pair, config, members, probes, tmp_path, monkeypatch
+):
+    """It dies in the first group; is told to stop there; dies again while it writes the second's results."""
+    folder, put_rows = tmp_path / "runs", together.put_rows
+
+    def stopped(mock):
+        with monkeypatch.context() as patched:
+            patched.setattr(together, *mock)
+            run(config, members, probes, folder, group=2, keep=2)
+
     with pytest.raises(RuntimeError, match="killed"):
-        run(*arguments, group=2, keep=2)
-    assert not (folder / "m0" / MEASURED).exists()
-    assert (folder / "m0" / "checkpoints" / "2").exists()
-    monkeypatch.undo()
-    monkeypatch.setattr(together, "_finish", dying(together._finish, 2))
-    with pytest.raises(RuntimeError, match="killed"):
-        run(*arguments, group=2, keep=2)
-    assert (folder / "m1" / MEASURED).exists() and not (folder / "m2" / MEASURED).exists()
-    monkeypatch.undo()
-    (folder / "m2" / "checkpoints" / "5.partial-00").mkdir()
-    run(*arguments, group=2, keep=2)
-    same_files(folder, pair[0])
-    assert not (folder / "m2" / "checkpoints" / "5.partial-00").exists()
+        stopped(("put_rows", dying(put_rows, 4)))  # in step 4: a checkpoint of step 2 is there
+    assert (folder / "m1" / "checkpoints" / "2").exists()
 
-    monkeypatch.setattr(together, "_train_group", None)  # nothing is left to train
-    again = run(*arguments, group=2, keep=2)
-    np.testing.assert_array_equal(again["m1"].nll_MN["sums"], pair[1]["m1"].nll_MN["sums"])
-
-
-def test_a_signal_saves_and_leaves(pair, config, members, probes, tmp_path, monkeypatch):
-    folder, calls = tmp_path / "runs", []
-    put_rows = together.put_rows
-
-    def stopped(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGTERM)
+    def told(*arguments):
+        signal.raise_signal(signal.SIGTERM)
         return put_rows(*arguments)
 
-    monkeypatch.setattr(together, "put_rows", stopped)
     with pytest.raises(SystemExit) as end:
-        run(config, members, probes, folder, group=2, keep=2)
+        stopped(("put_rows", told))
     assert end.value.code == 128 + signal.SIGTERM
     assert (folder / UNFINISHED / "0" / "checkpoints" / "3").exists()
-    monkeypatch.undo()
-    run(config, members, probes, folder, group=2, keep=2)
-    same_files(folder, pair[0])
+    assert not (folder / "m0" / MEASURED).exists()
+
+    with pytest.raises(RuntimeError, match="killed"):
+        stopped(("_finish", dying(together._finish, 2)))
+    assert (folder / "m1" / MEASURED).exists() and not (folder / "m2" / MEASURED).exists()
+    partial = folder / "m2" / "checkpoints" / "5.partial-00"
+    partial.mkdir()
+    found = run(config, members, probes, folder, group=2, keep=2)
+
+    for name in ("m0", "m1", "m2"):
+        paths = [f / name for f in (folder, pair[0])]
+        assert len({(path / MEASURED).read_bytes() for path in paths}) == 1
+        for step in ("2", "5"):
+            a, b = (
+                solo_runs.bits(load_model(path / "checkpoints" / step).params) for path in paths
+            )
+            assert a == b
+    assert not (folder / UNFINISHED).exists() and not partial.exists()
+    monkeypatch.setattr(together, "_train_group", None)  # nothing is left to train
+    again = run(config, members, probes, folder, group=2, keep=2)
+    np.testing.assert_array_equal(again["m1"].nll_MN["sums"], found["m1"].nll_MN["sums"])
 
 
 def dying(function, call):
