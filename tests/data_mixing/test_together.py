@@ -237,6 +237,7 @@ def test_bad_input_is_a_sentence(config, members, probes, tmp_path):
     refused("holds no runs.json", folder="full")
 
 
+@pytest.mark.slow  # a program of its own
 def test_a_run_that_diverges_is_named(config, members, probes, tmp_path):
     wild = config.copy_and_resolve_references()
     wild.schedule.peak, wild.schedule.warmup_steps, wild.max_skipped = float("inf"), 0, 2
