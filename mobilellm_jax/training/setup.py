@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -40,8 +41,10 @@ class Programs:
     shardings: TrainState  # where each array of the state lives
     abstract: TrainState  # the state as `ShapeDtypeStruct`s with these shardings
     abstract_batch: dict[str, jax.ShapeDtypeStruct]  # likewise the batch of a step
-    fresh: Callable[[], TrainState]  # makes the state of step 0 in place
-    step: Any  # jitted: state, batch, piece_bytes_V -> state, metrics; donates the state
+    begin: Callable[[jax.Array], TrainState]  # pure: key of the weights -> state of step 0
+    advance: Callable[..., Any]  # pure: state, batch, piece_bytes_V -> state, metrics
+    fresh: Callable[[], TrainState]  # jitted `begin` with the seed's key; makes the state in place
+    step: Any  # jitted `advance`; donates the state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +73,7 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
         raise UserError("config.plan is empty: point it at the mixture.json that `prepare` wrote.")
     model = ModelConfig.from_dict(config.model)
     plan = Plan.load(config.plan)
-    tokenizer = Tokenizer.load(plan.resolve(plan.tokenizer_path))
-    if tokenizer.fingerprint != plan.tokenizer:
-        raise UserError(
-            f"{plan.resolve(plan.tokenizer_path)} is not the tokenizer that the plan {config.plan} was "
-            "made with: put that file back, or prepare the data again."
-        )
+    tokenizer = tokenizer_of(plan, config.plan)
     mixture = open_mixture(plan, config.row_length, model.vocab_size)
     length = length_of(config)
     check_length(mixture, length.rows(0), length.rows(length.steps) - length.rows(0))
@@ -104,6 +102,22 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
             mesh=made.mesh,
         ),
     )
+
+
+def tokenizer_of(plan: Plan, where: epath.PathLike) -> Tokenizer:
+    """The tokenizer that a plan was made with; `where` names the plan in errors.
+
+    Raises:
+      UserError: it is not there, or is another one now.
+    """
+    path = plan.resolve(plan.tokenizer_path)
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.fingerprint != plan.tokenizer:
+        raise UserError(
+            f"{path} is not the tokenizer that the plan {where} was made with: put that file back, or "
+            "prepare the data again."
+        )
+    return tokenizer
 
 
 def programs(
@@ -138,9 +152,12 @@ def programs(
     make_optimizer = configured(config.optimizer, "optimizer")
     schedule = configured(config.schedule, "schedule")(length.steps)
 
-    def fresh() -> TrainState:
-        params = transformer.init(model, jax.random.key(config.seed))
+    def begin(key: jax.Array) -> TrainState:
+        params = transformer.init(model, key)
         return init_state(params, make_optimizer, config.skip.window)
+
+    def fresh() -> TrainState:
+        return begin(jax.random.key(config.seed))
 
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(fresh)
@@ -150,7 +167,7 @@ def programs(
     rows = config.global_batch
     shapes_of_batch = {"tokens": (rows, config.row_length + 1), "source": (rows,)}
 
-    def step(
+    def advance(
         state: TrainState, batch: Batch, piece_bytes_V: jax.Array
     ) -> tuple[TrainState, dict[str, Any]]:
         return train_step(
@@ -181,9 +198,11 @@ def programs(
             name: jax.ShapeDtypeStruct(shape, "int32", sharding=batch_sharding(mesh))
             for name, shape in shapes_of_batch.items()
         },
+        begin=begin,
+        advance=advance,
         fresh=jax.jit(fresh, out_shardings=state_shardings),
         step=jax.jit(
-            step,
+            advance,
             donate_argnums=0,
             out_shardings=(state_shardings, whole),
         ),
