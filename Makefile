@@ -14,7 +14,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help run ladder test test-slow lint format bench clean
+.PHONY: help run ladder mixing-demo test test-slow lint format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -36,6 +36,14 @@ run: $(VENV)/.installed ## text -> tokenizer -> trained, resumed, sampled, expor
 ladder: $(VENV)/.installed ## MobileLLM's architecture ladder at small scale: about 140 runs, 90 minutes on 2 cores
 	$(PREPARE) --out=data/ladder --vocab_size=512
 	$(BIN)/python -m mobilellm_jax.sweep --sweep=configs/ladder.py --workdir=runs/ladder --parallel=2
+
+mixing-demo: $(VENV)/.installed ## sources -> probes -> influence, leave-one-out, RegMix -> mixtures -> trained comparison and report
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mixing]'
+	$(PREPARE) --out=data/mixing --vocab_size=2048
+	$(BIN)/python -m data_mixing.probes --embedded --out=data/mixing_probes --per_source=100 \
+	  --capability=code=code --capability=language=prose --capability=math=math
+	$(BIN)/python -m data_mixing.pipeline --config=configs/mixing.py --plan=data/mixing/mixture.json \
+	  --probes=data/mixing_probes --out=runs/mixing
 
 test: $(VENV)/.installed-test ## the tests, in minutes
 	$(BIN)/python -m pytest $(PARALLEL)

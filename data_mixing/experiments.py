@@ -148,13 +148,18 @@ def check_folder(out: epath.PathLike, own: Sequence[str]) -> epath.Path:
     return out
 
 
-def define_flags() -> None:
-    """The flags of such a program."""
+def define_inputs() -> None:
+    """The flags of what such a program reads, and where it writes."""
     config_flags.DEFINE_config_file("config", None, "Configuration of a run.", lock_config=True)
     flags.mark_flag_as_required("config")
     flags.DEFINE_string("plan", "", "mixture.json with the sources; default: config.plan.")
     flags.DEFINE_string("probes", None, "Directory of probe sets.", required=True)
     flags.DEFINE_string("out", None, "Folder for runs and results.", required=True)
+
+
+def define_flags() -> None:
+    """These, and how much is measured."""
+    define_inputs()
     flags.DEFINE_enum("half", "score", probe_sets.HALVES, "Half of the probes to measure.")
     flags.DEFINE_integer("probe_rows", 512, "Most rows of a capability that are measured.", 2)
     flags.DEFINE_integer("group", 0, "Runs that train as one program; 0: one a device.", 0)

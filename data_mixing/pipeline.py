@@ -1,0 +1,271 @@
+r"""From sources to a trained comparison: every measure, every mixture, and whether it helped.
+
+    python -m data_mixing.pipeline --config=configs/mixing.py --plan=data/mixture.json --probes=probes \
+        --out=mixing
+
+does, with one training configuration for all runs, what these programs do, each in a folder of OUT:
+
+    base           a run on all sources alike, whose checkpoints score
+    scores         data_mixing.influence
+    left_out       data_mixing.leave_one_out
+    proxies        data_mixing.proxies
+    weights        data_mixing.weights, all methods side by side
+    compared       data_mixing.compare, on the probes' other half and on --answers
+
+and writes OUT/report.html. Killed and started again with the same flags it goes on. What a step costs
+in FLOPs goes into the plans that it makes, and stands in the comparison.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+
+import pyarrow
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from data_mixing import compare as comparing
+from data_mixing import drawing, experiments, influence, leave_one_out, probe_sets, proxies
+from data_mixing import weights as weighing
+from data_mixing.probe_sets import ProbeSets
+from data_mixing.scorers import Settings
+from data_mixing.together import train_together
+from mobilellm_jax import cli
+from mobilellm_jax.data.plan import Plan
+from mobilellm_jax.model.config import ModelConfig, flops_per_token
+from mobilellm_jax.tables import aligned
+from mobilellm_jax.training.length import length_of
+
+BY = "data_mixing.pipeline"
+METRICS = ("datainf", "tracin", "embedding", "ngrams")
+FOLDERS = ("base", "scores", "left_out", "proxies", "weights", "compared", "report.html")
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How much of everything.
+
+    Attributes:
+      seeds: of leave-one-out runs and of the comparison.
+      proxies: mixtures that RegMix learns from.
+      rows: of each source that are scored.
+      train_rows: that stand for the training data in DataInf.
+      probe_rows: of each capability.
+      checkpoints: of the base run that score.
+      max_epochs: cap on repetition in the weights.
+      group: runs that train as one program; 0: one a device.
+    """
+
+    seeds: int = 3
+    proxies: int = 12
+    rows: int = 64
+    train_rows: int = 64
+    probe_rows: int = 64
+    checkpoints: int = 4
+    max_epochs: float = 4.0
+    group: int = 0
+
+
+def pipeline(
+    config: ConfigDict,
+    plan: Plan,
+    sets: ProbeSets,
+    out: epath.PathLike,
+    effort: Effort = Effort(),
+    settings: Settings = Settings(),
+    answers: epath.PathLike | None = None,
+) -> comparing.Comparison:
+    """Measures sources in every way, makes mixtures of that, trains on each, and writes the report.
+
+    Args:
+      config: of every run.
+      plan: sources and data.
+      sets: the probes; their half `score` measures, their half `heldout` judges.
+      out: folder of all results.
+      effort: how much of everything.
+      settings: how gradients are taken.
+      answers: folder of questions, see `compare`.
+
+    Raises:
+      UserError: see the functions of each step.
+    """
+    out = experiments.check_folder(out, FOLDERS)
+    length = length_of(config)
+    run = flops_per_token(ModelConfig.from_dict(config.model), config.row_length) * length.tokens
+
+    _title("Base run")
+    alike = dict.fromkeys(plan.names, 1 / len(plan.names))
+    member = experiments.member_of("uniform", plan, alike, config, 0, BY)
+    rows = experiments.probe_rows(sets, "score", plan, config.row_length, effort.probe_rows)
+    train_together(
+        config,
+        [member],
+        rows,
+        out / "base",
+        measure_every=length.steps,
+        keep=effort.checkpoints,
+    )
+
+    _title("Influence, and what it has to beat")
+    checkpoints = influence.open_checkpoints(
+        [str(out / "base" / "uniform")], effort.checkpoints, list(sets.capabilities)
+    )
+    table = influence.influence(
+        plan,
+        sets,
+        checkpoints,
+        out / "scores",
+        rows=effort.rows,
+        train_rows=effort.train_rows,
+        probe_rows=effort.probe_rows,
+        metrics=METRICS,
+        settings=settings,
+    )
+    costs = json.loads(table.schema.metadata[b"data_mixing"])["costs"]
+    scoring = {
+        kind: sum(c["flops"] for name, c in costs.items() if name.startswith(kind))
+        for kind in ("gradients", "states", "ngrams")
+    }
+
+    _title("Leave one out")
+    left_out = leave_one_out.leave_one_out(
+        config,
+        plan,
+        sets,
+        out / "left_out",
+        seeds=effort.seeds,
+        measure_every=max(length.steps // 4, 1),
+        max_epochs=float("inf"),
+        probe_rows=effort.probe_rows,
+        group=effort.group,
+    )
+
+    _title("Proxies")
+    proxies.train_proxies(
+        config,
+        plan,
+        sets,
+        out / "proxies",
+        count=effort.proxies,
+        max_epochs=effort.max_epochs,
+        probe_rows=effort.probe_rows,
+        group=effort.group,
+    )
+
+    _title("Weights")
+    scores = out / "scores" / influence.FILE
+    pair = f"{out}/proxies/{proxies.MIXTURES}+{out}/proxies/{proxies.LOSSES}"
+    runs_left_out = (len(left_out.sources) + 1) * effort.seeds
+    asked: dict[str, tuple[str, float | None]] = {
+        "uniform": ("uniform", None),
+        "size": ("size", None),
+        "leave_one_out": (
+            f"leave_one_out={out}/left_out/{leave_one_out.FILE}",
+            run * runs_left_out,
+        ),
+        "regmix": (f"regmix={pair}", run * effort.proxies),
+        "datainf": (f"influence={scores}:column=datainf", run + scoring["gradients"]),
+        "tracin": (f"influence={scores}:column=tracin", run + scoring["gradients"]),
+    }
+    found = {}
+    for name, (text, flops) in asked.items():
+        request = weighing.parse(text)
+        mixture = weighing.mixtures_of(
+            plan, [request], tokens=length.tokens, max_epochs=effort.max_epochs
+        )
+        (made,) = mixture.values()
+        provenance = {**made.plan.provenance, "flops": flops}
+        found[name] = dataclasses.replace(
+            made, plan=dataclasses.replace(made.plan, provenance=provenance)
+        )
+    if not (out / "weights").exists():
+        weighing.write(found, out / "weights")
+    cells = weighing.table(found)
+    print(aligned(cells, "<" + ">" * (len(cells[0]) - 1)), flush=True)
+
+    _title("Compared")
+    compared = comparing.compare(
+        config,
+        {name: mixture.plan for name, mixture in found.items()},
+        sets,
+        out / "compared",
+        seeds=effort.seeds,
+        answers=answers,
+        probe_rows=effort.probe_rows,
+        group=effort.group,
+    )
+    (out / "report.html").write_text(_report(plan, table, left_out, found, compared))
+    print(out / "report.html", flush=True)
+    return compared
+
+
+def _title(text: str) -> None:
+    print(f"\n--- {text}", flush=True)
+
+
+def _report(
+    plan: Plan,
+    scores: pyarrow.Table,
+    left_out: leave_one_out.Report,
+    found: Mapping[str, weighing.Mixture],
+    compared: comparing.Comparison,
+) -> str:
+    source = scores["source"].to_numpy(zero_copy_only=False)
+    by_source = {
+        metric: {name: scores[metric].to_numpy()[source == name] for name in plan.names}
+        for metric in ("datainf", "tracin")
+    }
+    cells = comparing.table(compared)
+    parts = [
+        "<h2>Did it help?</h2>",
+        comparing.drawn(compared),
+        drawing.preformatted(aligned(cells, "<" + ">" * (len(cells[0]) - 1))),
+        "<h2>Mixtures</h2>",
+        *weighing.drawings(found),
+        "<h2>Benefit of documents</h2>",
+        *(
+            drawing.histograms(f"{metric}, a document's benefit per token", samples)
+            for metric, samples in by_source.items()
+        ),
+        "<h2>Left out</h2>",
+        drawing.preformatted(aligned(left_out.cells, "<" + ">" * (len(left_out.cells[0]) - 1))),
+        *map(left_out.drawing, left_out.changes),
+    ]
+    sources = ", ".join(plan.names)
+    return drawing.page(f"Mixtures of {sources}", parts)
+
+
+def main() -> None:
+    """The command line."""
+    args = flags.FLAGS
+    names = [field.name for field in dataclasses.fields(Effort)]
+    pipeline(
+        args.config,
+        experiments.open_plan(args.config, args.plan),
+        probe_sets.load(args.probes),
+        args.out,
+        Effort(**{name: getattr(args, name) for name in names}),
+        Settings(args.layers, args.dtype, args.batch_rows, loss_chunks=args.loss_chunks),
+        args.answers,
+    )
+
+
+if __name__ == "__main__":
+    experiments.define_inputs()
+    flags.DEFINE_string(
+        "answers", None, "Folder of questions with answers, see data_mixing.compare."
+    )
+    flags.DEFINE_integer("seeds", 3, "Of leave-one-out runs and of the comparison.", 1)
+    flags.DEFINE_integer("proxies", 12, "Mixtures that RegMix learns from.", 10)
+    flags.DEFINE_integer("rows", 64, "Rows of each source that are scored.", 2)
+    flags.DEFINE_integer("train_rows", 64, "Rows for the curvature of DataInf.", 1)
+    flags.DEFINE_integer("probe_rows", 64, "Most rows of a capability.", 2)
+    flags.DEFINE_integer("checkpoints", 4, "Of the base run, that score.", 1)
+    flags.DEFINE_float("max_epochs", 4.0, "Cap on repetition in the weights.", 0)
+    flags.DEFINE_integer("group", 0, "Runs that train as one program; 0: one a device.", 0)
+    flags.DEFINE_string("layers", "embedding+output", "See data_mixing.influence.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations that score.")
+    flags.DEFINE_integer("batch_rows", 8, "Rows of one call that scores.", 1)
+    flags.DEFINE_integer("loss_chunks", 1, "Parts of a row whose logits exist at once.", 1)
+    cli.run(main)
