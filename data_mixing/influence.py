@@ -338,7 +338,15 @@ def _checked(plan: Plan, checkpoints: Sequence[Checkpoint]) -> tuple[Tokenizer, 
                 f"the checkpoints {first.path} and {other.path} are of different networks, whose scores "
                 "cannot be added: score with each by itself."
             )
+    seen: dict[tuple[str, int], Checkpoint] = {}
     for point in checkpoints:
+        for capability in point.capabilities:
+            other = seen.setdefault((capability, point.step), point)
+            if other is not point:
+                raise UserError(
+                    f"{other.path} and {point.path} both speak for {capability!r} at step {point.step}: "
+                    "name the capabilities of each, or score with one of them."
+                )
         if point.tokenizer.fingerprint != plan.tokenizer:
             raise UserError(
                 f"the checkpoint {point.path} was trained with another tokenizer "

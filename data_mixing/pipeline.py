@@ -47,7 +47,8 @@ class Effort:
     """How much of everything.
 
     Attributes:
-      seeds: of leave-one-out runs and of the comparison.
+      seeds: of the comparison.
+      left_out_seeds: of leave-one-out runs.
       proxies: mixtures that RegMix learns from.
       rows: of each source that are scored.
       train_rows: that stand for the training data in DataInf.
@@ -58,6 +59,7 @@ class Effort:
     """
 
     seeds: int = 3
+    left_out_seeds: int = 1
     proxies: int = 12
     rows: int = 64
     train_rows: int = 64
@@ -134,7 +136,7 @@ def pipeline(
         plan,
         sets,
         out / "left_out",
-        seeds=effort.seeds,
+        seeds=effort.left_out_seeds,
         measure_every=max(length.steps // 4, 1),
         max_epochs=float("inf"),
         probe_rows=effort.probe_rows,
@@ -156,7 +158,7 @@ def pipeline(
     _title("Weights")
     scores = out / "scores" / influence.FILE
     pair = f"{out}/proxies/{proxies.MIXTURES}+{out}/proxies/{proxies.LOSSES}"
-    runs_left_out = (len(left_out.sources) + 1) * effort.seeds
+    runs_left_out = (len(left_out.sources) + 1) * effort.left_out_seeds
     asked: dict[str, tuple[str, float | None]] = {
         "uniform": ("uniform", None),
         "size": ("size", None),
@@ -256,7 +258,8 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "answers", None, "Folder of questions with answers, see data_mixing.compare."
     )
-    flags.DEFINE_integer("seeds", 3, "Of leave-one-out runs and of the comparison.", 1)
+    flags.DEFINE_integer("seeds", 3, "Of the comparison.", 1)
+    flags.DEFINE_integer("left_out_seeds", 1, "Of leave-one-out runs.", 1)
     flags.DEFINE_integer("proxies", 12, "Mixtures that RegMix learns from.", 10)
     flags.DEFINE_integer("rows", 64, "Rows of each source that are scored.", 2)
     flags.DEFINE_integer("train_rows", 64, "Rows for the curvature of DataInf.", 1)

@@ -182,6 +182,8 @@ def test_bad_input(made, tmp_path):
     runs.run(other, tmp_path / "other")
     with pytest.raises(UserError, match="are of different networks"):
         score(made, tmp_path / "c", [f"math={workdir}", f"language={tmp_path / 'other'}"])
+    with pytest.raises(UserError, match="both speak for 'math' at step 60"):
+        score(made, tmp_path / "e", [f"{workdir}@60", f"math={workdir}@60"])
     strange = Plan.from_dict(
         {**plan.to_dict(), "tokenizer": {"path": "t", "fingerprint": "ab"}}, ""
     )
