@@ -188,7 +188,10 @@ def stop_reason(first: Distribution, now: Distribution, rules: Rules) -> str:
       rules: see `Rules`.
     """
     if not now.share:
-        return f"none of the {now.documents:,} documents helps: the best has a benefit of {now.best:.3g}"
+        return (
+            f"none of the {now.documents:,} documents helps enough to be kept (--threshold): the best "
+            f"has a benefit of {now.best:.3g}"
+        )
     if now.share < rules.least_share:
         return (
             f"documents that help have {now.share:.1%} of the tokens, less than "

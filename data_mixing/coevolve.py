@@ -83,6 +83,11 @@ def coevolve(given: Given, init_from: str, out: epath.PathLike, rounds: int = 2)
     if not (out / "heldout.json").exists():
         stages.check_probes(given, point)
     _claim(out, described, rounds)
+    if any(rows > choices.rows for rows in totals.values()):
+        print(
+            f"{choices.rows:,} rows of each source are scored (--rows); no document outside of them is kept.",
+            flush=True,
+        )
     heldout = stages.heldout_losses(given, point, out / "heldout.json")
 
     done: list[Round] = []

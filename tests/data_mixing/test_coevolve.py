@@ -22,6 +22,7 @@ from data_mixing.stages import Choices, Given
 from mobilellm_jax.data.chat_corpus import ChatCorpus
 from mobilellm_jax.data.documents import documents_of
 from mobilellm_jax.data.plan import Plan, PlanSource, Stage
+from mobilellm_jax.data.sentencepiece_tokenizer import train_tokenizer
 from mobilellm_jax.data.shards import SourceWriter
 from mobilellm_jax.data.subset import key_of
 from mobilellm_jax.errors import UserError
@@ -446,7 +447,12 @@ def test_bad_input(given, ran, tmp_path):
     other.model.width = 16
     with pytest.raises(UserError, match="does not fit config.model"):
         run(given, tmp_path / "a", config=other)
-    with pytest.raises(UserError, match="no held-out|no probe in the half 'heldout'"):
+    foreign = train_tokenizer(tiny.documents("words", 100), tiny.VOCAB)
+    foreign.write(tmp_path)
+    fields = {"tokenizer_path": str(tmp_path / foreign.FILE), "tokenizer": foreign.fingerprint}
+    with pytest.raises(UserError, match="has another tokenizer than the data"):
+        run(given, tmp_path / "a", plan=dataclasses.replace(found.plan, **fields))
+    with pytest.raises(UserError, match="no probe in the half 'heldout'"):
         scored = {
             name: tuple(p for p in of if p.half == "score")
             for name, of in found.probes.documents.items()
@@ -518,4 +524,4 @@ def test_the_program(given, tmp_path):
     assert "stopped before the stage of round 1: none of the" in ended.out
     told = json.loads((tmp_path / "out" / "rounds.json").read_text())
     assert told["settings"]["choices"]["metric"] == "dot"
-    assert "16 of 291" in ended.out
+    assert "16 of 291" in ended.out and "no document outside of them is kept" in ended.out
