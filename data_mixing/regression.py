@@ -117,6 +117,9 @@ def fit(mixtures: RunTable, losses: RunTable, target: str = "", seed: int = 0) -
     squared error there; what a fold adds to the rank correlation is predicted by the model that is best on
     the other folds, so that the choice does not know what it is judged by.
 
+    The mean of several targets is the mean of their predictions: what one source does to one target is
+    nearly linear, and a mean in which such effects cancel is hard to learn as it is.
+
     Args:
       mixtures: weights of each run.
       losses: of the same runs in the same order.
@@ -133,6 +136,41 @@ def fit(mixtures: RunTable, losses: RunTable, target: str = "", seed: int = 0) -
             f"{mixtures.where} has {runs} runs: a regression needs {FEWEST} at least, and better several for "
             "each source."
         )
+    columns = losses.values.T if target in ("", MEAN) else loss_N[None]
+    parts = [_cross_fitted(weights_NS, column_N, seed) for column_N in columns]
+    names = list(models(seed))
+
+    def predict(weights_NS: np.ndarray) -> np.ndarray:
+        return np.mean([part.final.predict(weights_NS) for part in parts], axis=0)
+
+    mean_N = np.mean([part.mean_N for part in parts], axis=0)
+    predicted_MN = np.mean([part.predicted_MN for part in parts], axis=0)
+    best_N = np.mean([part.predicted_MN[part.best] for part in parts], axis=0)
+    chosen_N = np.mean([part.chosen_N for part in parts], axis=0)
+    return Fit(
+        target or MEAN,
+        " and ".join(name for m, name in enumerate(names) if m in {part.best for part in parts}),
+        predict,
+        # Runs that test each other's models are not independent: see `rank`.
+        rank(chosen_N - mean_N, loss_N, effective=runs / 2),
+        math.sqrt(float(((best_N - loss_N) ** 2).mean())),
+        {n: spearman(predicted_MN[m] - mean_N, loss_N) for m, n in enumerate(names)},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _CrossFitted:
+    """One column of losses: what models say of runs that they have not seen, and the best of all."""
+
+    predicted_MN: np.ndarray
+    chosen_N: np.ndarray  # by the model that is best on the other folds
+    mean_N: np.ndarray  # of the losses that the models of a run's fold were fitted on
+    best: int
+    final: Any  # fitted on all runs
+
+
+def _cross_fitted(weights_NS: np.ndarray, loss_N: np.ndarray, seed: int) -> _CrossFitted:
+    runs = len(loss_N)
     fold_N = np.random.default_rng(seed).permutation(runs) % FOLDS
     unfitted = models(seed)
     predicted_MN = np.empty((len(unfitted), runs))
@@ -148,17 +186,8 @@ def fit(mixtures: RunTable, losses: RunTable, target: str = "", seed: int = 0) -
     # A fold whose runs are bad was fitted on runs that are good, and its mean prediction lies too low:
     # without signal that would be a negative correlation. What counts is the distance from that mean.
     mean_N = np.array([loss_N[fold_N != f].mean() for f in range(FOLDS)])[fold_N]
-    names = list(unfitted)
-    final = unfitted[names[best]].fit(weights_NS, loss_N)
-    return Fit(
-        target or MEAN,
-        names[best],
-        final.predict,
-        # Runs that test each other's models are not independent: see `rank`.
-        rank(chosen_N - mean_N, loss_N, effective=runs / 2),
-        math.sqrt(float(squares_MN[best].mean())),
-        {n: spearman(predicted_MN[m] - mean_N, loss_N) for m, n in enumerate(names)},
-    )
+    final = list(unfitted.values())[best].fit(weights_NS, loss_N)
+    return _CrossFitted(predicted_MN, chosen_N, mean_N, best, final)
 
 
 def best_elsewhere(errors_MF: np.ndarray) -> np.ndarray:

@@ -322,3 +322,20 @@ def test_few_runs_for_many_sources_are_doubted():
     assert "doubt" not in regmix.report(mixtures, losses, candidates=500).said
     few = mixtures.ordered(mixtures.runs[:39]), losses.ordered(losses.runs[:39])
     assert "39 runs are few for 4 sources: doubt it." in regmix.report(*few, candidates=500).said
+
+
+def test_the_mean_of_targets_is_learned_target_by_target():
+    """Each source lowers its own loss and raises the other: the mean says little, its parts say all."""
+    rng = np.random.default_rng(0)
+    weights_NS = rng.dirichlet([1.0, 1.0, 1.0], 24)
+    values = np.stack([-np.log(weights_NS[:, s] + 0.05) for s in range(3)], axis=1)
+    runs = tuple(map(str, range(24)))
+    mixtures = RunTable(runs, ("a", "b", "c"), weights_NS)
+    losses = RunTable(runs, ("x", "y", "z"), values)
+    fitted = regression.fit(mixtures, losses)
+    apart = [regression.fit(mixtures, losses, name) for name in losses.names]
+    expected = np.mean([one.predict(weights_NS) for one in apart], axis=0)
+    np.testing.assert_allclose(fitted.predict(weights_NS), expected)
+    assert fitted.rank.value > 0.8
+    found = regression.best(fitted, {"a": 1 / 3, "b": 1 / 3, "c": 1 / 3})
+    assert np.abs(found.weights_S - 1 / 3).max() < 0.15
