@@ -115,7 +115,7 @@ def killed(processes, victim, config, workdir, logs):
 @pytest.mark.parametrize(
     "processes, victim",
     [
-        (2, 1),
+        pytest.param(2, 1, marks=pytest.mark.slow),
         pytest.param(2, 0, marks=pytest.mark.slow),
         pytest.param(4, 2, marks=pytest.mark.slow),
     ],

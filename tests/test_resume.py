@@ -56,7 +56,6 @@ def kills(number, steps, seed):
     return [(rng.randrange(1, steps // (number + 1)), rng.uniform(0, 0.1)) for _ in range(number)]
 
 
-@pytest.mark.slow
 def test_kill_9_twice_changes_no_bit(plan, tmp_path):
     config = config_file(tmp_path, plan, steps=60, checkpoint__every=2, eval__every=20)
     weights, rows, _ = trained(config, tmp_path / "whole")

@@ -23,7 +23,7 @@ from mobilellm_jax.training.setup import set_up
 STEPS, BATCH = 12, 16
 
 
-@pytest.fixture(scope="module", params=["concat", "best_fit"])
+@pytest.fixture(scope="module", params=["concat", pytest.param("best_fit", marks=pytest.mark.slow)])
 def prepared(request, tmp_path_factory):
     """A plan over two files of documents with ids; the documents by id."""
     directory = tmp_path_factory.mktemp(request.param)

@@ -167,9 +167,8 @@ def recorded(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize(
-    "how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.slow
 def test_a_stopped_sweep_stops_its_cells_which_save_and_only_what_is_missing_is_done(tmp_path, how):
     """Also when the sweep itself is killed, so that it can tell its cells nothing."""
     file, workdir = sweep_file(tmp_path, steps=600), tmp_path / "out"

@@ -228,6 +228,7 @@ class Killed(BaseException):
     """No program expects it."""
 
 
+@pytest.mark.slow
 def test_killed_anywhere_and_started_again_it_is_bit_for_bit_the_same(
     given, ran, tmp_path, monkeypatch
 ):

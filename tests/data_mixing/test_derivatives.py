@@ -88,8 +88,24 @@ def per_row(found, tokens):
     return np.concatenate(list(found)).sum(-1) / targets[:, None]
 
 
-@pytest.mark.parametrize("layers", ["embedding", "output", "embedding+output", "all"])
-@pytest.mark.parametrize("model", [TIED, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "model, layers",
+    [
+        (TIED, "all"),
+        (UNTIED, "embedding+output"),
+        *(
+            pytest.param(model, layers, marks=pytest.mark.slow)
+            for model, layers in (
+                (TIED, "embedding"),
+                (TIED, "output"),
+                (TIED, "embedding+output"),
+                (UNTIED, "embedding"),
+                (UNTIED, "output"),
+                (UNTIED, "all"),
+            )
+        ),
+    ],
+)
 def test_slopes_and_datainf_equal_gradients_of_single_rows(model, layers):
     of = made(model, layers, group=2)
     probes, sample, train = rows(5, 1), rows(11, 2), rows(14, 3)

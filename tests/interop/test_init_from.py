@@ -80,6 +80,7 @@ def test_it_goes_on_where_a_run_of_ours_ended_with_a_fresh_optimizer(plan, tmp_p
     np.testing.assert_allclose(square / 0.05, (mean / 0.1) ** 2, rtol=1e-3, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_it_is_recorded_and_a_resume_needs_it_no_more(plan, places, tmp_path):
     source = shutil.copytree(places / "hf float32", tmp_path / "source")
     whole = run(config(plan, source), tmp_path / "whole")
@@ -171,6 +172,7 @@ def test_where_there_is_nothing_to_start_at_a_sentence_says_so(plan, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_from_before_these_keys_existed_goes_on(plan, tmp_path):
     """Neither init_from nor the newer keys of the network stand in its files."""
     whole = run(tiny.config(plan, 6), tmp_path / "whole")

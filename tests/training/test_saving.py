@@ -135,6 +135,7 @@ def test_the_delay_grows_and_a_success_resets_it(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
+@pytest.mark.slow
 def test_a_disk_that_is_really_full(plan, tmp_path):
     """Checkpoints on a file system with room for the first few, which then becomes larger."""
     disk, workdir = tmp_path / "disk", tmp_path / "run"
