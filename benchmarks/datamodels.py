@@ -96,10 +96,8 @@ def scores_of(table: pyarrow.Table, column: str, groups: list[str]) -> np.ndarra
     return np.array([np.average(values[source == g], weights=tokens[source == g]) for g in groups])
 
 
-def correlations(
-    predicted_MC: np.ndarray, falls_MC: np.ndarray, draws: int = 1000
-) -> tuple[float, float, float]:
-    """Spearman's correlation over M halves, a mean over C corpora, and its interval."""
+def correlations(predicted_MC: np.ndarray, falls_MC: np.ndarray, draws: int = 1000) -> np.ndarray:
+    """Spearman's correlation over M halves, a mean over C corpora: first of all halves, then of draws."""
 
     def mean(rows: np.ndarray) -> float:
         columns = range(falls_MC.shape[1])
@@ -107,9 +105,14 @@ def correlations(
         return float(np.mean(each))
 
     count, rng = len(falls_MC), np.random.default_rng(0)
-    drawn = [mean(rng.integers(0, count, count)) for _ in range(draws)]
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return mean(np.arange(count)), float(low), float(high)
+    drawn = [rng.integers(0, count, count) for _ in range(draws)]
+    return np.array([mean(rows) for rows in (np.arange(count), *drawn)])
+
+
+def interval(drawn: np.ndarray) -> str:
+    """The central 95 % of all draws."""
+    low, high = np.nanpercentile(drawn[1:], [2.5, 97.5])
+    return f"{low:.3f} to {high:.3f}"
 
 
 def main(_: list[str]) -> None:
@@ -160,11 +163,13 @@ def main(_: list[str]) -> None:
 
     # --- Predicted from scores
     points = influence.open_checkpoints([str(out / "runs" / "all")], args.keep, list(rows))
-    lines = [["metric", "layers", "score", "95 % interval", *rows, "FLOPs", "of a run"]]
+    lines = [["metric", "layers", "score", "95 % interval", "- embedding", "95 % interval"]]
+    lines[0] += [*rows, "FLOPs", "of a run"]
+    found: dict[tuple[str, str], np.ndarray] = {}
     run_flops = flops_per_token(NETWORKS[args.network], 128) * args.steps * 8 * 128
     for layers in args.layers:
-        metrics = ["datainf", "tracin", "dot"]
-        metrics += ["loss", "embedding", "ngrams"] if layers == args.layers[0] else []
+        metrics = ["embedding", "ngrams", "loss"] if layers == args.layers[0] else []
+        metrics += ["datainf", "tracin", "dot"]
         settings = Settings(layers, batch_rows=16, group=4)
         table = influence.influence(
             plan,
@@ -183,7 +188,7 @@ def main(_: list[str]) -> None:
             column = [metric if metric == "loss" else f"{metric}/{c}" for c in rows]
             benefit_GC = np.stack([scores_of(table, name, names) for name in column], axis=1)
             predicted_MC = inside_MG @ benefit_GC / inside_MG.sum(1, keepdims=True)
-            value, low, high = correlations(predicted_MC, falls_MC)
+            found[metric, layers] = drawn = correlations(predicted_MC, falls_MC)
             each = [
                 spearmanr(predicted_MC[:, i], falls_MC[:, i]).statistic for i in range(len(rows))
             ]
@@ -192,7 +197,9 @@ def main(_: list[str]) -> None:
             )
             flops = sum(cost["flops"] for name, cost in costs.items() if name.startswith(kind))
             shown = layers if kind == "gradients" else ""
-            cells = [metric, shown, f"{value:.3f}", f"{low:.3f} to {high:.3f}"]
+            cells = [metric, shown, f"{drawn[0]:.3f}", interval(drawn)]
+            apart = drawn - found.get(("embedding", args.layers[0]), np.nan)
+            cells += [f"{apart[0]:+.3f}", interval(apart)] if kind == "gradients" else ["", ""]
             cells += [f"{x:.2f}" for x in each]
             lines.append([*cells, f"{flops:.2g}", f"{flops / run_flops:.2f}"])
     print(aligned(lines, "<<" + ">" * (len(lines[0]) - 2)))
