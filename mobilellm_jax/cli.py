@@ -33,8 +33,17 @@ def run(main: Callable[..., None], positional: str = "") -> None:
     std_logging.getLogger("asyncio").addFilter(_without_traceback)  # of tasks that Orbax gave up
     # Callbacks in threads of libraries stumble over a failure that is raised, and told, in this one.
     sys.unraisablehook = lambda raised: logging.debug("%s: %s", raised.err_msg, raised.exc_value)
+    _show_shared_flags()
     parse = functools.partial(_parse, positional=positional)
     app.run(lambda argv: _guarded(functools.partial(main, *argv[1:])), flags_parser=parse)
+
+
+def _show_shared_flags() -> None:
+    """Makes --help name flags that modules of ours define for several programs, as if they were its own."""
+    for module, defined in list(flags.FLAGS.flags_by_module_dict().items()):
+        if module.startswith(("mobilellm_jax.", "data_mixing.")):
+            for flag in defined:
+                flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
 def _without_traceback(record: std_logging.LogRecord) -> bool:
