@@ -170,7 +170,7 @@ def main(_: list[str]) -> None:
     for layers in args.layers:
         metrics = ["embedding", "ngrams", "loss"] if layers == args.layers[0] else []
         metrics += ["datainf", "tracin", "dot"]
-        settings = Settings(layers, batch_rows=16, group=4)
+        settings = Settings(layers, batch_rows=16, own_gradients=4)
         table = influence.influence(
             plan,
             sets,

@@ -35,17 +35,15 @@ from typing import Any
 
 import jax
 import numpy as np
-import pyarrow.parquet
 from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from data_mixing import benefits, methods, probe_sets, stages
+from data_mixing import benefits, folders, methods, probe_sets, scorers, stages
 from data_mixing.benefits import Judged, Rules
-from data_mixing.influence import Checkpoint, influence, open_checkpoints
+from data_mixing.influence import Checkpoint, influence, open_checkpoints, save_table
 from data_mixing.probe_sets import ProbeSets
 from data_mixing.rounds import Round, Source, overview, write
-from data_mixing.scorers import Settings
 from data_mixing.stages import ALL, METRICS, Choices, Given
 from mobilellm_jax import cli
 from mobilellm_jax.data.contexts import Contexts
@@ -82,7 +80,9 @@ def coevolve(given: Given, init_from: str, out: epath.PathLike, rounds: int = 2)
     described = _described(given, point)
     if not (out / "heldout.json").exists():
         stages.check_probes(given, point)
-    _claim(out, described, rounds)
+    folders.claim(out, described)
+    if (out / f"round-{rounds + 1}").exists():
+        raise UserError(f"{out} holds more than {rounds} rounds: give --rounds as it was, or more.")
     if any(rows > choices.rows for rows in totals.values()):
         print(
             f"{choices.rows:,} rows of each source are scored (--rows); no document outside of them is kept.",
@@ -111,7 +111,7 @@ def coevolve(given: Given, init_from: str, out: epath.PathLike, rounds: int = 2)
             scales = benefits.scales_of(table, choices.metric, [*heldout], choices.standardise)
         found = benefits.judged(table, choices.metric, scales)
         kept_M = found.benefit_M > choices.threshold
-        _save(found.table(kept_M), folder / "documents.parquet")
+        save_table(found.table(kept_M), folder / "documents.parquet")
         now = benefits.distribution(found, kept_M, choices.seed)
         this = Round(
             number,
@@ -189,25 +189,6 @@ def _described(given: Given, point: Checkpoint) -> dict[str, Any]:
     return json.loads(json.dumps(described))
 
 
-def _claim(out: epath.Path, described: Mapping[str, Any], rounds: int) -> None:
-    """Makes the directory, or checks that what is there was made with the same settings."""
-    file, unfinished = out / "settings.json", out / "settings.json.unfinished"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: name a directory as --out.")
-    if file.exists():
-        if json.loads(file.read_text()) != described:
-            raise UserError(
-                f"{out} holds what other settings or other data have made: name a new --out."
-            )
-    elif out.exists() and any(path != unfinished for path in out.iterdir()):
-        raise UserError(f"{out} holds something else: name a new --out.")
-    if (out / f"round-{rounds + 1}").exists():
-        raise UserError(f"{out} holds more than {rounds} rounds: give --rounds as it was, or more.")
-    out.mkdir(parents=True, exist_ok=True)
-    unfinished.write_text(json.dumps(described, indent=2) + "\n")
-    unfinished.replace(file)
-
-
 def _sources(
     found: Judged,
     kept_M: np.ndarray,
@@ -231,13 +212,6 @@ def _sources(
     return sources
 
 
-def _save(table: pyarrow.Table, path: epath.Path) -> None:
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with unfinished.open("wb") as stream:
-        pyarrow.parquet.write_table(table, stream, compression="zstd")
-    unfinished.replace(path)
-
-
 def main() -> None:
     """The command line around `coevolve`."""
     args = flags.FLAGS
@@ -252,11 +226,8 @@ def main() -> None:
         args.max_epochs,
         args.seed,
     )
-    settings = Settings(
-        args.layers, args.dtype, args.batch_rows, args.group, args.loss_chunks, args.damping
-    )
     plan, probes = Plan.load(args.plan), probe_sets.load(args.probes)
-    given = Given(args.config, plan, probes, choices, settings)
+    given = Given(args.config, plan, probes, choices, scorers.named_settings())
     coevolve(given, args.init_from, args.out, args.rounds)
 
 
@@ -297,11 +268,6 @@ if __name__ == "__main__":
         "max_epochs", None, "Cap on repetition in a stage; default: those of the plan.", 0
     )
     flags.DEFINE_integer("seed", 0, "Of the bootstrap.")
-    flags.DEFINE_string("layers", "embedding+output", "See data_mixing.influence.")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations in scoring.")
-    flags.DEFINE_integer("batch_rows", 8, "Rows of one call of a program, over all devices.", 1)
-    flags.DEFINE_integer("group", 1, "Rows whose own gradients exist at once on a device.", 1)
-    flags.DEFINE_integer("loss_chunks", 1, "Parts of a row whose logits exist at once.", 1)
-    flags.DEFINE_float("damping", 0.1, "Of DataInf, times the mean squared gradient.", 0.0)
+    scorers.define_settings()
     flags.mark_flag_as_required("config")
     cli.run(main)

@@ -25,7 +25,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from data_mixing import drawing, experiments, probe_sets
+from data_mixing import drawing, experiments, folders, probe_sets
 from data_mixing.probe_sets import ProbeSets
 from data_mixing.runs import Member
 from data_mixing.samples import answer_row
@@ -97,7 +97,7 @@ def compare(
       UserError: bad input, or the folder is of other runs.
     """
     names = ("runs", "plans", FILE, "table.md", "comparison.html")
-    out, base = experiments.check_folder(out, names), next(iter(plans.values()))
+    out, base = folders.holding(out, names), next(iter(plans.values()))
     tokenizer = tokenizer_of(base, base.directory)
     for name, plan in plans.items():
         if plan.tokenizer != base.tokenizer:

@@ -196,15 +196,16 @@ def slopes(
 
 
 @on_each_device(in_specs=(WHOLE, WHOLE, ROWS), out_specs=(ROWS, ROWS))
-def _losses(
+def row_losses(
     chosen: Weights, rest: Weights, tokens: jax.Array, *, network: Network
 ) -> tuple[jax.Array, jax.Array]:
+    """The program of `losses`."""
     return token_losses({**rest, **chosen}, tokens, network)
 
 
 def losses(of: Differentiated, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What every target of some rows costs, and whether it counts: float32 [n, T] each."""
-    found = [_losses(of.chosen, of.rest, batch, **_static(of)) for batch in batches(of, rows)]
+    found = [row_losses(of.chosen, of.rest, batch, **_static(of)) for batch in batches(of, rows)]
     nll, weight = (
         np.concatenate([np.asarray(x) for x in part]) for part in zip(*found, strict=True)
     )
@@ -380,6 +381,13 @@ class Cost:
     slopes: float
 
 
+def flops(of: Differentiated, program: Any, row_length: int) -> float:
+    """What a program of chosen weights, the rest and rows computes for a row, counted from its jaxpr."""
+    tokens = jax.ShapeDtypeStruct((of.batch_rows, row_length + 1), jnp.int32)
+    arrays = jax.eval_shape(lambda: (of.chosen, of.rest))
+    return count(program.trace(*arrays, tokens, **_static(of)).jaxpr).total / of.batch_rows
+
+
 def cost(of: Differentiated, directions: int, row_length: int) -> Cost:
     """What the programs above compute for a row, counted from their jaxprs."""
     tokens = jax.ShapeDtypeStruct((of.batch_rows, row_length + 1), jnp.int32)
@@ -395,7 +403,7 @@ def cost(of: Differentiated, directions: int, row_length: int) -> Cost:
         return count(program.trace(*inputs, **settings).jaxpr).total / of.batch_rows
 
     return Cost(
-        gradient=of_row(_summed_gradient, *arrays, tokens, **_static(of)),
+        gradient=flops(of, _summed_gradient, row_length),
         datainf=of_row(_products, *arrays, stacked, tokens, **grouped)
         + of_row(_weighted_sum, *arrays, factors, tokens, **grouped),
         slopes=of_row(_slopes, *arrays, stacked, tokens, **_static(of)),

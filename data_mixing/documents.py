@@ -13,6 +13,7 @@ import pyarrow
 import tqdm
 
 from mobilellm_jax.data.corpora import Corpus
+from mobilellm_jax.files import replaced
 
 SPLITS = ("heldout", "train", "all")
 BATCH = 1024  # documents in a batch of the file
@@ -68,9 +69,9 @@ def copy(corpus: Corpus, split: str, path: Path) -> None:
       split: `heldout`, `train` or `all`.
       path: the file to make; it is there whole or not at all.
     """
-    half = path.with_suffix(".half")
     with (
-        pyarrow.OSFile(str(half), "wb") as raw,
+        replaced(path) as unfinished,
+        pyarrow.OSFile(str(unfinished), "wb") as raw,
         pyarrow.ipc.new_file(raw, _SCHEMA) as writer,
     ):
         rows: list[tuple] = []
@@ -80,7 +81,6 @@ def copy(corpus: Corpus, split: str, path: Path) -> None:
                 writer.write_batch(_batch(rows))
                 rows = []
         writer.write_batch(_batch(rows))
-    half.replace(path)
 
 
 def _batch(rows: list[tuple]) -> pyarrow.RecordBatch:

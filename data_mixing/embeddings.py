@@ -180,9 +180,9 @@ class Whitening:
 
 
 def unit(vectors_ND: np.ndarray) -> np.ndarray:
-    """Vectors of length 1, float32 [N, D]; one of length 0 stays, and is like no other."""
+    """Vectors [..., D] of length 1, in float32; one of length 0 stays, and is like no other."""
     vectors_ND = vectors_ND.astype(np.float64)
-    norm_N1 = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
+    norm_N1 = np.linalg.norm(vectors_ND, axis=-1, keepdims=True)
     return (vectors_ND / np.where(norm_N1 > 0, norm_N1, 1)).astype(np.float32)
 
 

@@ -12,7 +12,7 @@ from data_mixing import probe_sets
 from data_mixing.methods import Weights
 from data_mixing.probe_sets import ProbeSets
 from data_mixing.runs import Member
-from data_mixing.samples import packed_texts
+from data_mixing.samples import packed_texts, some
 from data_mixing.weights import planned
 from mobilellm_jax.data.mixture import open_mixture
 from mobilellm_jax.data.plan import Plan
@@ -120,9 +120,7 @@ def probe_rows(
         rows = packed_texts(texts, tokenizer, row_length)
         if len(rows) > most:
             print(f"{name}: {most:,} of its {len(rows):,} rows of probes are measured.", flush=True)
-            chosen = np.random.default_rng(0).choice(len(rows), most, replace=False)
-            rows = rows[np.sort(chosen)]
-        found[name] = rows
+        found[name] = some(rows, most)
     return found
 
 
@@ -131,21 +129,6 @@ def save_plans(members: Sequence[Member], folder: epath.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for member in members:
         member.plan.save(folder / f"{member.name}.json")
-
-
-def check_folder(out: epath.PathLike, own: Sequence[str]) -> epath.Path:
-    """A folder for results, which holds nothing but them.
-
-    Raises:
-      UserError: it holds something else, or is a file.
-    """
-    out = epath.Path(out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: name a folder.")
-    if out.exists() and (other := sorted({p.name for p in out.iterdir()} - set(own))):
-        raise UserError(f"{out} holds {other[0]}, which is not of this program: name a new folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    return out
 
 
 def define_inputs() -> None:

@@ -34,7 +34,8 @@ import tqdm
 from absl import flags
 from etils import epath
 
-from data_mixing import probe_sets, samples
+from data_mixing import folders, probe_sets, samples
+from data_mixing import scorers as scoring
 from data_mixing.probe_sets import ProbeSets
 from data_mixing.samples import Sample
 from data_mixing.scorers import Gradients, Ngrams, Scorer, Settings, States
@@ -43,6 +44,7 @@ from mobilellm_jax.data.mixture import open_mixture
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import replaced
 from mobilellm_jax.interop.stored import open_model
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.parallel.mesh import local_mesh
@@ -125,7 +127,10 @@ def influence(
         "standardise": standardise,
         "settings": dataclasses.asdict(settings),
     }
-    if done := _begun(out, described):
+    folders.claim(out, described)
+    if (out / FILE).exists():
+        with (out / FILE).open("rb") as stream:
+            done = pyarrow.parquet.read_table(stream)
         print(f"{out / FILE}: complete, kept as it is.", flush=True)
         return done
 
@@ -166,7 +171,7 @@ def influence(
     table = table.replace_schema_metadata(
         {"data_mixing": json.dumps({**described, "costs": costs})}
     )
-    _write(table, out / FILE)
+    save_table(table, out / FILE)
     (out / "parts").rmtree()
     print(summary(table, metrics, capabilities), flush=True)
     for name, cost in costs.items():
@@ -362,27 +367,11 @@ def _stored_length(plan: Plan) -> int:
     return read_info(plan.resolve(plan.sources[0].path)).row_length
 
 
-def _begun(out: epath.Path, described: Mapping[str, Any]) -> pyarrow.Table | None:
-    """What is there already, if it is complete; makes the directory if it is not there."""
-    file, wanted = out / "settings.json", json.dumps(described, indent=2) + "\n"
-    if out.exists() and any(out.iterdir()):
-        if not file.exists() or file.read_text() != wanted:
-            raise UserError(
-                f"{out} holds what other settings or other data have made: name a new --out."
-            )
-        if (out / FILE).exists():
-            with (out / FILE).open("rb") as stream:
-                return pyarrow.parquet.read_table(stream)
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(wanted)
-    return None
-
-
 def _score(
     scorers: Sequence[Scorer], scored: Sequence[Sample], out: epath.Path, tokenizer: Tokenizer
 ) -> dict[str, dict[str, float]]:
     """Writes a file for each scorer and part that is not there yet; what each scorer cost."""
-    parts = [s.part(i, i + PART) for s in scored for i in range(0, len(s), PART)]
+    parts = [(s, slice(i, i + PART)) for s in scored for i in range(0, len(s), PART)]
     ends = tokenizer.bos_id, tokenizer.eos_id
     total = sum(scorer.rows_before + sum(map(len, scored)) for scorer in scorers)
     costs = {}
@@ -398,17 +387,16 @@ def _score(
                 continue
             start = time.monotonic()
             values, before, each = scorer.open(bar.update)
-            for number, part in enumerate(parts):
+            for number, (sample, part) in enumerate(parts):
                 path = folder / f"{number:05d}.parquet"
                 if not path.exists():
-                    found = values(part.tokens)
-                    _write(samples.lines(part, found, scorer.columns, *ends), path)
-                bar.update(len(part))
-            flops = before + each * sum(map(len, parts))
+                    found = values(sample.tokens[part])
+                    save_table(samples.lines(sample, part, found, scorer.columns, *ends), path)
+                bar.update(len(sample.rows_N[part]))
+            flops = before + each * sum(map(len, scored))
             costs[scorer.name] = {"flops": flops, "seconds": time.monotonic() - start}
-            unfinished = cost_file.with_name("cost.unfinished")
-            unfinished.write_text(json.dumps(costs[scorer.name]))
-            unfinished.replace(cost_file)
+            with replaced(cost_file) as unfinished:
+                unfinished.write_text(json.dumps(costs[scorer.name]))
     return costs
 
 
@@ -421,11 +409,10 @@ def _joined(out: epath.Path, scorer: Scorer) -> pyarrow.Table:
     return pyarrow.concat_tables(tables)
 
 
-def _write(table: pyarrow.Table, path: epath.Path) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as stream:
+def save_table(table: pyarrow.Table, path: epath.Path) -> None:
+    """Writes a Parquet file, whole or not at all."""
+    with replaced(path) as unfinished, unfinished.open("wb") as stream:
         pyarrow.parquet.write_table(table, stream, compression="zstd")
-    unfinished.replace(path)
 
 
 def main() -> None:
@@ -444,9 +431,7 @@ def main() -> None:
         row_length=args.row_length,
         metrics=args.metrics,
         standardise=args.standardise,
-        settings=Settings(
-            args.layers, args.dtype, args.batch_rows, args.group, args.loss_chunks, args.damping
-        ),
+        settings=scoring.named_settings(),
     )
 
 
@@ -475,14 +460,5 @@ if __name__ == "__main__":
         "Divide the scores of each capability and checkpoint by their standard deviation before they "
         "are added; --nostandardise is as in the paper.",
     )
-    flags.DEFINE_string(
-        "layers",
-        "embedding+output",
-        "Weights by which losses are differentiated: embedding, output, all, or several with +.",
-    )
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations.")
-    flags.DEFINE_integer("batch_rows", 8, "Rows of one call of a program, over all devices.", 1)
-    flags.DEFINE_integer("group", 1, "Rows whose own gradients exist at once on a device.", 1)
-    flags.DEFINE_integer("loss_chunks", 1, "Parts of a row whose logits exist at once.", 1)
-    flags.DEFINE_float("damping", 0.1, "Of DataInf, times the mean squared gradient.", 0.0)
+    scoring.define_settings()
     cli.run(main)

@@ -25,7 +25,6 @@ Axes in names: S sources left out, R seeds, M measured steps, N rows of probes.
 """
 
 import dataclasses
-import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -36,14 +35,15 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from data_mixing import drawing, experiments, probe_sets
+from data_mixing import drawing, experiments, folders, probe_sets
 from data_mixing.measurements import VERSION
 from data_mixing.probe_sets import ProbeSets
-from data_mixing.runs import Measured, replace
+from data_mixing.runs import Measured
 from data_mixing.together import train_together
 from mobilellm_jax import cli
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import replaced
 from mobilellm_jax.sweeps.statistics import CONFIDENCE
 from mobilellm_jax.tables import aligned, markdown_table
 from mobilellm_jax.training.length import length_of
@@ -193,7 +193,7 @@ def leave_one_out(
             f"there is no source {', '.join(sorted(unknown))} to leave out, only {', '.join(plan.names)}."
         )
     drawings = {name: f"{re.sub(r'[^a-zA-Z0-9_-]+', '_', name)}.svg" for name in sets.capabilities}
-    out = experiments.check_folder(out, ("runs", "plans", FILE, TABLE, PAGE, *drawings.values()))
+    out = folders.holding(out, ("runs", "plans", FILE, TABLE, PAGE, *drawings.values()))
     weights = _weights(plan, shares)
     sources = tuple(leave_out or weights)
     if no_part := set(sources) - set(weights):
@@ -312,11 +312,8 @@ def _write(report: Report, out: epath.Path, drawings: Mapping[str, str]) -> None
     }
     files |= {drawings[name]: picture for name, picture in pictures.items()}
     for name, text in files.items():
-        replace(out / name, functools.partial(_write_text, text))
-
-
-def _write_text(text: str, path: epath.Path) -> None:
-    path.write_text(text)
+        with replaced(out / name) as unfinished:
+            unfinished.write_text(text)
 
 
 def main() -> None:

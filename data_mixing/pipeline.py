@@ -26,7 +26,16 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from data_mixing import compare as comparing
-from data_mixing import drawing, experiments, influence, leave_one_out, probe_sets, proxies
+from data_mixing import (
+    drawing,
+    experiments,
+    folders,
+    influence,
+    leave_one_out,
+    probe_sets,
+    proxies,
+    scorers,
+)
 from data_mixing import weights as weighing
 from data_mixing.probe_sets import ProbeSets
 from data_mixing.scorers import Settings
@@ -92,7 +101,7 @@ def pipeline(
     Raises:
       UserError: see the functions of each step.
     """
-    out = experiments.check_folder(out, FOLDERS)
+    out = folders.holding(out, FOLDERS)
     length = length_of(config)
     run = flops_per_token(ModelConfig.from_dict(config.model), config.row_length) * length.tokens
 
@@ -125,10 +134,7 @@ def pipeline(
         settings=settings,
     )
     costs = json.loads(table.schema.metadata[b"data_mixing"])["costs"]
-    scoring = {
-        kind: sum(c["flops"] for name, c in costs.items() if name.startswith(kind))
-        for kind in ("gradients", "states", "ngrams")
-    }
+    gradients = sum(cost["flops"] for name, cost in costs.items() if name.startswith("gradients"))
 
     _title("Leave one out")
     left_out = leave_one_out.leave_one_out(
@@ -167,8 +173,8 @@ def pipeline(
             run * runs_left_out,
         ),
         "regmix": (f"regmix={pair}", run * effort.proxies),
-        "datainf": (f"influence={scores}:column=datainf", run + scoring["gradients"]),
-        "tracin": (f"influence={scores}:column=tracin", run + scoring["gradients"]),
+        "datainf": (f"influence={scores}:column=datainf", run + gradients),
+        "tracin": (f"influence={scores}:column=tracin", run + gradients),
     }
     found = {}
     for name, (text, flops) in asked.items():
@@ -248,7 +254,7 @@ def main() -> None:
         probe_sets.load(args.probes),
         args.out,
         Effort(**{name: getattr(args, name) for name in names}),
-        Settings(args.layers, args.dtype, args.batch_rows, loss_chunks=args.loss_chunks),
+        scorers.named_settings(),
         args.answers,
     )
 
@@ -267,8 +273,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("checkpoints", 4, "Of the base run, that score.", 1)
     flags.DEFINE_float("max_epochs", 4.0, "Cap on repetition in the weights.", 0)
     flags.DEFINE_integer("group", 0, "Runs that train as one program; 0: one a device.", 0)
-    flags.DEFINE_string("layers", "embedding+output", "See data_mixing.influence.")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations that score.")
-    flags.DEFINE_integer("batch_rows", 8, "Rows of one call that scores.", 1)
-    flags.DEFINE_integer("loss_chunks", 1, "Parts of a row whose logits exist at once.", 1)
+    scorers.define_settings()
     cli.run(main)

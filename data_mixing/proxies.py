@@ -14,7 +14,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from data_mixing import experiments, probe_sets
+from data_mixing import experiments, folders, probe_sets
 from data_mixing.probe_sets import ProbeSets
 from data_mixing.proposals import STRENGTHS, TEMPERATURE, proxies
 from data_mixing.regmix import bounds_of, sizes
@@ -65,7 +65,7 @@ def train_proxies(
     Raises:
       UserError: bad input, or the folder is of other runs.
     """
-    out = experiments.check_folder(out, ("runs", "plans", MIXTURES, LOSSES))
+    out = folders.holding(out, ("runs", "plans", MIXTURES, LOSSES))
     prior, length = sizes(plan), length_of(config)
     bounds = None if max_epochs is None else bounds_of(prior, max_epochs, length.tokens)
     mixtures = proxies(

@@ -12,6 +12,7 @@ from etils import epath
 from data_mixing import drawing
 from data_mixing.benefits import Distribution, Judged
 from data_mixing.methods import Measured
+from mobilellm_jax.files import replaced
 from mobilellm_jax.tables import aligned
 
 VERSION = 1
@@ -149,9 +150,8 @@ def write(
         ("rounds.json", json.dumps(described, indent=2) + "\n"),
         ("report.html", page(rounds, ended)),
     ):
-        unfinished = out / f"{name}.unfinished"
-        unfinished.write_text(text)
-        unfinished.replace(out / name)
+        with replaced(out / name) as unfinished:
+            unfinished.write_text(text)
 
 
 def page(rounds: Sequence[Round], ended: str) -> str:

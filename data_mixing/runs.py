@@ -11,8 +11,7 @@ Axes in names: N measured rows, M steps at which they are measured.
 import dataclasses
 import functools
 import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,15 +20,17 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from data_mixing import folders
 from mobilellm_jax.data.mixture import Mixture, check_length, open_mixture
 from mobilellm_jax.data.packing import counted
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import replaced
 from mobilellm_jax.leaves import flat
 from mobilellm_jax.parallel.mesh import AXES, make_mesh
 from mobilellm_jax.training.checkpoint import FOLDER, write_model
-from mobilellm_jax.training.config import check, differences
+from mobilellm_jax.training.config import check
 from mobilellm_jax.training.length import Length
 from mobilellm_jax.training.setup import Programs, programs, tokenizer_of
 
@@ -252,41 +253,19 @@ def _claim(workdir: epath.Path, settings: Mapping[str, Any]) -> None:
     Raises:
       UserError: it is of other runs, or holds something else.
     """
-    path, settings = workdir / SETTINGS, json.loads(json.dumps(settings))
-    if path.exists():
-        if found := differences(json.loads(path.read_text()), settings):
-            listed = "; ".join(f"{k}: {a!r} there, {b!r} here" for k, (a, b) in found.items())
-            raise UserError(
-                f"{workdir} was made with other settings ({listed}): name another folder."
-            )
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise UserError(f"{workdir} exists and holds no {SETTINGS}: name a new folder.")
-    else:
-        workdir.mkdir(parents=True, exist_ok=True)
-        replace(path, lambda p: p.write_text(json.dumps(settings, indent=2) + "\n"))
+    folders.claim(workdir, settings, SETTINGS)
     for partial in workdir.glob(f"*/{FOLDER}/*.partial-*"):
         partial.rmtree()
 
 
 def save_arrays(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a .npz file, whole or not at all."""
-
-    def write(partial: epath.Path) -> None:
-        with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, write)
+    with replaced(path) as unfinished, unfinished.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def load_arrays(path: epath.Path) -> dict[str, np.ndarray]:
     """Reads a .npz file."""
     with path.open("rb") as file, np.load(file) as arrays:
         return dict(arrays)
-
-
-def replace(path: epath.Path, write: Callable[[epath.Path], Any]) -> None:
-    """Writes a file in the place of the one that is there, in one move."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    write(unfinished)
-    unfinished.replace(path)

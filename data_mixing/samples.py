@@ -55,10 +55,6 @@ class Sample:
         """int32 [N, T + 1], with the marks of conversations."""
         return self.contexts.read(self.rows_N)
 
-    def part(self, first: int, last: int) -> "Sample":
-        """Some of its rows."""
-        return dataclasses.replace(self, rows_N=self.rows_N[first:last])
-
 
 def first_samples(plan: Plan, row_length: int, vocab_size: int, rows: int) -> list[Sample]:
     """The rows of each source that the stream would read first, at most `rows` of each.
@@ -78,12 +74,18 @@ def first_samples(plan: Plan, row_length: int, vocab_size: int, rows: int) -> li
 
 
 def lines(
-    sample: Sample, values_NKT: np.ndarray, names: Sequence[str], bos_id: int, eos_id: int
+    sample: Sample,
+    part: slice,
+    values_NKT: np.ndarray,
+    names: Sequence[str],
+    bos_id: int,
+    eos_id: int,
 ) -> pyarrow.Table:
     """Values of targets as means over the targets of each piece of a document.
 
     Args:
-      sample: the rows, N of them.
+      sample: the rows.
+      part: which of them, N.
       values_NKT: float, 0 where a target does not count.
       names: of the K columns.
       bos_id: begins documents.
@@ -92,11 +94,12 @@ def lines(
     Returns:
       Lines of `SCHEMA` with K columns of float64 more; pieces without a target that counts have none.
     """
-    counts_NT = counted(sample.tokens, bos_id, eos_id)
+    counts_NT = counted(sample.tokens[part], bos_id, eos_id)
     columns: dict[str, list] = {field.name: [] for field in SCHEMA}
     means: list[np.ndarray] = []
-    for n, row in enumerate(sample.rows_N.tolist()):
-        for placed in sample.placed[n]:
+    rows = zip(sample.rows_N[part].tolist(), sample.placed[part], strict=True)
+    for n, (row, documents) in enumerate(rows):
+        for placed in documents:
             inside = slice(placed.first, placed.last - 1)
             tokens = int(counts_NT[n, inside].sum())
             if not tokens:

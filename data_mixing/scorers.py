@@ -11,10 +11,12 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from etils import epath
 from jax.sharding import Mesh
 
 from data_mixing import derivatives
+from data_mixing.embeddings import unit
 from mobilellm_jax.data.packing import counted, token_ids
 from mobilellm_jax.interop.stored import open_model
 from mobilellm_jax.model import transformer
@@ -33,7 +35,7 @@ class Settings:
       layers: weights by which losses are differentiated, see `derivatives.differentiated`.
       dtype: of activations.
       batch_rows: rows of one call of a program, over all devices.
-      group: rows whose own gradients exist at once on a device.
+      own_gradients: rows whose own gradients exist at once on a device.
       loss_chunks: parts of a row whose logits exist at once.
       damping: of DataInf.
     """
@@ -41,7 +43,7 @@ class Settings:
     layers: str = "embedding+output"
     dtype: str = "float32"
     batch_rows: int = 8
-    group: int = 1
+    own_gradients: int = 1
     loss_chunks: int = 1
     damping: float = derivatives.DAMPING
 
@@ -101,18 +103,17 @@ class Gradients:
 
     def open(self, told: Callable[[int], Any]) -> tuple[Values, float, float]:
         """See `Scorer`."""
-        of, row_length = _opened(self.path, self.settings, self.mesh), 0
+        of = opened(self.path, self.settings, self.mesh)
         gradients = []
         for rows in self.probes.values():
             gradients.append(derivatives.mean_gradient(of, rows))
-            row_length = rows.shape[1] - 1
             told(len(rows))
         directions = list(gradients)
         if self.train is not None:
             directions += derivatives.datainf(
                 of, gradients, self.train, self.settings.damping, told
             )
-        cost = derivatives.cost(of, len(directions), row_length)
+        cost = derivatives.cost(of, len(directions), _row_length(self.probes))
         before = cost.gradient * sum(map(len, self.probes.values()))
         before += cost.datainf * (0 if self.train is None else len(self.train))
 
@@ -144,24 +145,26 @@ class States:
 
     def open(self, told: Callable[[int], Any]) -> tuple[Values, float, float]:
         """See `Scorer`."""
-        of = _opened(self.path, self.settings, self.mesh)
+        of = opened(self.path, self.settings, self.mesh)
         means = []
         for rows in self.probes.values():
             states_BTD, weight_BT = _all_states(of, rows)
             means.append((states_BTD * weight_BT[..., None]).sum((0, 1)) / weight_BT.sum())
         mean_KD = np.stack(means)
         centre_D = mean_KD.mean(0)
-        toward_KD = _unit(mean_KD - centre_D)
+        toward_KD = unit(mean_KD - centre_D)
 
         def values(tokens: np.ndarray) -> np.ndarray:
             nll_BT, weight_BT = derivatives.losses(of, tokens)
             states_BTD, _ = _all_states(of, tokens)
-            likeness_BKT = np.einsum("BTD,KD->BKT", _unit(states_BTD - centre_D), toward_KD)
+            likeness_BKT = np.einsum("BTD,KD->BKT", unit(states_BTD - centre_D), toward_KD)
             return np.concatenate([nll_BT[:, None], likeness_BKT * weight_BT[:, None]], axis=1)
 
-        row_length = next(iter(self.probes.values())).shape[1] - 1
-        forward = derivatives.cost(of, 1, row_length).gradient / 3
-        return values, forward * sum(map(len, self.probes.values())), 2 * forward
+        row_length = _row_length(self.probes)
+        states, losses = (
+            derivatives.flops(of, f, row_length) for f in (_states, derivatives.row_losses)
+        )
+        return values, states * sum(map(len, self.probes.values())), states + losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +214,12 @@ class Ngrams:
         return np.log((counts + 1) / (np.sum(counts) + BUCKETS))
 
 
-def _opened(path: epath.Path, settings: Settings, mesh: Mesh) -> derivatives.Differentiated:
+def opened(path: epath.Path, settings: Settings, mesh: Mesh) -> derivatives.Differentiated:
+    """A stored network as `Settings` have it differentiated.
+
+    Raises:
+      UserError: there is no such network, or it cannot be differentiated so.
+    """
     stored = open_model(path)
     tokenizer = stored.needed_tokenizer
     network = derivatives.network_of(
@@ -219,7 +227,7 @@ def _opened(path: epath.Path, settings: Settings, mesh: Mesh) -> derivatives.Dif
     )
     params = stored.params(dtype="float32")
     return derivatives.differentiated(
-        params, network, settings.layers, mesh, settings.batch_rows, settings.group
+        params, network, settings.layers, mesh, settings.batch_rows, settings.own_gradients
     )
 
 
@@ -249,5 +257,29 @@ def _all_states(of: derivatives.Differentiated, rows: np.ndarray) -> tuple[np.nd
     return states_BTD, weight_BT
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
+def _row_length(probes: Mapping[str, np.ndarray]) -> int:
+    return next(iter(probes.values())).shape[1] - 1
+
+
+def define_settings() -> None:
+    """Defines the flags of `Settings`."""
+    flags.DEFINE_string(
+        "layers",
+        "embedding+output",
+        "Weights by which losses are differentiated: embedding, output, all, or several with +.",
+    )
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations that score.")
+    flags.DEFINE_integer("batch_rows", 8, "Rows of one call that scores, over all devices.", 1)
+    flags.DEFINE_integer(
+        "own_gradients", 1, "Rows whose own gradients exist at once on a device.", 1
+    )
+    flags.DEFINE_integer("loss_chunks", 1, "Parts of a row whose logits exist at once.", 1)
+    flags.DEFINE_float(
+        "damping", derivatives.DAMPING, "Of DataInf, times the mean squared gradient.", 0.0
+    )
+
+
+def named_settings() -> Settings:
+    """What these flags say."""
+    names = [field.name for field in dataclasses.fields(Settings)]
+    return Settings(**{name: getattr(flags.FLAGS, name) for name in names})

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from data_mixing import derivatives, methods, samples
+from data_mixing import derivatives, methods, samples, scorers
 from data_mixing.benefits import Rules
 from data_mixing.influence import Checkpoint
 from data_mixing.probe_sets import HALVES, ProbeSets
@@ -25,7 +25,7 @@ from mobilellm_jax.data.rows import open_rows
 from mobilellm_jax.data.subset import keep_documents
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.interop.stored import open_model
+from mobilellm_jax.files import replaced
 from mobilellm_jax.parallel.mesh import local_mesh
 from mobilellm_jax.train import train
 from mobilellm_jax.training.checkpoint import FOLDER, saved_steps
@@ -104,22 +104,14 @@ def heldout_losses(given: Given, point: Checkpoint, file: epath.Path) -> dict[st
     """
     if file.exists():
         return json.loads(file.read_text())
-    settings, tokenizer, stored = given.settings, point.tokenizer, open_model(point.path)
-    ends = tokenizer.bos_id, tokenizer.eos_id
-    network = derivatives.network_of(stored.model, *ends, settings.dtype, settings.loss_chunks)
-    params = stored.params(dtype="float32")
-    of = derivatives.differentiated(
-        params, network, "output", local_mesh(), settings.batch_rows, settings.group
-    )
-    found = {}
+    of, found = scorers.opened(point.path, given.settings, local_mesh()), {}
     for capability in given.probes.capabilities:
         texts = [probe.text for probe in given.probes.of(capability, "heldout")]
-        packed = samples.packed_texts(texts, tokenizer, given.config.row_length)
+        packed = samples.packed_texts(texts, point.tokenizer, given.config.row_length)
         nll_BT, weight_BT = derivatives.losses(of, packed)
         found[capability] = float(nll_BT.sum(dtype=np.float64) / weight_BT.sum(dtype=np.float64))
-    unfinished = file.with_name(f"{file.name}.unfinished")
-    unfinished.write_text(json.dumps(found, indent=2) + "\n")
-    unfinished.replace(file)
+    with replaced(file) as unfinished:
+        unfinished.write_text(json.dumps(found, indent=2) + "\n")
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import replaced
 from mobilellm_jax.imports import import_path
 
 CHUNK = 512  # texts that are computed, and kept, together
@@ -94,10 +95,8 @@ def remembered(
         file = folder / f"{name[:32]}.npy"
         if not file.exists():
             values = measure.of(texts(numbers))
-            half = file.with_suffix(".half")
-            with half.open("wb") as opened:
+            with replaced(file) as unfinished, unfinished.open("wb") as opened:
                 np.save(opened, values)
-            half.replace(file)
         found.append(np.load(file))
         told(len(numbers))
     return np.concatenate(found) if found else np.zeros(0)

@@ -25,7 +25,7 @@ from absl import flags
 from etils import epath
 
 import mobilellm_jax
-from data_mixing import influence
+from data_mixing import influence, scorers
 from data_mixing.influence import Checkpoint
 from data_mixing.samples import Sample, answer_row
 from data_mixing.scorers import Gradients, Ngrams, Settings
@@ -311,7 +311,6 @@ def main() -> None:
     args = flags.FLAGS
     workdir = args.checkpoint.partition("@")[0]
     checkpoints = influence.open_checkpoints([args.checkpoint], args.steps, [ANSWER])
-    settings = Settings(args.layers, args.dtype, args.batch_rows, loss_chunks=args.loss_chunks)
     with new_file(args.out) as path:
         helped, hurt, scored = why(
             checkpoints,
@@ -324,7 +323,7 @@ def main() -> None:
             train_rows=args.train_rows,
             metric=args.metric,
             seed=args.seed,
-            settings=settings,
+            settings=scorers.named_settings(),
         )
         told = args.prompt, args.answer, scored, checkpoints[-1], args.metric
         epath.Path(path).write_text(render(helped, hurt, *told))
@@ -348,8 +347,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("steps", 5, "Checkpoints of the run that are asked, evenly spaced.", 1)
     flags.DEFINE_enum("metric", "tracin", METRICS, "See data_mixing/influence.py.")
     flags.DEFINE_integer("seed", 0, "Of the rows that are drawn.")
-    flags.DEFINE_string("layers", "embedding+output", "See data_mixing.influence.")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations.")
-    flags.DEFINE_integer("batch_rows", 8, "Rows of one call of a program, over all devices.", 1)
-    flags.DEFINE_integer("loss_chunks", 1, "Parts of a row whose logits exist at once.", 1)
+    scorers.define_settings()
     cli.run(main)

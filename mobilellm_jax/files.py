@@ -1,4 +1,4 @@
-"""Results that are there whole or not at all, and never in the place of something else."""
+"""Results that are there whole or not at all, in the place of something else only where that is meant."""
 
 import contextlib
 import uuid
@@ -56,6 +56,18 @@ def new_file(out: epath.PathLike) -> Iterator[epath.Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def replaced(path: epath.PathLike) -> Iterator[epath.Path]:
+    """The path of a file to write that takes the place of `path` at the end of the `with` block, in one move.
+
+    It lies beside `path`, which stays as it was if the block does not get to its end.
+    """
+    path = epath.Path(path)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    yield unfinished
+    unfinished.replace(path)
 
 
 def _beside(out: epath.Path) -> epath.Path:

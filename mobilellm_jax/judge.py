@@ -49,6 +49,7 @@ from mobilellm_jax.evaluation.judge import (
 )
 from mobilellm_jax.evaluation.scores import Score
 from mobilellm_jax.evaluation.server_flags import define_server, named_server, server_settings
+from mobilellm_jax.files import replaced
 from mobilellm_jax.interop.stored import load_model
 from mobilellm_jax.parallel.compiled import keep_compiled
 from mobilellm_jax.parallel.mesh import local_mesh
@@ -195,9 +196,8 @@ def _plain(found: WinRate | Ratings) -> dict[str, Any]:
 def _write(path: Path, text: str) -> None:
     """A file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f"{path.name}.incomplete")
-    half.write_text(text + "\n")
-    half.replace(path)
+    with replaced(path) as unfinished:
+        unfinished.write_text(text + "\n")
 
 
 def _see_said(texts: Sequence[str]) -> None:

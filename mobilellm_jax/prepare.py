@@ -351,9 +351,7 @@ def _write_plan(
         kept = out / f"mixture.{existing.hash[:8]}.json"
         existing.save(kept)
         print(f"{path}: replaced; the plan that was there is now {kept.name}.", flush=True)
-    half = out / "mixture.json.incomplete"
-    plan.save(half)
-    half.replace(path)
+    plan.save(path)
     print(f"{path}: {_shares(plan)}", flush=True)
     return plan
 

@@ -23,6 +23,7 @@ from etils import epath
 
 from mobilellm_jax import cli
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import replaced
 from mobilellm_jax.model.config import ModelConfig, flops_per_token
 from mobilellm_jax.sweeps import summary, tuning
 from mobilellm_jax.sweeps.description import Cell, Sweep, cell_name, load_sweep
@@ -144,15 +145,14 @@ class _Progress:
         lines = [outcome.to_dict() for outcome in found]
         lines += [{"cell": name, "error": said} for name, said in self.failed.items()]
         text = "".join(json.dumps(line) + "\n" for line in lines)
+        self._workdir.mkdir(parents=True, exist_ok=True)
         for name, content in (
             ("results.jsonl", text),
             ("table.md", summary.markdown(summed, "table.svg")),
             ("table.svg", summary.drawing(summed)),
         ):
-            unfinished = self._workdir / f"{name}.unfinished"
-            unfinished.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_text(content)
-            unfinished.replace(self._workdir / name)
+            with replaced(self._workdir / name) as unfinished:
+                unfinished.write_text(content)
         return summed
 
     def _read(self, cell: Cell) -> None:

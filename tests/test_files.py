@@ -3,7 +3,7 @@
 import pytest
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import new_file, new_folder
+from mobilellm_jax.files import new_file, new_folder, replaced
 
 
 def write(path, text="whole"):
@@ -60,3 +60,18 @@ def test_an_empty_folder_may_be_used(tmp_path):
     with new_folder(tmp_path / "out") as folder:
         write(folder / "a")
     assert (tmp_path / "out/a").exists()
+
+
+def test_a_file_is_replaced_in_one_move_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    with replaced(path) as unfinished:
+        unfinished.write_text("old")
+        assert not path.exists()
+    with pytest.raises(RuntimeError), replaced(path) as unfinished:
+        unfinished.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    with replaced(path) as unfinished:
+        unfinished.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["a.json"]

@@ -21,6 +21,21 @@ V = tiny.VOCAB
 SMALL = ModelConfig(V, 48, (Stack(3, 4, 2, 80),), head_dim=12, max_length=64)
 LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=32)
 
+ROPE3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+DENSE = {
+    "intermediate_size": 33,  # of experts, which there are not
+    "intermediate_size_mlp": 80,
+    "head_dim": 12,
+    "moe_layers": [],
+    "attention_chunk_size": 64,
+}
+
 
 def changed(**changes):
     return dataclasses.replace(SMALL, **changes)

@@ -47,16 +47,17 @@ def seen_rows(mixture: Mixture, first: int, last: int) -> Iterator[SeenRow]:
     index = np.arange(first, last)
     sources = cast(Sequence[Contexts], mixture.sources)
     at, read = mixture.locate(index), mixture.read(index)
-    for i, s, epoch, row, tokens in zip(
-        index.tolist(),
-        at.source.tolist(),
-        at.epoch.tolist(),
-        at.row.tolist(),
-        read["tokens"],
-        strict=True,
-    ):
-        found = documents_in(sources[s], row)
-        yield SeenRow(i, mixture.plan.names[s], epoch, row, token_ids(tokens), found)
+    found: dict[int, list[Piece]] = {}
+    for s in np.unique(at.source).tolist():
+        mine = np.flatnonzero(at.source == s)
+        of_rows = documents_placed(sources[s], at.row[mine])
+        found |= {
+            n: [one.piece for one in placed]
+            for n, placed in zip(mine.tolist(), of_rows, strict=True)
+        }
+    for n, i in enumerate(index.tolist()):
+        name, row = mixture.plan.names[at.source[n]], int(at.row[n])
+        yield SeenRow(i, name, int(at.epoch[n]), row, token_ids(read["tokens"][n]), found[n])
 
 
 def documents_in(rows: Contexts, row: int) -> list[Piece]:

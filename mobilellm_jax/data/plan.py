@@ -43,6 +43,7 @@ from etils import epath
 
 from mobilellm_jax.data.apportion import water_fill
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import replaced
 
 VERSION = 2
 TOLERANCE = 1e-3  # a sum this near to 1 is a rounding, anything further a mistake
@@ -163,10 +164,8 @@ class Plan:
     def save(self, path: epath.PathLike) -> None:
         """Writes the plan as JSON; what is there is replaced in one move."""
         text = json.dumps({**self.to_dict(), "provenance": dict(self.provenance)}, indent=2)
-        path = epath.Path(path)
-        unfinished = path.with_name(path.name + ".unfinished")
-        unfinished.write_text(text + "\n")
-        unfinished.replace(path)
+        with replaced(path) as unfinished:
+            unfinished.write_text(text + "\n")
 
     def to_dict(self) -> dict[str, Any]:
         """All that decides the stream, as plain values."""

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import replaced
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # also that of a directory
 
@@ -178,9 +179,8 @@ def seeded_plan(path: str, seed: int) -> str:
     beside = source.with_name(f"{source.stem}-seed{seed}.json")
     wanted = {**json.loads(source.read_text()), "seed": seed}
     if not beside.exists():
-        unfinished = beside.with_name(beside.name + ".unfinished")
-        unfinished.write_text(json.dumps(wanted, indent=2) + "\n")
-        unfinished.replace(beside)
+        with replaced(beside) as unfinished:
+            unfinished.write_text(json.dumps(wanted, indent=2) + "\n")
     elif json.loads(beside.read_text()) != wanted:
         raise UserError(
             f"{beside} is not {path} with seed {seed}: remove it if no run needs it, or give the "

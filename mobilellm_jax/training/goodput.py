@@ -15,6 +15,8 @@ from typing import Any
 
 from etils import epath
 
+from mobilellm_jax.files import replaced
+
 # What seconds go to; only the first are productive.
 PRODUCTIVE = "train"
 KINDS = (
@@ -65,11 +67,9 @@ class Goodput:
             total = {kind: self._earlier[kind] + self._seconds[kind] for kind in KINDS}
             state = {"began": self._first, "starts": self._starts, "seconds": total}
             text = json.dumps(state | {"step": max(step, self._seen)}, indent=1)
-            unfinished = self._path.with_name(FILE + ".unfinished")
             # Of a full disk the metrics tell, or the next save.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError), replaced(self._path) as unfinished:
                 unfinished.write_text(text + "\n")
-                unfinished.replace(self._path)
 
     def values(self) -> dict[str, Any]:
         """For the record: shares of this start and of all starts, and the seconds of both.

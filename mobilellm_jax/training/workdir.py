@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import replaced
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.parallel import distributed
 from mobilellm_jax.training.config import FREE, base_config, differences
@@ -49,9 +50,8 @@ def claim(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
         raise UserError(f"{workdir} holds results but no config.json: choose another --workdir.")
     if distributed.leads():
         workdir.mkdir(parents=True, exist_ok=True)
-        unfinished = workdir / "config.json.unfinished"
-        unfinished.write_text(text)
-        unfinished.replace(path)
+        with replaced(path) as unfinished:
+            unfinished.write_text(text)
     distributed.meet("claimed")
     if not distributed.all_of("workdir is seen", path.exists()):
         raise UserError(

@@ -39,7 +39,11 @@ def made(tmp_path_factory):
 def score(made, out, checkpoints=None, steps=3, **settings):
     plan, probes, workdir = made
     points = open_checkpoints(checkpoints or [str(workdir)], steps, list(probes.capabilities))
-    defaults = {"rows": 20, "train_rows": 12, "settings": Settings("all", batch_rows=16, group=2)}
+    defaults = {
+        "rows": 20,
+        "train_rows": 12,
+        "settings": Settings("all", batch_rows=16, own_gradients=2),
+    }
     with contextlib.redirect_stdout(io.StringIO()):
         return influence.influence(plan, probes, points, out, **{**defaults, **settings})
 

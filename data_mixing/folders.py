@@ -1,0 +1,55 @@
+"""Folders of results: whose they are, and that nothing else lies in them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import replaced
+from mobilellm_jax.training.config import differences
+
+
+def claim(folder: epath.PathLike, settings: Mapping[str, Any], name: str = "settings.json") -> None:
+    """Makes a folder for what these settings make, or checks that the one that is there is it.
+
+    Args:
+      folder: of results.
+      settings: plain values that decide what is in it.
+      name: of the file that keeps them.
+
+    Raises:
+      UserError: it holds what other settings have made, or something else.
+    """
+    folder = epath.Path(folder)
+    path, settings = folder / name, json.loads(json.dumps(settings))
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: name a directory as --out.")
+    if path.exists():
+        if found := differences(json.loads(path.read_text()), settings):
+            listed = "; ".join(f"{k}: {a!r} there, {b!r} here" for k, (a, b) in found.items())
+            raise UserError(
+                f"{folder} was made with other settings or other data ({listed}): name a new --out."
+            )
+        return
+    if folder.exists() and any(file.name != f"{name}.unfinished" for file in folder.iterdir()):
+        raise UserError(f"{folder} holds no {name}, so it holds something else: name a new --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as unfinished:
+        unfinished.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def holding(out: epath.PathLike, own: Sequence[str]) -> epath.Path:
+    """A folder for results of one program, which holds nothing but them; it is made if it is not there.
+
+    Raises:
+      UserError: it holds something else, or is a file.
+    """
+    out = epath.Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: name a folder.")
+    if out.exists() and (other := sorted({p.name for p in out.iterdir()} - set(own))):
+        raise UserError(f"{out} holds {other[0]}, which is not of this program: name a new folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    return out

@@ -1,0 +1,32 @@
+"""Folders of results: one set of settings each, and nothing else in them."""
+
+import pytest
+
+from data_mixing import folders
+from mobilellm_jax.errors import UserError
+
+
+def test_a_folder_is_claimed_once_and_again_with_the_same_settings(tmp_path):
+    settings = {"rows": 4, "of": {"layers": ("a", "b")}}
+    for _ in range(2):
+        folders.claim(tmp_path / "out", settings)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["settings.json"]
+    with pytest.raises(UserError, match=r"other settings or other data \(rows: 4 there, 5 here\)"):
+        folders.claim(tmp_path / "out", {**settings, "rows": 5})
+
+
+def test_what_is_not_ours_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        folders.claim(tmp_path / "file", {})
+    with pytest.raises(UserError, match="holds no mine.json, so it holds something else"):
+        folders.claim(tmp_path, {}, "mine.json")
+    with pytest.raises(UserError, match="holds file, which is not of this program"):
+        folders.holding(tmp_path, ("runs",))
+    assert folders.holding(tmp_path / "new", ("runs",)).is_dir()
+
+
+def test_one_that_was_killed_while_it_was_claimed_is_claimed(tmp_path):
+    (tmp_path / "settings.json.unfinished").write_text('{"ro')
+    folders.claim(tmp_path, {"rows": 1})
+    folders.claim(tmp_path, {"rows": 1})
