@@ -422,7 +422,13 @@ def test_the_program(given, tmp_path):
         "data_mixing.coevolve",
         *(f"--config={config}", f"--plan={plan}", f"--probes={tmp_path / 'probes'}"),
         *(f"--init_from={base}", f"--out={tmp_path / 'out'}", "--rows=16", "--train_rows=16"),
-        *("--layers=output", "--batch_rows=16", "--own_gradients=2", "--threshold=1e9", "--metric=dot"),
+        *(
+            "--layers=output",
+            "--batch_rows=16",
+            "--own_gradients=2",
+            "--threshold=1e9",
+            "--metric=dot",
+        ),
     )
     assert ended.status == 0, ended.err
     assert "stopped before the stage of round 1: none of the" in ended.out
