@@ -6,6 +6,8 @@ permutation of the rows of the query and key weights, under which its weightless
 unchanged, so one RoPE serves both. R1's final models have a context of 32k and a RoPE base of 8e6;
 the base models before them have 4k, and 1e6 as the reciprocal of that extension's factor of 8.
 
+Teachers (`TEACHERS`): Llama 3.1 8B (arXiv 2407.21783, table 3), from which R1 is distilled.
+
 Compared (`COMPARED`), each at about 125M and 350M parameters:
 
     roadmap-125m-relu                from ReLU to MobileLLM-LS, table 10
@@ -18,7 +20,7 @@ import dataclasses
 import math
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.config import ModelConfig, Stack
+from mobilellm_jax.model.config import ModelConfig, RopeScaling, Stack
 
 
 def shared(config: ModelConfig, repeats: int = 2, order: str = "immediate") -> ModelConfig:
@@ -134,6 +136,18 @@ def _compared() -> dict[str, ModelConfig]:
 
 PRESETS = _released()
 COMPARED = _compared()
+TEACHERS = {
+    "llama-3.1-8b": ModelConfig(
+        vocab_size=128_256,
+        width=4096,
+        stacks=(Stack(layers=32, heads=32, kv_heads=8, mlp_width=14_336),),
+        head_dim=128,
+        tied=False,
+        rope_theta=5e5,
+        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+        max_length=131_072,
+    ),
+}
 
 
 def preset(name: str) -> ModelConfig:
@@ -142,10 +156,11 @@ def preset(name: str) -> ModelConfig:
     Raises:
       UserError: there is no such preset; the sentence lists those there are.
     """
-    found = {**PRESETS, **COMPARED}
+    found = {**PRESETS, **COMPARED, **TEACHERS}
     if name not in found:
         raise UserError(
-            f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}, or of the networks "
-            f"that the MobileLLM paper compares, {', '.join(COMPARED)}."
+            f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}, of the teachers "
+            f"{', '.join(TEACHERS)}, or of the networks that the MobileLLM paper compares, "
+            f"{', '.join(COMPARED)}."
         )
     return found[name]

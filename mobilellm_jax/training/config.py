@@ -44,12 +44,15 @@ def base_config(model: ModelConfig) -> ConfigDict:
     c.init_from = (
         ""  # where a new run starts: checkpoint, DIR@STEP for one of several, or HF folder
     )
+    c.stage = ""  # name of this run where several follow each other
+    c.init_stage = ""  # name that the run of `init_from` must have; "": any
     c.init_state = "weights"  # what it takes from there; all: moments, step and rows go on as well
     c.plan = ""  # path of the mixture.json to train on, as `prepare` writes it
     c.first_row = 0  # rows of the plan that runs before this one have read; 0: it begins here
     c.row_length = 2048  # targets per row: what is stored, or a multiple or divisor of it
     c.steps = 1000  # optimizer steps of the whole run; 0: as many as `tokens` take
     c.tokens = 0  # tokens of the whole run, instead of steps; 0: as many as `steps` read
+    c.epochs = 0.0  # readings of all rows of the plan, instead of steps or tokens; 0: as many as those take
     c.global_batch = 1024  # rows per step, over all devices
     c.batch_ramp = ()  # before that: ((rows per step, tokens of the run at which they end), ...)
     c.microbatches = 1  # parts of a step computed one after another, to save memory
@@ -164,6 +167,11 @@ def check(config: ConfigDict, devices: int) -> None:
     if config.init_state not in INIT_STATES:
         raise UserError(
             f"config.init_state={config.init_state!r} is unknown: {' or '.join(INIT_STATES)}."
+        )
+    if config.init_stage and not config.init_from:
+        raise UserError(
+            f"config.init_from is empty, but {config.stage or 'this run'} starts at a checkpoint of the "
+            f"stage {config.init_stage}: name it there, or set config.init_stage='' for random weights."
         )
     if config.init_state == "all" and not config.init_from:
         raise UserError("config.init_state=all needs a checkpoint: name it in config.init_from.")

@@ -23,6 +23,7 @@ from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.training.checkpoint import FOLDER, saved_steps
 from mobilellm_jax.training.config import differences
+from mobilellm_jax.training.length import length_of
 from mobilellm_jax.training.outliers import init_window
 from mobilellm_jax.training.saving import restore_state
 from mobilellm_jax.training.step import TrainState, init_state
@@ -43,9 +44,12 @@ def open_start(config: ConfigDict, run: "Setup") -> StoredModel:
       run: what its configuration means.
 
     Raises:
-      UserError: see `open_weights` and `check_state`; or there is no checkpoint of that step.
+      UserError: see `open_weights`, `check_stage` and `check_state`; or there is no checkpoint of
+        that step.
     """
-    start = open_weights(located(config.init_from), run.model, run.tokenizer)
+    directory = located(config.init_from)
+    start = open_weights(directory, run.model, run.tokenizer)
+    check_stage(start, config, named=epath.Path(directory) == start.directory)
     if config.init_state == "all":
         check_state(start, config, run)
     return start
@@ -70,6 +74,41 @@ def located(name: str) -> epath.PathLike:
             f"{there}."
         )
     return folder / str(step)
+
+
+def check_stage(start: StoredModel, config: ConfigDict, named: bool) -> None:
+    """Meets a stage that would start at the wrong checkpoint, where that can be known.
+
+    A folder of Hugging Face does not say what it is, nor do runs without a `config.stage`.
+
+    Args:
+      start: what the run would start at.
+      config: of the run.
+      named: whether the user named this very checkpoint, as DIR@STEP or by its folder; of a workdir
+        the newest is taken, and only a run that has ended has its last.
+
+    Raises:
+      UserError: it is of another stage than `config.init_stage`; or its run has not ended.
+    """
+    if start.family != CHECKPOINT:
+        return
+    there = start.meta["config"]
+    stage = there.get("stage", "")
+    if stage and config.init_stage and stage != config.init_stage:
+        raise UserError(
+            f"config.init_from={config.init_from} is a checkpoint of the stage {stage}, and "
+            f"{config.stage or 'this run'} starts at one of {config.init_stage}: name that in "
+            "config.init_from, or set config.init_stage to start here all the same."
+        )
+    if named or "row_length" not in there:  # a network from elsewhere is no run
+        return
+    steps = length_of(there).steps
+    if start.step < steps:
+        raise UserError(
+            f"config.init_from={config.init_from} is a run that has not ended: its newest checkpoint is "
+            f"of step {start.step:,} of {steps:,}. Let it end, or name the step to start at: "
+            f"config.init_from={config.init_from}@{start.step}."
+        )
 
 
 def begin(start: StoredModel, config: ConfigDict, run: "Setup") -> TrainState:
