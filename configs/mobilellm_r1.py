@@ -5,7 +5,7 @@ r"""MobileLLM-R1 as published (arXiv 2509.24945): six stages, from random weight
 | 140m     | 140,248,512 | 15     | 576   | 9 / 3      |
 | 360m     | 359,431,168 | 15     | 1024  | 16 / 4     |
 | 950m     | 949,685,760 | 22     | 1536  | 24 / 6     |
-| tiny     | 997,760     | 4      | 128   | 2 / 1      |
+| tiny     | 951,424     | 4      | 128   | 2 / 1      |
 
     python -m mobilellm_jax.train --config=configs/mobilellm_r1.py:140m,pretrain1 \
       --workdir=runs/r1-140m-pretrain1
@@ -20,7 +20,8 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.config import ModelConfig, Stack
+from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.config import Stack as Blocks
 from mobilellm_jax.model.presets import preset
 from mobilellm_jax.training.config import base_config
 
@@ -65,25 +66,28 @@ PUBLISHED = {
 }
 # The same in small. A network of 1M parameters wants higher rates.
 SMALL = {
-    "teacher": Stage("pretrain.json", 256, 8, 200, 4e-3, 20, saves=50),
-    "pretrain1": Stage("pretrain.json", 256, 8, 100, 4e-3, 10, 0.1, saves=20),
-    "pretrain2": Stage("pretrain.json", 256, 8, 60, 4e-3, 10, 0.1, after=100, saves=20),
-    "midtrain1": Stage("midtrain.json", 1024, 2, 40, 1e-3, 4, saves=20),
-    "midtrain2": Stage("midtrain.json", 1024, 2, 40, 1e-3, 4, after=40, saves=20),
-    "sft_general": Stage("sft_general/mixture.json", 1024, 2, 2, 1e-3, 4, decay=0.0, saves=20),
+    "teacher": Stage("pretrain.json", 512, 2, 150, 4e-3, 15, saves=50),
+    "pretrain1": Stage("pretrain.json", 256, 4, 100, 4e-3, 10, 0.1, saves=20),
+    "pretrain2": Stage("pretrain.json", 256, 4, 60, 4e-3, 10, 0.1, after=100, saves=20),
+    "midtrain1": Stage("midtrain.json", 512, 2, 40, 1e-3, 4, saves=20),
+    "midtrain2": Stage("midtrain.json", 512, 2, 40, 1e-3, 4, after=40, saves=20),
+    "sft_general": Stage("sft_general/mixture.json", 1024, 1, 2, 1e-3, 4, decay=0.0, saves=20),
     "sft_reasoning": Stage(
-        "sft_reasoning/mixture.json", 2048, 2, 4, 1e-3, 4, decay=0.0, theta=8e6, saves=20
+        "sft_reasoning/mixture.json", 2048, 1, 4, 1e-3, 4, decay=0.0, theta=8e6, saves=20
     ),
 }
 STAGES = tuple(PUBLISHED)
 
 
-def network(size: str, stage: str) -> ModelConfig:
-    """The network, but for its context and RoPE's base."""
-    if size != "tiny":
-        return preset(f"mobilellm-r1-{size}")
-    width, blocks = (192, Stack(6, 3, 1, 512)) if stage == "teacher" else (128, Stack(4, 2, 1, 320))
-    return ModelConfig(2048, width, (blocks,), qk_norm="unit", init_std=0.05)
+def network(size: str, name: str) -> ModelConfig:
+    """The network of a stage; stages differ in its context and in RoPE's base."""
+    if size == "tiny":
+        stage, layers = SMALL[name], 8 if name == "teacher" else 4
+        blocks = (Blocks(layers, heads=2, kv_heads=1, mlp_width=320),)
+        model = ModelConfig(2048, 128, blocks, qk_norm="unit", init_std=0.05)
+    else:
+        stage, model = PUBLISHED[name], preset(f"mobilellm-r1-{size}")
+    return dataclasses.replace(model, max_length=stage.context, rope_theta=stage.theta)
 
 
 def get_config(argument: str = "140m,pretrain1") -> ConfigDict:
@@ -100,9 +104,7 @@ def get_config(argument: str = "140m,pretrain1") -> ConfigDict:
             f"{', '.join(SIZES)}, a comma, and one of {', '.join(STAGES)} (or tiny,teacher)."
         )
     stage = stages[name]
-    c = base_config(
-        dataclasses.replace(network(size, name), max_length=stage.context, rope_theta=stage.theta)
-    )
+    c = base_config(network(size, name))
     c.plan = f"data/{'r1-tiny' if size == 'tiny' else 'r1'}/{stage.plan}"
     c.row_length = stage.context
     c.global_batch = stage.batch

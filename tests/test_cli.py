@@ -17,6 +17,7 @@ PROGRAMS = {
     "mobilellm_jax.sweep": ("sweep", "workdir", "cells", "parallel"),
     "mobilellm_jax.clean": ("out", "source"),
     "mobilellm_jax.evaluate": ("checkpoint", "server", "tasks"),
+    "mobilellm_jax.worked_problems": ("out", "seed", "train"),
     "mobilellm_jax.judge": ("judge", "judge_model", "out"),
     "data_mixing.probes": ("out", "source", "capability", "judge"),
     "data_mixing.influence": ("plan", "probes", "checkpoints", "out"),

@@ -75,18 +75,113 @@ def test_mobilellm_takes_every_preset_and_a_size_by_default():
         assert ModelConfig.from_dict(config.model) == preset(name)
 
 
-@pytest.mark.parametrize("size, stage", [*itertools.product(R1_SIZES, ("pretrain1", "pretrain2"))])
+# Of the six stages (arXiv 2509.24945, table 2): tokens of a row and of a step, steps or epochs, peak
+# and final learning rate, weight decay. Of SFT the paper's steps hold 512 and 1,024 conversations.
+R1_STAGES = {
+    "pretrain1": (2048, 4_194_304, 500_000, 4e-3, 4e-4, 0.1),
+    "pretrain2": (2048, 4_194_304, 500_000, 4e-3, 4e-4, 0.1),
+    "midtrain1": (4096, 2_097_152, 50_000, 3.6e-4, 0.0, 0.1),
+    "midtrain2": (4096, 2_097_152, 50_000, 3.6e-4, 0.0, 0.1),
+    "sft_general": (4096, None, 2, 5e-6, 0.0, 0.0),
+    "sft_reasoning": (32_768, None, 4, 8e-5, 0.0, 0.0),
+}
+R1_TOKENS = {"pretrain": 2_097_152_000_000, "midtrain": 104_857_600_000}
+R1_SAMPLES = {"sft_general": (866_000, 512), "sft_reasoning": (6_163_000, 1024)}
+R1_WARMUP = {"pretrain1": 2000, "pretrain2": 2000, "midtrain1": 500, "midtrain2": 500}
+
+
+def sft_steps(stage):
+    """Of the paper: conversations, read as often as the epochs say, over those of a step."""
+    conversations, step = R1_SAMPLES[stage]
+    return R1_STAGES[stage][2] * conversations // step
+
+
+def in_steps(config, steps):
+    """A configuration whose length, in epochs of data that are not here, is set in steps."""
+    if config.epochs:
+        config.steps, config.epochs = steps, 0.0
+    return config
+
+
+@pytest.mark.parametrize("size, stage", [*itertools.product(R1_SIZES, R1_STAGES)])
 def test_mobilellm_r1(size, stage):
     config = module("mobilellm_r1").get_config(f"{size},{stage}")
-    schedule = whole(config, devices=128)
-    assert parameters(config) == R1_SIZES[size]
-    assert config.steps * config.global_batch * config.row_length == 2_097_152_000_000
-    for at, exact in ((0, 0), (1000, 2e-3), (2000, 4e-3), (251_000, 2.2e-3), (500_000, 4e-4)):
+    row, tokens, length, peak, last, decay = R1_STAGES[stage]
+    assert config.row_length == config.model.max_length == row
+    assert (config.epochs or config.steps) == length
+    sft = stage.startswith("sft")
+    assert bool(config.epochs) == sft
+    if not sft:
+        assert config.global_batch * row == tokens
+        assert config.steps * tokens == R1_TOKENS[stage[:-1]]
+    steps = sft_steps(stage) if sft else length
+    # Warm-ups of SFT are published as shares of the run.
+    warmup = R1_WARMUP.get(stage) or {"sft_general": 0.03, "sft_reasoning": 0.1}[stage] * steps
+    assert config.schedule.warmup_steps == pytest.approx(warmup, rel=0.02)
+    config = in_steps(config, steps)
+    check(config, 64)
+    configured(config.optimizer, "optimizer")
+    schedule = configured(config.schedule, "schedule")(steps)
+    warmup = config.schedule.warmup_steps
+    middle = (warmup + steps) // 2
+    for at, exact in ((0, 0), (warmup // 2, peak / 2), (warmup, peak), (steps, last)):
         assert float(schedule(at)) == pytest.approx(exact, rel=1e-5), at
-    assert bool(config.init_from) == (stage == "pretrain2")
-    published = Plan.load(CONFIGS / "plans" / "mobilellm_r1_pretrain.json")
-    begins = {"pretrain1": 0, "pretrain2": published.stages[0].tokens}
-    assert config.first_row * config.row_length == begins[stage]
+    assert float(schedule(middle)) == pytest.approx((peak + last) / 2, rel=1e-3)  # a line
+    optimizer = config.optimizer
+    assert (optimizer.b1, optimizer.b2, optimizer.eps) == (0.9, 0.95, 1e-8)
+    assert (optimizer.weight_decay, optimizer.clip) == (decay, 1.0)
+    assert parameters(config) == R1_SIZES[size]
+
+
+def test_the_stages_of_mobilellm_r1_follow_each_other():
+    published = module("mobilellm_r1")
+    assert published.STAGES == tuple(R1_STAGES)
+    for size in published.SIZES:
+        configs = {stage: published.get_config(f"{size},{stage}") for stage in R1_STAGES}
+        for stage, config in configs.items():
+            assert config.stage == stage
+        chain = [*configs.values()]
+        assert (chain[0].init_from, chain[0].init_stage) == ("", "")
+        for one, other in itertools.pairwise(chain):
+            assert other.init_stage == one.stage
+            assert other.init_from == f"runs/r1-{size}-{one.stage}"
+            # The networks are equal but for what a start may change.
+            kept = [differences(one.model.to_dict(), other.model.to_dict())]
+            assert {key for found in kept for key in found} <= {"max_length", "rope_theta"}
+        thetas = [config.model.rope_theta for config in chain]
+        assert thetas == [1e6] * 5 + [8e6]
+        # The second stage of a kind begins where the plan's second stage does.
+        prefix = "mobilellm_r1_tiny" if size == "tiny" else "mobilellm_r1"
+        for kind in ("pretrain", "midtrain"):
+            plan = Plan.load(CONFIGS / "plans" / f"{prefix}_{kind}.json")
+            first, second = (configs[f"{kind}{number}"] for number in (1, 2))
+            assert first.plan == second.plan
+            assert first.first_row == 0
+            assert second.first_row == first.steps * first.global_batch
+            assert second.first_row * second.row_length == plan.stages[0].tokens
+
+
+def test_mid_training_is_distilled_and_nothing_else_is():
+    published = module("mobilellm_r1")
+    for size in published.SIZES:
+        for stage in R1_STAGES:
+            objective = published.get_config(f"{size},{stage}").objective
+            assert ("teacher" in objective) == stage.startswith("midtrain")
+            if "teacher" in objective:
+                assert objective.temperature == 1.0
+                assert objective.labels == objective.reverse == 0.0
+                teacher = ModelConfig.from_dict(objective.teacher_model)
+                network = published.get_config(f"{size},{stage}").model
+                assert teacher.vocab_size == network.vocab_size
+    taught = published.get_config("140m,midtrain1").objective
+    assert ModelConfig.from_dict(taught.teacher_model) == preset("llama-3.1-8b")
+    teacher = published.get_config("tiny,teacher")
+    told = published.get_config("tiny,midtrain1").objective.teacher_model
+    found = differences(teacher.model.to_dict(), ModelConfig.from_dict(told).to_dict())
+    assert not found
+    student = published.get_config("tiny,pretrain1")
+    assert parameters(teacher) > 1.5 * parameters(student)
+    assert not teacher.init_from and teacher.plan == student.plan
 
 
 @pytest.mark.parametrize(
@@ -95,9 +190,10 @@ def test_mobilellm_r1(size, stage):
         ("mobilellm", "126m", "one of 125m, 350m, 600m, 1b, 1.5b"),
         ("mobilellm", "125m,lsx", "any of ,ls, ,explore"),
         ("mobilellm", "", "names no network"),
-        ("mobilellm_r1", "140m", "one of 140m, 360m, 950m, a comma, and one of pretrain1"),
+        ("mobilellm_r1", "140m", "one of 140m, 360m, 950m, tiny, a comma, and one of pretrain1"),
         ("mobilellm_r1", "125m,pretrain1", "names no stage"),
         ("mobilellm_r1", "140m,pretrain1,more", "names no stage"),
+        ("mobilellm_r1", "140m,teacher", "names no stage"),
     ],
 )
 def test_arguments_that_name_nothing(name, argument, part):

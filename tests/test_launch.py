@@ -1,10 +1,13 @@
 """The launch scripts: sound shell, honest dry runs, one sentence for what is missing."""
 
 import os
+import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -31,8 +34,17 @@ def launch(script, *arguments, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_all_four_are_here():
-    assert SCRIPTS == ["gke_xpk.sh", "local_pod.sh", "slurm_gpu.sbatch", "tpu_vm.sh"]
+STAGES = ["pretrain1", "pretrain2", "midtrain1", "midtrain2", "sft_general", "sft_reasoning"]
+
+
+def test_all_five_are_here():
+    assert SCRIPTS == [
+        "gke_xpk.sh",
+        "local_pod.sh",
+        "r1_recipe.sh",
+        "slurm_gpu.sbatch",
+        "tpu_vm.sh",
+    ]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -100,6 +112,103 @@ def test_a_slurm_job_runs_the_command_as_it_is():
     assert status == 2 and "sbatch" in err
 
 
+def settings(line):
+    """The flags of a command of training, of which each is there once."""
+    words = shlex.split(line)
+    assert words[:3] == ["python", "-m", "mobilellm_jax.train"]
+    found = dict(word.removeprefix("--").split("=", 1) for word in words[3:])
+    assert len(found) == len(words) - 3
+    return found
+
+
+@pytest.mark.parametrize("size", ["140m", "360m", "950m", "tiny"])
+def test_the_recipe_runs_its_stages_in_order_with_the_paths_of_the_configurations(size):
+    """What the script says without options is what the configuration says by itself."""
+    status, out, err = launch("r1_recipe.sh", f"--size={size}", "--dry-run", PYTHON="")
+    assert (status, err) == (0, "")
+    commands = [settings(line) for line in out.splitlines() if "mobilellm_jax.train" in line]
+    arguments = [found["config"].partition(":")[2] for found in commands]
+    teacher = ["teacher"] if size == "tiny" else []
+    assert arguments == [f"{size},{stage}" for stage in (*teacher, *STAGES)]
+    get_config = runpy.run_path(str(LAUNCH.parent / "configs" / "mobilellm_r1.py"))["get_config"]
+    for argument, found in zip(arguments, commands, strict=True):
+        config = get_config(argument)
+        assert found.pop("workdir") == f"runs/r1-{size}-{config.stage}"
+        assert found.pop("config.plan") == config.plan
+        assert found.pop("config.init_from", "") == config.init_from
+        assert found.pop("config.objective.teacher", "") == config.objective.get("teacher", "")
+        assert set(found) == {"config"}
+
+
+def test_the_recipe_begins_and_ends_where_it_is_told():
+    options = ("--from=pretrain2", "--to=midtrain1", "--data=D", "--runs=R", "--teacher=T")
+    launcher = "--launcher=launch/local_pod.sh --processes=2 --"
+    more = ("--dry-run", "--", "--config.mesh.fsdp=8", "--config.wandb=a b")
+    status, out, err = launch("r1_recipe.sh", "--size=950m", *options, launcher, *more, PYTHON="")
+    assert (status, err) == (0, "")
+    lines = [
+        line.removeprefix("launch/local_pod.sh --processes=2 -- ") for line in out.splitlines()
+    ]
+    first, second = map(settings, lines)
+    for found in (first, second):
+        assert found.pop("config.mesh.fsdp") == "8" and found.pop("config.wandb") == "a b"
+    base = "configs/mobilellm_r1.py:950m"
+    assert first == {
+        "config": f"{base},pretrain2",
+        "workdir": "R/r1-950m-pretrain2",
+        "config.plan": "D/pretrain.json",
+        "config.init_from": "R/r1-950m-pretrain1",
+    }
+    assert second == {
+        "config": f"{base},midtrain1",
+        "workdir": "R/r1-950m-midtrain1",
+        "config.plan": "D/midtrain.json",
+        "config.init_from": "R/r1-950m-pretrain2",
+        "config.objective.teacher": "T",
+    }
+
+
+def fake_python(directory, body):
+    """An interpreter that notes the stage it is started for, and then does as it is told."""
+    path = directory / "python"
+    path.write_text(
+        "#!/usr/bin/env bash\nfor word; do case $word in --workdir=*) "
+        f'echo "${{word##*-}}" >>{directory}/stages ;; esac; done\n{body}\n'
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_the_recipe_ends_with_the_stage_that_fails(tmp_path):
+    fake = fake_python(tmp_path, f"[[ $(wc -l <{tmp_path}/stages) -lt 3 ]] || exit 7")
+    status, out, _ = launch("r1_recipe.sh", "--size=140m", PYTHON=fake)
+    assert status == 7
+    assert (tmp_path / "stages").read_text().split() == STAGES[:3]
+    assert out.splitlines()[-1] == "== midtrain1, 3 of 6: runs/r1-140m-midtrain1"
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_reaches_the_stage_once_and_ends_the_recipe_behind_it(tmp_path, number, status):
+    """The stage takes its time to save, is not told twice, and no other stage begins."""
+    saving = f'trap "echo told >>{tmp_path}/told" TERM INT\nfor i in {{1..20}}; do sleep 0.05; done'
+    fake = fake_python(tmp_path, f"{saving}\necho saved >>{tmp_path}/told")
+    process = subprocess.Popen(
+        ["bash", LAUNCH / "r1_recipe.sh", "--size=140m"],
+        env={**os.environ, "PYTHON": fake},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "stages").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.killpg(process.pid, number)  # as a terminal does
+    assert process.wait(timeout=30) == status
+    assert (tmp_path / "told").read_text().split() == ["told", "saved"]
+    assert (tmp_path / "stages").read_text().split() == STAGES[:1]
+
+
 @pytest.mark.parametrize("script, more", [("tpu_vm.sh", []), ("gke_xpk.sh", ["--cluster=c"])])
 def test_logs_and_delete(script, more):
     for action, words in (("--logs", {"gcloud", "kubectl"}), ("--delete", {"gcloud", "xpk"})):
@@ -121,6 +230,11 @@ def test_logs_and_delete(script, more):
         ("tpu_vm.sh", [*CLOUD, "--type=v6e-8"], "no command"),
         ("gke_xpk.sh", CLOUD, "--cluster is missing"),
         ("gke_xpk.sh", [*CLOUD, "--cluster=c", "--", "true"], "--type is missing"),
+        ("r1_recipe.sh", ["--size=141m"], "--size=141m"),
+        ("r1_recipe.sh", ["--from=pretrain3"], "pretrain3 is no stage"),
+        ("r1_recipe.sh", ["--size=140m", "--from=teacher"], "teacher is no stage"),
+        ("r1_recipe.sh", ["--from=midtrain2", "--to=midtrain1"], "--from=midtrain2 comes after"),
+        ("r1_recipe.sh", ["--config.steps=3"], "come after --"),
         ("slurm_gpu.sbatch", [], "no command"),
         ("slurm_gpu.sbatch", ["--dryrun", "true"], "--dryrun"),
     ],

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.interop import hf_config
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import parameter_count
 from mobilellm_jax.model.presets import COMPARED, PRESETS, preset, shared
@@ -129,3 +130,42 @@ def test_layer_sharing_and_the_long_context_change_nothing_else():
 def test_an_unknown_preset_names_those_there_are():
     with pytest.raises(UserError, match=r"no preset 'x'.*mobilellm-125m.*depth-30x512"):
         preset("x")
+
+
+def test_the_teacher_is_llama_3_1_8b():
+    """Its published size; and what is read from the config.json of its release."""
+    teacher = preset("llama-3.1-8b")
+    assert parameter_count(teacher) == 8_030_261_248
+    released = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 128_000,
+        "eos_token_id": [128_001, 128_008, 128_009],
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14_336,
+        "max_position_embeddings": 131_072,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500_000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.42.3",
+        "use_cache": True,
+        "vocab_size": 128_256,
+    }
+    assert hf_config.read(released, "config.json") == (teacher, "llama")
