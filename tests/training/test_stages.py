@@ -41,7 +41,7 @@ def refused(c, workdir, part):
 
 
 def test_a_stage_starts_at_the_end_of_the_one_before(plan, stages, tmp_path):
-    c = config(plan, "midtrain", stages / "pretrain", "pretrain", steps=2)
+    c = config(plan, "midtrain", stages / "pretrain", "pretrain")
     _, printed = said(train, c, tmp_path / "run", 1, tiny.one_device())
     assert f"starting at the weights of {stages / 'pretrain'}/checkpoints/6" in printed
 
