@@ -14,7 +14,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help run ladder mixing-demo test test-slow lint format bench clean
+.PHONY: help run recipe ladder mixing-demo test test-slow lint format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -32,6 +32,9 @@ run: $(VENV)/.installed ## text -> tokenizer -> trained, resumed, sampled, expor
 	test -d $(RUN)/hf || $(BIN)/python -m mobilellm_jax.convert --checkpoint=$(RUN) --to=hf --out=$(RUN)/hf
 	$(BIN)/python -m mobilellm_jax.generate --checkpoint=$(RUN) --prompt="def __init__(self,"
 	$(BIN)/python -m mobilellm_jax.report $(RUN)
+
+recipe: $(VENV)/.installed ## MobileLLM-R1's six stages in small: pre-training, distillation, SFT; minutes on 2 cores
+	PYTHON=$(BIN)/python launch/r1_recipe.sh --size=tiny
 
 ladder: $(VENV)/.installed ## MobileLLM's architecture ladder at small scale: about 140 runs, 90 minutes on 2 cores
 	$(PREPARE) --out=data/ladder --vocab_size=512

@@ -32,6 +32,18 @@ RUNS = (
     ("R1-950M", R1, "v6e:16x16", ("microbatches=8", "execution.remat=dots")),
     ("R1-950M", R1, "tpu7x:4x4x4", ("microbatches=8", "execution.remat=dots")),
 )
+# Every stage of MobileLLM-R1; those of SFT with the paper's numbers of steps.
+KEYS = {
+    "pretrain1": ("v5p:4x4x8", ("microbatches=4",)),
+    "midtrain1": ("v5p:4x4x8", ("microbatches=4",)),
+    "sft_general": ("v5p:4x4x4", ("steps=3383", "epochs=0")),
+    "sft_reasoning": ("v5p:4x4x8", ("steps=24000", "epochs=0", "microbatches=2")),
+}
+STAGES = tuple(
+    (f"R1-{size} {stage}", f"configs/mobilellm_r1.py:{size.lower()},{stage}", *how)
+    for size in ("140M", "360M", "950M")
+    for stage, how in KEYS.items()
+)
 # The widths of the 1B network at two depths.
 WIDTHS = ("microbatches=4", "execution.remat=dots", "mesh.fsdp=4")
 DEPTHS = (
@@ -99,7 +111,7 @@ def main(argv: list[str]) -> None:
     header = "run|slice|keys|state, GiB|temporaries, GiB|peak, GiB of a device|matrices / model"
     header += "|attention / causal half|a step at least|tokens/s at 40 %|days|chip-hours"
     lines = [(header + "|seconds (of CPU)").split("|")]
-    for name, *described in RUNS:
+    for name, *described in RUNS + STAGES:
         wanted = re.search(flags.FLAGS.only, " ".join([name, *map(str, described)]), re.IGNORECASE)
         if wanted and (found := measured(name, *described)):
             lines.append(fit(found, name, described[1], described[2]))
