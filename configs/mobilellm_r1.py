@@ -20,8 +20,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.model.config import Stack as Blocks
+from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.model.presets import preset
 from mobilellm_jax.training.config import base_config
 
@@ -40,7 +39,7 @@ class Stage:
     warmup: int  # steps
     floor: float = 0.0  # share of the peak at the end
     decay: float = 0.1  # weight decay
-    theta: float = 1e6  # RoPE's base; published is 8e6 at the end, "scaled by 8" for 32k
+    theta: float = 1e6  # RoPE's base; the released models, scaled by 8 for 32k, have 8e6
     after: int = 0  # steps of the stage before that the same plan has served
     saves: int = 1000  # steps between checkpoints and evaluations
 
@@ -83,7 +82,7 @@ def network(size: str, name: str) -> ModelConfig:
     """The network of a stage; stages differ in its context and in RoPE's base."""
     if size == "tiny":
         stage, layers = SMALL[name], 8 if name == "teacher" else 4
-        blocks = (Blocks(layers, heads=2, kv_heads=1, mlp_width=320),)
+        blocks = (Stack(layers, heads=2, kv_heads=1, mlp_width=320),)
         model = ModelConfig(2048, 128, blocks, qk_norm="unit", init_std=0.05)
     else:
         stage, model = PUBLISHED[name], preset(f"mobilellm-r1-{size}")
@@ -141,6 +140,7 @@ def get_config(argument: str = "140m,pretrain1") -> ConfigDict:
     c.eval.every = c.checkpoint.every = stage.saves
     if size == "tiny":
         c.execution.dtype = "float32"  # CPUs have no fast bfloat16 products
+        c.loss_chunks = stage.context // 32  # few enough logits for the cache of a core
         c.eval.rows = 16
         c.log_every = 20
     else:
