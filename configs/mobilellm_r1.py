@@ -65,7 +65,7 @@ PUBLISHED = {
 }
 # The same in small. A network of 1M parameters wants higher rates.
 SMALL = {
-    "teacher": Stage("pretrain.json", 512, 2, 150, 4e-3, 15, saves=50),
+    "teacher": Stage("pretrain.json", 512, 2, 300, 4e-3, 30, saves=50),
     "pretrain1": Stage("pretrain.json", 256, 4, 100, 4e-3, 10, 0.1, saves=20),
     "pretrain2": Stage("pretrain.json", 256, 4, 60, 4e-3, 10, 0.1, after=100, saves=20),
     "midtrain1": Stage("midtrain.json", 512, 2, 40, 1e-3, 4, saves=20),
