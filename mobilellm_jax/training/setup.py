@@ -17,7 +17,7 @@ from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.attention import choose
-from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.config import ModelConfig, flops_per_token
 from mobilellm_jax.parallel.mesh import make_mesh
 from mobilellm_jax.parallel.sharding import batch_sharding, shardings
 from mobilellm_jax.training.config import check, configured
@@ -25,6 +25,7 @@ from mobilellm_jax.training.evaluation import evaluate
 from mobilellm_jax.training.length import Length, length_of, microbatches
 from mobilellm_jax.training.objectives import Network
 from mobilellm_jax.training.step import Batch, Objective, TrainState, init_state, train_step
+from mobilellm_jax.training.teacher import Teacher, abstract_teacher, check_teacher, load_teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +43,25 @@ class Programs:
     abstract: TrainState  # the state as `ShapeDtypeStruct`s with these shardings
     abstract_batch: dict[str, jax.ShapeDtypeStruct]  # likewise the batch of a step
     begin: Callable[[jax.Array], TrainState]  # pure: key of the weights -> state of step 0
-    advance: Callable[..., Any]  # pure: state, batch, piece_bytes_V -> state, metrics
+    advance: Callable[..., Any]  # pure: state, batch, piece_bytes_V[, teacher] -> state, metrics
     fresh: Callable[[], TrainState]  # jitted `begin` with the seed's key; makes the state in place
     step: Any  # jitted `advance`; donates the state
+    teacher: Teacher | None  # as `ShapeDtypeStruct`s; None: the objective learns from none
+
+    def flops_per_token(self, length: int) -> int:
+        """Model FLOPs to train on one token of a row of `length`, with the forward pass of a teacher."""
+        flops = flops_per_token(self.model, length)
+        if self.teacher:
+            flops += flops_per_token(self.teacher.network.model, length) // 3
+        return flops
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup(Programs):
-    """A run that is ready to begin or to go on: here `step` is a function of state and batch alone."""
+    """A run that is ready to begin or to go on.
+
+    Here `step` is a function of state and batch alone, and the teacher has its weights.
+    """
 
     plan: Plan
     mixture: Mixture
@@ -86,8 +98,20 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
     made = programs(config, devices, tokenizer.bos_id, tokenizer.eos_id, len(plan.sources))
     with jax.set_mesh(made.mesh):
         piece_bytes_V = jax.numpy.asarray(tokenizer.piece_bytes())
+        # What an objective refuses is met here, before anything is written.
+        shapes = made.abstract.params, made.abstract_batch
+        jax.eval_shape(
+            lambda *x: taught(made.objective, x[2])(*x[:2], made.network).total,
+            *shapes,
+            made.teacher,
+        )
+        teacher = made.teacher and load_teacher(config, made.teacher, tokenizer)
     return Setup(
-        **{**vars(made), "step": lambda state, batch: made.step(state, batch, piece_bytes_V)},
+        **{
+            **vars(made),
+            "step": lambda state, batch: made.step(state, batch, piece_bytes_V, teacher),
+            "teacher": teacher,
+        },
         plan=plan,
         mixture=mixture,
         tokenizer=tokenizer,
@@ -149,6 +173,8 @@ def programs(
         config.loss_chunks,
     )
     objective = configured(config.objective, "objective")
+    check_teacher(config, objective)
+    teacher = abstract_teacher(config, network, mesh)
     make_optimizer = configured(config.optimizer, "optimizer")
     schedule = configured(config.schedule, "schedule")(length.steps)
 
@@ -168,14 +194,14 @@ def programs(
     shapes_of_batch = {"tokens": (rows, config.row_length + 1), "source": (rows,)}
 
     def advance(
-        state: TrainState, batch: Batch, piece_bytes_V: jax.Array
+        state: TrainState, batch: Batch, piece_bytes_V: jax.Array, teacher: Teacher | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
         return train_step(
             state,
             batch,
             piece_bytes_V,
             network=network,
-            objective=objective,
+            objective=taught(objective, teacher),
             make_optimizer=make_optimizer,
             schedule=schedule,
             sources=sources,
@@ -206,7 +232,13 @@ def programs(
             donate_argnums=0,
             out_shardings=(state_shardings, whole),
         ),
+        teacher=teacher,
     )
+
+
+def taught(objective: Objective, teacher: Teacher | None) -> Objective:
+    """An objective with its teacher, if there is one."""
+    return functools.partial(objective, teacher=teacher) if teacher else objective
 
 
 def _abstract(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
