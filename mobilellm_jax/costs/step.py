@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 from mobilellm_jax.costs import collectives, flops
 from mobilellm_jax.costs.hlo import Program
 from mobilellm_jax.costs.traffic import memory_bytes
+from mobilellm_jax.data.plan import Plan
+from mobilellm_jax.data.taught import read_info
 from mobilellm_jax.parallel.chips import Chip, find_chip
 from mobilellm_jax.training.config import check
 from mobilellm_jax.training.setup import Programs, programs
@@ -93,7 +95,11 @@ def make_programs(config: ConfigDict, devices: Sequence[jax.Device], sources: in
       UserError: the configuration is not usable, or does not divide over the devices.
     """
     check(config, len(devices))
-    return programs(config, devices, bos_id=1, eos_id=2, sources=sources)
+    top_k = 0
+    if config.teacher.stored:
+        plan = Plan.load(config.plan)
+        top_k = read_info(plan.resolve(plan.sources[0].path), config.teacher.stored).top_k
+    return programs(config, devices, bos_id=1, eos_id=2, sources=sources, top_k=top_k)
 
 
 def state_memory(made: Programs, capacity: float | None) -> Memory:

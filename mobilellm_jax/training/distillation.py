@@ -18,11 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mobilellm_jax.data.taught import TAUGHT_IDS, TAUGHT_LOG_PROBS
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.loss import sum_over_chunks
 from mobilellm_jax.training.objectives import Batch, Losses, Network, split_rows
-from mobilellm_jax.training.teacher import TAUGHT_IDS, TAUGHT_LOG_PROBS, Teacher
+from mobilellm_jax.training.teacher import Teacher
 
 # log p of all tokens, float32 [N, V], given those of the student, what belongs to these targets, what
 # is shared by all, and the temperature.

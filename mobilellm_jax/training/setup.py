@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from mobilellm_jax.data.mixture import Mixture, check_length, open_mixture, open_split
 from mobilellm_jax.data.plan import Plan
+from mobilellm_jax.data.taught import TAUGHT_IDS, TAUGHT_LOG_PROBS
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
@@ -86,7 +87,13 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
     model = ModelConfig.from_dict(config.model)
     plan = Plan.load(config.plan)
     tokenizer = tokenizer_of(plan, config.plan)
-    mixture = open_mixture(plan, config.row_length, model.vocab_size)
+    mixture = open_mixture(
+        plan,
+        config.row_length,
+        model.vocab_size,
+        config.teacher.stored,
+        config.objective.get("temperature", 1.0),
+    )
     length = length_of(config)
     check_length(mixture, length.rows(0), length.rows(length.steps) - length.rows(0))
     heldout = open_split(plan, "heldout", config.row_length, model.vocab_size)
@@ -95,7 +102,8 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
         print(f"data: no held-out rows of {', '.join(without)}; not evaluated.")
 
     # --- The programs, given what each token stands for
-    made = programs(config, devices, tokenizer.bos_id, tokenizer.eos_id, len(plan.sources))
+    tokens = tokenizer.bos_id, tokenizer.eos_id
+    made = programs(config, devices, *tokens, len(plan.sources), mixture.top_k)
     with jax.set_mesh(made.mesh):
         piece_bytes_V = jax.numpy.asarray(tokenizer.piece_bytes())
         # What an objective refuses is met here, before anything is written.
@@ -145,7 +153,12 @@ def tokenizer_of(plan: Plan, where: epath.PathLike) -> Tokenizer:
 
 
 def programs(
-    config: ConfigDict, devices: Sequence[jax.Device], bos_id: int, eos_id: int, sources: int
+    config: ConfigDict,
+    devices: Sequence[jax.Device],
+    bos_id: int,
+    eos_id: int,
+    sources: int,
+    top_k: int = 0,
 ) -> Programs:
     """The programs of a configuration, made without data and without arrays; they compile when called.
 
@@ -155,6 +168,7 @@ def programs(
       bos_id: token that begins a document.
       eos_id: token that ends one.
       sources: number of sources of the plan.
+      top_k: tokens that a teacher wrote of each target beside the rows; 0: none did.
 
     Raises:
       UserError: the mesh does not give these devices, the attention asked for cannot run on them, or
@@ -191,7 +205,13 @@ def programs(
         abstract = jax.tree.map(_abstract, shapes, state_shardings)
 
     rows = config.global_batch
-    shapes_of_batch = {"tokens": (rows, config.row_length + 1), "source": (rows,)}
+    batch_of: dict[str, tuple[tuple[int, ...], str]] = {
+        "tokens": ((rows, config.row_length + 1), "int32"),
+        "source": ((rows,), "int32"),
+    }
+    if config.teacher.stored:
+        shape = rows, config.row_length, top_k
+        batch_of |= {TAUGHT_IDS: (shape, "int32"), TAUGHT_LOG_PROBS: (shape, "float16")}
 
     def advance(
         state: TrainState, batch: Batch, piece_bytes_V: jax.Array, teacher: Teacher | None = None
@@ -221,8 +241,8 @@ def programs(
         shardings=state_shardings,
         abstract=abstract,
         abstract_batch={
-            name: jax.ShapeDtypeStruct(shape, "int32", sharding=batch_sharding(mesh))
-            for name, shape in shapes_of_batch.items()
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+            for name, (shape, dtype) in batch_of.items()
         },
         begin=begin,
         advance=advance,

@@ -26,9 +26,6 @@ from mobilellm_jax.training.objectives import Network
 if TYPE_CHECKING:  # what opens files loads far more than a description needs
     from mobilellm_jax.data.tokenizers import Tokenizer
 
-# Of a batch, where a teacher wrote down what it says: int [B, T, k], and float [B, T, k].
-TAUGHT_IDS, TAUGHT_LOG_PROBS = "taught_ids", "taught_log_probs"
-
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["network"]
