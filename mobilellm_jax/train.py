@@ -22,7 +22,6 @@ from ml_collections import ConfigDict, config_flags
 from mobilellm_jax import cli
 from mobilellm_jax.data.mixture import consumed
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model.config import flops_per_token
 from mobilellm_jax.parallel import distributed
 from mobilellm_jax.parallel.chips import peak_flops
 from mobilellm_jax.parallel.compiled import keep_compiled
@@ -119,7 +118,8 @@ def train(
         # --- What the user sees before the first step
         print(overview.parameter_table(run.abstract.params))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(run.abstract.params))
-        print(overview.summary(run.model, parameters, length))
+        flops = run.flops_per_token(config.row_length)
+        print(overview.summary(run.model, flops, parameters, length))
         ends = (length.rows(step) * config.row_length for step in (0, length.steps))
         print(overview.data(run.plan, *ends))
         print(f"tokenizer: {run.tokenizer.fingerprint[:12]} of {run.tokenizer.vocab_size:,} ids")
@@ -136,7 +136,6 @@ def train(
         sys.stdout.flush()
 
         # --- The loop
-        flops = flops_per_token(run.model, config.row_length)
         peak = peak_flops(kind)
         last = min(length.steps, stop_at or length.steps)
         writer = MetricsWriter(workdir, start, config.wandb) if leads else NoMetrics()

@@ -4,10 +4,12 @@ import pathlib
 import re
 
 import numpy as np
+import pytest
 import runs
 import tiny
 
 
+@pytest.mark.slow
 def test_the_lines_from_python(tmp_path):
     config = tiny.config(tiny.corpus(tmp_path / "data"))
     config.model.max_length = 256

@@ -130,6 +130,7 @@ def test_a_step_is_replayed_bit_for_bit_and_its_rows_ranked(prepared, trained):
     shutil.rmtree(trained / "replay")
 
 
+@pytest.mark.slow
 def test_a_step_of_a_ramp_is_replayed_with_its_own_rows(prepared, tmp_path):
     config = tiny.config(prepared[0], STEPS)
     config.batch_ramp = ((4, 20 * tiny.ROW), (8, 60 * tiny.ROW))  # 5 steps, 5 steps, 2 of 16 rows

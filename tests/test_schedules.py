@@ -203,7 +203,7 @@ def test_a_ramp_reads_the_stream_in_larger_and_larger_steps(plan, ramped):
     np.testing.assert_allclose(speeds, np.array(sizes) * tiny.ROW)
 
 
-@pytest.mark.parametrize("stops", [(3, 8), (5, 11)])
+@pytest.mark.parametrize("stops", [(3, 8), pytest.param((5, 11), marks=pytest.mark.slow)])
 def test_a_ramp_that_is_stopped_and_resumed_changes_no_bit(plan, ramped, tmp_path, stops):
     for stop_at in (*stops, None):
         resumed = run(ramp(plan), tmp_path / "run", stop_at)

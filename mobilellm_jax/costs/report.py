@@ -76,6 +76,7 @@ def _memory_table(costs: StepCosts, per_chip: int) -> str:
     m = costs.memory
     rows = [
         ("weights, float32", m.weights),
+        *([("teacher", m.teacher)] if m.teacher else []),
         ("optimizer state", m.optimizer),
         ("batch", m.batch),
         ("  these, padded by the device", m.arguments),
@@ -104,7 +105,7 @@ def advice(costs: StepCosts, config: ConfigDict) -> list[str]:
     if m.fits or m.capacity is None:
         return []
     said = []
-    state = m.weights + m.optimizer + m.batch
+    state = m.weights + m.teacher + m.optimizer + m.batch
     rows = config.global_batch // (costs.devices * config.microbatches)
     rest = max(m.peak - state - m.gradients, 0.0)
     if rows > 1:

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from mobilellm_jax.costs import collectives, flops
 from mobilellm_jax.costs.hlo import Program
 from mobilellm_jax.costs.traffic import memory_bytes
-from mobilellm_jax.model.config import flops_per_token
+from mobilellm_jax.data.plan import Plan
+from mobilellm_jax.data.taught import read_info
 from mobilellm_jax.parallel.chips import Chip, find_chip
 from mobilellm_jax.training.config import check
 from mobilellm_jax.training.setup import Programs, programs
@@ -25,7 +26,8 @@ class Memory:
     """Bytes on one device."""
 
     capacity: float | None  # what a program may use; None: not known
-    weights: float  # float32, this device's pieces, as are the next three
+    weights: float  # float32, this device's pieces, as are the next four
+    teacher: float  # in the dtype of the activations; 0: there is none
     optimizer: float
     gradients: float  # float32, added up over the microbatches; a part of the temporaries
     batch: float
@@ -50,7 +52,7 @@ class StepCosts:
     tokens: int  # of a step, over all devices
     parameters: int
     memory: Memory
-    model_matmul: float  # FLOPs by the formula of `model.config.flops_per_token`
+    model_matmul: float  # FLOPs by the formula of `Programs.flops_per_token`
     model_attention: float  # likewise, the causal half
     matmul: float  # FLOPs that the program computes, recomputation included
     attention: float
@@ -93,7 +95,11 @@ def make_programs(config: ConfigDict, devices: Sequence[jax.Device], sources: in
       UserError: the configuration is not usable, or does not divide over the devices.
     """
     check(config, len(devices))
-    return programs(config, devices, bos_id=1, eos_id=2, sources=sources)
+    top_k = 0
+    if config.teacher.stored:
+        plan = Plan.load(config.plan)
+        top_k = read_info(plan.resolve(plan.sources[0].path), config.teacher.stored).top_k
+    return programs(config, devices, bos_id=1, eos_id=2, sources=sources, top_k=top_k)
 
 
 def state_memory(made: Programs, capacity: float | None) -> Memory:
@@ -105,9 +111,9 @@ def state_memory(made: Programs, capacity: float | None) -> Memory:
         return float(sum(jax.ShapeDtypeStruct(*shape).size * shape[1].itemsize for shape in shapes))
 
     weights, optimizer = size(made.abstract.params), size(made.abstract.opt_state)
-    batch = size(made.abstract_batch)
-    least = weights + optimizer + batch
-    return Memory(capacity, weights, optimizer, weights, batch, None, None, None, least)
+    teacher, batch = size(made.teacher), size(made.abstract_batch)
+    least = weights + teacher + optimizer + batch
+    return Memory(capacity, weights, teacher, optimizer, weights, batch, None, None, None, least)
 
 
 def capacity(device: jax.Device) -> float | None:
@@ -125,13 +131,13 @@ def measure(made: Programs, config: ConfigDict) -> StepCosts:
     A program that does not fit is compiled as far as the compiler goes; what it would need is then
     `memory.peak`, and traffic and collectives are None.
     """
-    arguments = made.abstract, made.abstract_batch
     sizes = jax.ShapeDtypeStruct((made.model.vocab_size,), "int32")
+    arguments = made.abstract, made.abstract_batch, sizes, made.teacher
     devices, kind = len(made.devices), made.devices[0].device_kind
     memory = state_memory(made, capacity(made.devices[0]))
     began = time.perf_counter()
     with jax.set_mesh(made.mesh):
-        traced = made.step.trace(*arguments, sizes)
+        traced = made.step.trace(*arguments)
         counted = flops.count(traced.jaxpr)
         lowered = traced.lower()
         text, unread = None, ""
@@ -156,7 +162,7 @@ def measure(made: Programs, config: ConfigDict) -> StepCosts:
     exchanged = _exchanged(program, devices) if program else None
     unknown = sorted(program.unknown_loops) if program else []  # known when all is read
     tokens = config.global_batch * config.row_length
-    matmul = flops_per_token(made.model, 0)
+    matmul = made.flops_per_token(0)
     return StepCosts(
         device_kind=kind,
         devices=devices,
@@ -165,9 +171,7 @@ def measure(made: Programs, config: ConfigDict) -> StepCosts:
         parameters=sum(leaf.size for leaf in jax.tree.leaves(made.abstract.params)),
         memory=memory,
         model_matmul=tokens * matmul / devices,
-        model_attention=tokens
-        * (flops_per_token(made.model, config.row_length) - matmul)
-        / devices,
+        model_attention=tokens * (made.flops_per_token(config.row_length) - matmul) / devices,
         matmul=counted.matmul / devices,
         attention=counted.attention / devices,
         uncounted=dict(counted.uncounted)

@@ -27,6 +27,7 @@ from mobilellm_jax.data.permutation import key_of, mixed, permute
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.readers import Readers
 from mobilellm_jax.data.rows import open_rows, read_info
+from mobilellm_jax.data.taught import TAUGHT_IDS, TAUGHT_LOG_PROBS, Taught, open_taught
 from mobilellm_jax.errors import UserError
 
 BLOCK = 4096
@@ -140,19 +141,34 @@ def _shuffled(key: int, given: bytes) -> tuple[np.ndarray, np.ndarray]:
 class Mixture:
     """The rows of a plan in the order of training: random access, picklable, no state."""
 
-    def __init__(self, plan: Plan, row_length: int, sources: Sequence[Readable]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        row_length: int,
+        sources: Sequence[Readable],
+        taught: Sequence[Taught] = (),
+    ) -> None:
         """Opens a mixture.
 
         Args:
           plan: sources, stages, seed, skips.
           row_length: trained tokens per row.
           sources: the training rows of each source of the plan, in its order.
+          taught: likewise what a teacher says of them, or nothing.
 
         Raises:
-          UserError: a weight is too small, or a skip is of rows of another length.
+          UserError: a weight is too small, a skip is of rows of another length, or teachers kept
+            different numbers of tokens.
         """
         self.plan, self.row_length = plan, row_length
-        self.sources = tuple(sources)
+        self.sources, self.taught = tuple(sources), tuple(taught)
+        kept = {of.info.top_k for of in self.taught}
+        if len(kept) > 1:
+            raise UserError(
+                f"teachers kept {', '.join(map(str, sorted(kept)))} tokens of the sources of "
+                f"{plan.directory}: write them again with one --top_k."
+            )
+        self.top_k = max(kept, default=0)  # tokens that a teacher wrote of each target; 0: none
         self._lengths = np.array([len(rows) for rows in self.sources], np.int64)
         self._source_keys = np.array([_source_key(plan, name) for name in plan.names])
         for skip in plan.skips:
@@ -266,21 +282,32 @@ class Mixture:
     def read(self, index: np.ndarray, readers: int = 0) -> dict[str, np.ndarray]:
         """Rows `index` of the run: `tokens` int32 [n, row_length + 1] and `source` int32 [n].
 
+        Where a teacher wrote what it says, that as well: `taught_ids` int32 [n, row_length, k] and
+        `taught_log_probs` float16 [n, row_length, k].
+
         So many threads as `readers` read a row each at a time, which hides how long distant ones take
         to come; without them all rows of a source are one read.
         """
         at = self.locate(index)
         tokens = np.empty((len(index), self.row_length + 1), np.int32)
+        found = {"tokens": tokens, "source": at.source.astype(np.int32)}
+        if self.taught:
+            shape = len(index), self.row_length, self.top_k
+            found |= {TAUGHT_IDS: np.empty(shape, np.int32)}
+            found |= {TAUGHT_LOG_PROBS: np.empty(shape, np.float16)}
 
         def fill(source: int, here: np.ndarray) -> None:
             tokens[here] = self.sources[source].read(at.row[here])
+            if self.taught:
+                ids, log_probs = self.taught[source].read(at.row[here])
+                found[TAUGHT_IDS][here], found[TAUGHT_LOG_PROBS][here] = ids, log_probs
 
         if readers:
             list(_threads(readers).map(fill, at.source, np.arange(len(index))[:, None]))
         else:
             for s in np.unique(at.source):
                 fill(s, at.source == s)
-        return {"tokens": tokens, "source": at.source.astype(np.int32)}
+        return found
 
     def __getitem__(self, i: SupportsIndex) -> dict[str, np.ndarray]:
         """Row `i` of the run."""
@@ -321,16 +348,20 @@ def _order(
     return epoch, permute(position, length, _epoch_key(epoch, key))
 
 
-def open_mixture(plan: Plan, row_length: int, vocab_size: int) -> Mixture:
-    """Opens and checks the sources of a plan.
+def open_mixture(
+    plan: Plan, row_length: int, vocab_size: int, taught: str = "", temperature: float = 1.0
+) -> Mixture:
+    """Opens and checks the sources of a plan, and what `teach` wrote under a name, if one is given.
 
     Raises:
-      UserError: a source is missing, incomplete or truncated, is not what the plan says, was
-        tokenized by another tokenizer, cannot give rows of that length, or has more tokens than the
-        model.
+      UserError: a source, or what a teacher says of it, is missing, incomplete or truncated, is not
+        what the plan says, was tokenized by another tokenizer, cannot give rows of that length, or
+        has more tokens than the model.
     """
     sources = open_split(plan, "train", row_length, vocab_size)
-    return Mixture(plan, row_length, [sources[i] for i in range(len(plan.sources))])
+    rows, readers = [sources[i] for i in range(len(plan.sources))], Readers()
+    written = [open_taught(source, taught, temperature, readers) for source in rows if taught]
+    return Mixture(plan, row_length, rows, written)
 
 
 def open_split(plan: Plan, split: str, row_length: int, vocab_size: int) -> dict[int, Contexts]:

@@ -41,25 +41,33 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
-    """The specification of an array by its name.
+def spec(
+    name: str,
+    shape: tuple[int, ...],
+    mesh: Mesh | AbstractMesh,
+    fsdp: tuple[str, ...] = ("fsdp",),
+) -> P:
+    """The specification of an array by its name; `fsdp` are the mesh axes that stand for that one.
 
     An axis that does not divide its dimension is left out, because XLA shards evenly or not at all;
     the parameter table printed at the start of a run shows what each parameter got.
     """
     for pattern, rule in RULES:
         if re.search(rf"(^|/){pattern}$", name) and len(rule) == len(shape):
+            axes = [fsdp if a == "fsdp" else () if a is None else (a,) for a in rule]
             fits = (
-                a is None or size % mesh.shape[a] == 0 for a, size in zip(rule, shape, strict=True)
+                size % math.prod(mesh.shape[a] for a in along) == 0
+                for along, size in zip(axes, shape, strict=True)
             )
-            return P(*(axis if fit else None for axis, fit in zip(rule, fits, strict=True)))
+            kept = [along if fit else () for along, fit in zip(axes, fits, strict=True)]
+            return P(*(along if len(along) > 1 else (*along, None)[0] for along in kept))
     return P()
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
-    """A `NamedSharding` for every array (or `ShapeDtypeStruct`) of a pytree, by its path."""
+def shardings(tree: Any, mesh: Mesh, fsdp: tuple[str, ...] = ("fsdp",)) -> Any:
+    """A `NamedSharding` for every array (or `ShapeDtypeStruct`) of a pytree, by its path; see `spec`."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, spec(path_name(path), leaf.shape, mesh)), tree
+        lambda path, leaf: NamedSharding(mesh, spec(path_name(path), leaf.shape, mesh, fsdp)), tree
     )
 
 

@@ -68,6 +68,12 @@ def base_config(model: ModelConfig) -> ConfigDict:
     c.objective.use = "mobilellm_jax.training.objectives:next_token"
     c.objective.z_loss = 0.0  # weight of the squared log normaliser
 
+    c.teacher = ConfigDict()  # of objectives that learn from one (training/distillation.py)
+    c.teacher.path = ""  # checkpoint or Hugging Face folder of a network that is run; "": none
+    c.teacher.model = {}  # its network, for what works without its files; {}: read there
+    c.teacher.split = ("data", "fsdp")  # mesh axes over which its weights are split
+    c.teacher.stored = ""  # instead of a path: name under which `teach` wrote beside the rows
+
     c.optimizer = ConfigDict()
     c.optimizer.use = "mobilellm_jax.training.optimizer:adamw"
     c.optimizer.b1 = 0.9  # decay of the first moment

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from mobilellm_jax.data.plan import Plan
-from mobilellm_jax.model.config import ModelConfig, flops_per_token
+from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.parallel.sharding import path_name
 from mobilellm_jax.tables import aligned
 from mobilellm_jax.training.length import Length
@@ -43,10 +43,9 @@ def data(plan: Plan, first_token: int, last_token: int) -> str:
     return "\n".join(lines)
 
 
-def summary(model: ModelConfig, parameters: int, length: Length) -> str:
-    """What will be trained, on how many tokens, with how many FLOPs."""
+def summary(model: ModelConfig, flops: int, parameters: int, length: Length) -> str:
+    """What will be trained, on how many tokens, with how many FLOPs, given those per token."""
     tokens, row_length = length.tokens, length.row_length
-    flops = flops_per_token(model, row_length)
     batches = ", then ".join(f"{phase.batch:,}" for phase in length.phases)
     distinct = sum(stack.layers for stack in model.stacks)
     return (

@@ -21,7 +21,7 @@ from mobilellm_jax.reporting.history import read_history
 from mobilellm_jax.tables import aligned
 from mobilellm_jax.training.length import stream
 from mobilellm_jax.training.saving import Checkpoints
-from mobilellm_jax.training.setup import Setup, set_up
+from mobilellm_jax.training.setup import Setup, set_up, taught
 from mobilellm_jax.training.workdir import check_same_run
 
 SHOWN, CHARACTERS = 8, 70  # rows, and characters of their text, in the printed table
@@ -170,9 +170,9 @@ def _measure(
 ) -> list[tuple[float, float, int]]:
     """(loss, gradient norm, targets) of each row by itself, one at a time on each device."""
 
-    def one(params: Any, row: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+    def one(params: Any, teacher: Any, row: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
         def mean(params: Any) -> tuple[jax.Array, jax.Array]:
-            losses = run.objective(params, row, run.network)
+            losses = taught(run.objective, teacher)(params, row, run.network)
             targets = losses.weight_BT.sum()
             return losses.total / jnp.maximum(targets, 1), targets
 
@@ -182,13 +182,17 @@ def _measure(
     rows, each = len(batch["tokens"]), jax.local_device_count()
     each = min(len(run.devices), each)
     # Unchecked: gradients of a row are not to be summed over devices.
-    specs: Any = {"in_specs": (P(), P(BATCH_AXES)), "out_specs": P(BATCH_AXES), "check_vma": False}
+    specs: Any = {
+        "in_specs": (P(), P(), P(BATCH_AXES)),
+        "out_specs": P(BATCH_AXES),
+        "check_vma": False,
+    }
     several = jax.jit(jax.shard_map(one, mesh=run.mesh, **specs))
     found: list[tuple[float, float, int]] = []
     for first in range(0, rows, each):
         at = np.minimum(np.arange(first, first + each), rows - 1)
         part = put_rows({name: values[at] for name, values in batch.items()}, run.mesh)
-        loss, norm, targets = jax.device_get(several(params, part))
+        loss, norm, targets = jax.device_get(several(params, run.teacher, part))
         found += zip(loss.tolist(), norm.tolist(), map(int, targets), strict=True)
     return found[:rows]
 

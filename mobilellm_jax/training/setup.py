@@ -13,11 +13,12 @@ from ml_collections import ConfigDict
 
 from mobilellm_jax.data.mixture import Mixture, check_length, open_mixture, open_split
 from mobilellm_jax.data.plan import Plan
+from mobilellm_jax.data.taught import TAUGHT_IDS, TAUGHT_LOG_PROBS
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.attention import choose
-from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.config import ModelConfig, flops_per_token
 from mobilellm_jax.parallel.mesh import make_mesh
 from mobilellm_jax.parallel.sharding import batch_sharding, shardings
 from mobilellm_jax.training.config import check, configured
@@ -25,6 +26,7 @@ from mobilellm_jax.training.evaluation import evaluate
 from mobilellm_jax.training.length import Length, length_of, microbatches
 from mobilellm_jax.training.objectives import Network
 from mobilellm_jax.training.step import Batch, Objective, TrainState, init_state, train_step
+from mobilellm_jax.training.teacher import Teacher, abstract_teacher, check_teacher, load_teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +44,25 @@ class Programs:
     abstract: TrainState  # the state as `ShapeDtypeStruct`s with these shardings
     abstract_batch: dict[str, jax.ShapeDtypeStruct]  # likewise the batch of a step
     begin: Callable[[jax.Array], TrainState]  # pure: key of the weights -> state of step 0
-    advance: Callable[..., Any]  # pure: state, batch, piece_bytes_V -> state, metrics
+    advance: Callable[..., Any]  # pure: state, batch, piece_bytes_V[, teacher] -> state, metrics
     fresh: Callable[[], TrainState]  # jitted `begin` with the seed's key; makes the state in place
     step: Any  # jitted `advance`; donates the state
+    teacher: Teacher | None  # as `ShapeDtypeStruct`s; None: the objective learns from none
+
+    def flops_per_token(self, length: int) -> int:
+        """Model FLOPs to train on one token of a row of `length`, with the forward pass of a teacher."""
+        flops = flops_per_token(self.model, length)
+        if self.teacher:
+            flops += flops_per_token(self.teacher.network.model, length) // 3
+        return flops
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup(Programs):
-    """A run that is ready to begin or to go on: here `step` is a function of state and batch alone."""
+    """A run that is ready to begin or to go on.
+
+    Here `step` is a function of state and batch alone, and the teacher has its weights.
+    """
 
     plan: Plan
     mixture: Mixture
@@ -74,7 +87,13 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
     model = ModelConfig.from_dict(config.model)
     plan = Plan.load(config.plan)
     tokenizer = tokenizer_of(plan, config.plan)
-    mixture = open_mixture(plan, config.row_length, model.vocab_size)
+    mixture = open_mixture(
+        plan,
+        config.row_length,
+        model.vocab_size,
+        config.teacher.stored,
+        config.objective.get("temperature", 1.0),
+    )
     length = length_of(config)
     check_length(mixture, length.rows(0), length.rows(length.steps) - length.rows(0))
     heldout = open_split(plan, "heldout", config.row_length, model.vocab_size)
@@ -83,11 +102,24 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
         print(f"data: no held-out rows of {', '.join(without)}; not evaluated.")
 
     # --- The programs, given what each token stands for
-    made = programs(config, devices, tokenizer.bos_id, tokenizer.eos_id, len(plan.sources))
+    tokens = tokenizer.bos_id, tokenizer.eos_id
+    made = programs(config, devices, *tokens, len(plan.sources), mixture.top_k)
     with jax.set_mesh(made.mesh):
         piece_bytes_V = jax.numpy.asarray(tokenizer.piece_bytes())
+        # What an objective refuses is met here, before anything is written.
+        shapes = made.abstract.params, made.abstract_batch
+        jax.eval_shape(
+            lambda *x: taught(made.objective, x[2])(*x[:2], made.network).total,
+            *shapes,
+            made.teacher,
+        )
+        teacher = made.teacher and load_teacher(config, made.teacher, tokenizer)
     return Setup(
-        **{**vars(made), "step": lambda state, batch: made.step(state, batch, piece_bytes_V)},
+        **{
+            **vars(made),
+            "step": lambda state, batch: made.step(state, batch, piece_bytes_V, teacher),
+            "teacher": teacher,
+        },
         plan=plan,
         mixture=mixture,
         tokenizer=tokenizer,
@@ -121,7 +153,12 @@ def tokenizer_of(plan: Plan, where: epath.PathLike) -> Tokenizer:
 
 
 def programs(
-    config: ConfigDict, devices: Sequence[jax.Device], bos_id: int, eos_id: int, sources: int
+    config: ConfigDict,
+    devices: Sequence[jax.Device],
+    bos_id: int,
+    eos_id: int,
+    sources: int,
+    top_k: int = 0,
 ) -> Programs:
     """The programs of a configuration, made without data and without arrays; they compile when called.
 
@@ -131,6 +168,7 @@ def programs(
       bos_id: token that begins a document.
       eos_id: token that ends one.
       sources: number of sources of the plan.
+      top_k: tokens that a teacher wrote of each target beside the rows; 0: none did.
 
     Raises:
       UserError: the mesh does not give these devices, the attention asked for cannot run on them, or
@@ -149,6 +187,8 @@ def programs(
         config.loss_chunks,
     )
     objective = configured(config.objective, "objective")
+    check_teacher(config, objective)
+    teacher = abstract_teacher(config, network, mesh)
     make_optimizer = configured(config.optimizer, "optimizer")
     schedule = configured(config.schedule, "schedule")(length.steps)
 
@@ -165,17 +205,23 @@ def programs(
         abstract = jax.tree.map(_abstract, shapes, state_shardings)
 
     rows = config.global_batch
-    shapes_of_batch = {"tokens": (rows, config.row_length + 1), "source": (rows,)}
+    batch_of: dict[str, tuple[tuple[int, ...], str]] = {
+        "tokens": ((rows, config.row_length + 1), "int32"),
+        "source": ((rows,), "int32"),
+    }
+    if config.teacher.stored:
+        shape = rows, config.row_length, top_k
+        batch_of |= {TAUGHT_IDS: (shape, "int32"), TAUGHT_LOG_PROBS: (shape, "float16")}
 
     def advance(
-        state: TrainState, batch: Batch, piece_bytes_V: jax.Array
+        state: TrainState, batch: Batch, piece_bytes_V: jax.Array, teacher: Teacher | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
         return train_step(
             state,
             batch,
             piece_bytes_V,
             network=network,
-            objective=objective,
+            objective=taught(objective, teacher),
             make_optimizer=make_optimizer,
             schedule=schedule,
             sources=sources,
@@ -195,8 +241,8 @@ def programs(
         shardings=state_shardings,
         abstract=abstract,
         abstract_batch={
-            name: jax.ShapeDtypeStruct(shape, "int32", sharding=batch_sharding(mesh))
-            for name, shape in shapes_of_batch.items()
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+            for name, (shape, dtype) in batch_of.items()
         },
         begin=begin,
         advance=advance,
@@ -206,7 +252,13 @@ def programs(
             donate_argnums=0,
             out_shardings=(state_shardings, whole),
         ),
+        teacher=teacher,
     )
+
+
+def taught(objective: Objective, teacher: Teacher | None) -> Objective:
+    """An objective with its teacher, if there is one."""
+    return functools.partial(objective, teacher=teacher) if teacher else objective
 
 
 def _abstract(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -12,7 +12,7 @@ from mobilellm_jax.data.packing import token_ids
 from mobilellm_jax.training.objectives import Batch, Losses, Network
 from mobilellm_jax.training.outliers import Window, init_window, judge
 
-Objective = Callable[[Any, Batch, Network], Losses]
+Objective = Callable[..., Losses]  # of parameters, batch, network[, teacher]
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
 
 

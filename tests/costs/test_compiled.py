@@ -109,6 +109,7 @@ def test_an_embedding_of_llama_s_size_is_scattered_as_well():
     assert of_the_embedding(found, 128_256) == {"all-gather", "reduce-scatter"}
 
 
+@pytest.mark.slow
 def test_a_shared_block_s_gradient_is_reduced_for_each_application():
     """And its weights are gathered as often at most."""
     once, twice = (exchanged("cpu:8", 8, repeats) for repeats in (1, 2))

@@ -34,6 +34,7 @@ def test_there_is_enough_of_everything(corpora):
         assert sum(d.progress for d in part.documents()) == part.size
 
 
+@pytest.mark.slow
 def test_it_is_the_same_every_time(corpora):
     again = {corpus.name: corpus for corpus in embedded_corpora(0)}
     assert again == corpora

@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from mobilellm_jax.data.mixture import batches, open_mixture
 from mobilellm_jax.data.plan import Plan
@@ -31,6 +32,7 @@ def train(plan, start, global_batch, process, processes, steps, readers, seen):
     seen.put(found)
 
 
+@pytest.mark.slow
 def test_any_processes_restarted_anywhere_read_one_sequence(tmp_path):
     import tiny  # not above: the processes that are started import this file
 

@@ -82,6 +82,7 @@ def compared(made):
     return quietly(compare, config, plans, sets, out, **settings), plans, out
 
 
+@pytest.mark.slow
 def test_bits_per_byte_are_those_of_training_alone(made, compared):
     """A run of `train` on the same plan and seed, and the losses of its checkpoint."""
     import runs

@@ -135,6 +135,7 @@ def test_weights_of_a_tied_embedding_are_two_whose_gradients_add_up():
     assert np.abs(v["embedding"]).max() > 0 and np.abs(v["output"]).max() > 0
 
 
+@pytest.mark.slow
 def test_devices_batches_groups_and_chunks_change_nothing():
     probes, sample, train = rows(6, 1), rows(10, 2), rows(9, 3)
 

@@ -93,7 +93,10 @@ def check_as_solo(folder, solo):
             np.testing.assert_allclose(leaf, expected[path], rtol=1e-5, atol=1e-5, err_msg=path)
 
 
-@pytest.mark.parametrize(("group", "devices"), [(1, 1), (3, 1), (4, 4)])
+@pytest.mark.parametrize(
+    ("group", "devices"),
+    [(1, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3, 1), (4, 4)))],
+)
 def test_each_member_is_its_solo_run(group, devices, config, members, probes, solo, pair, tmp_path):
     found = run(config, members, probes, tmp_path / "runs", devices, group=group, keep=1)
     check_as_solo(tmp_path / "runs", solo)
@@ -139,6 +142,7 @@ def same_files(folder, other):
     assert not (folder / UNFINISHED).exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_program_goes_on_bit_for_bit(
     pair, config, members, probes, tmp_path, monkeypatch
 ):

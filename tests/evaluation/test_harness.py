@@ -181,6 +181,7 @@ def test_a_context_is_read_once(monkeypatch):
     assert [shape[0] for shape in read] == [1]
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_from_the_harness_cache(tmp_path):
     name = str(tmp_path / "cache")
     requests = instances("loglikelihood", *pairs())

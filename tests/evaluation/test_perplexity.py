@@ -42,6 +42,7 @@ def log_probabilities(params, tokens_BT):
     return jax.nn.log_softmax(transformer.logits(params, tiny.MODEL, hidden_BTD))[0]
 
 
+@pytest.mark.slow
 def test_windows_are_those_of_the_official_program(trained, tmp_path):
     """One BOS for all the text, windows that do not overlap, a remainder that is left out."""
     loaded, _ = trained

@@ -115,6 +115,7 @@ def hub(folder, *groups):
     return folder
 
 
+@pytest.mark.slow
 def test_commonsense_and_mobilellm_from_local_files(tmp_path):
     data = hub(tmp_path, COMMONSENSE, OTHERS)
     lines, _ = evaluate(Knows(), ["commonsense", "mobilellm"], data=data)

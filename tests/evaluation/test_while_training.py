@@ -14,18 +14,26 @@ from mobilellm_jax.training.checkpoint import load_model
 
 
 @pytest.fixture(scope="module")
-def judged(tmp_path_factory):
-    """A run over four devices that is judged at steps 4, 8 and 9."""
+def configured(tmp_path_factory):
+    """A run over four devices that is judged at steps 4, 8 and 9, and its folder."""
     folder = tmp_path_factory.mktemp("judged")
     tiny.tasks(folder)
     config = tiny.config(tiny.corpus(folder / "data"), steps=9)
     config.mesh.data, config.mesh.fsdp = 2, 2
     config.eval.tasks, config.eval.tasks_every = "sums,doubles", 4
     config.eval.data, config.eval.limit = str(folder), 5
+    return config, folder
+
+
+@pytest.fixture(scope="module")
+def judged(configured):
+    """The same, trained."""
+    config, folder = configured
     run(config, folder / "run", devices=jax.devices()[:4])
     return config, folder
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_checkpoint(judged):
     """Over four devices, two of which split the weights, as from the file on others."""
     _, folder = judged
@@ -39,6 +47,7 @@ def test_figures_are_those_of_the_checkpoint(judged):
     assert {line.metric for line in told} == {"acc", "acc_norm", "pass@1"}
 
 
+@pytest.mark.slow
 def test_the_report_shows_them(judged, capsys):
     _, folder = judged
     page = report(folder / "run").read_text()
@@ -47,8 +56,8 @@ def test_the_report_shows_them(judged, capsys):
     assert 'aria-label="Tasks"' in page and 'aria-label="RankMe"' in page
 
 
-def test_what_is_missing_is_told_before_anything_is_written(judged, tmp_path):
-    config, _ = judged
+def test_what_is_missing_is_told_before_anything_is_written(configured, tmp_path):
+    config, _ = configured
     for tasks, data, said in (
         ("sumz", config.eval.data, "no suite or task 'sumz'; near are .*sums"),
         ("sums", str(tmp_path / "no"), "is not a folder"),
@@ -61,6 +70,7 @@ def test_what_is_missing_is_told_before_anything_is_written(judged, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_judged_or_not(judged, tmp_path):
     config, folder = judged
     plain = config.copy_and_resolve_references()

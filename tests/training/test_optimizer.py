@@ -202,7 +202,9 @@ def test_muon_trains_alike_however_a_step_is_computed(plan, whole, tmp_path, cha
     np.testing.assert_allclose(losses, whole[1], rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("use", [MUON_PATH, MUON_PATH.replace("muon", "adamw")])
+@pytest.mark.parametrize(
+    "use", [MUON_PATH, pytest.param(MUON_PATH.replace("muon", "adamw"), marks=pytest.mark.slow)]
+)
 def test_a_resume_restores_moments_in_their_dtype(plan, tmp_path, use):
     config = tiny.config(plan)
     config.optimizer.use, config.optimizer.mu_dtype = use, "bfloat16"

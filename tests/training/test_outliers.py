@@ -142,6 +142,7 @@ def test_a_spike_is_skipped_and_the_run_is_that_without_its_update(config_of, gu
     assert bits(unguarded.params) != bits(state.params)
 
 
+@pytest.mark.slow
 def test_without_a_spike_the_guard_changes_no_bit(config_of, tmp_path):
     off, on = (run(config_of("1", size), tmp_path / str(size)) for size in (0, WINDOW))
     assert off.window is None and int(on.window.skipped) == 0
@@ -162,6 +163,7 @@ def test_outliers_do_not_count_as_steps_that_are_not_finite(config_of, tmp_path)
     assert int(run(config, tmp_path / "run").window.skipped) == 1
 
 
+@pytest.mark.slow
 def test_the_guard_is_part_of_the_one_compiled_step(config_of):
     """Nothing is fetched to decide: under a guard against transfers two steps run all the same."""
     setup = set_up(config_of("40"), tiny.one_device())

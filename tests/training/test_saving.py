@@ -189,7 +189,10 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "damage",
+    [pytest.param(d, marks=[pytest.mark.slow] if d.startswith("torn") else []) for d in DAMAGES],
+)
 def test_a_damaged_newest_is_set_aside_and_the_one_before_used(
     plan, whole, tmp_path, capsys, damage
 ):

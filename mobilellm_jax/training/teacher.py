@@ -1,0 +1,168 @@
+"""The teacher of a distillation: a network that is run beside the one that is trained, and stays as it is.
+
+It is any network that can be opened (`interop.stored.open_model`), with the student's tokenizer. Its
+weights are kept in the dtype of the activations, and split over the devices apart from the
+student's: those are often a tenth of its size.
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model import transformer
+from mobilellm_jax.model.attention import choose
+from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.parallel.mesh import AXES
+from mobilellm_jax.parallel.sharding import shardings
+from mobilellm_jax.training.objectives import Network
+
+if TYPE_CHECKING:  # what opens files loads far more than a description needs
+    from mobilellm_jax.data.tokenizers import Tokenizer
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["network"]
+)
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A network as an objective runs it."""
+
+    network: Network
+    params: transformer.Params  # arrays, or `ShapeDtypeStruct`s with their shardings
+
+
+def described(config: ConfigDict) -> ModelConfig | None:
+    """The teacher's network, from the configuration or else from its files; None: there is no teacher.
+
+    Raises:
+      UserError: there is no such network.
+    """
+    if config.teacher.stored:
+        return None
+    if config.teacher.model:
+        return ModelConfig.from_dict(config.teacher.model)
+    if not config.teacher.path:
+        return None
+    from mobilellm_jax.interop.stored import open_model
+
+    return open_model(config.teacher.path).model
+
+
+def check_teacher(config: ConfigDict, objective: Callable[..., Any]) -> None:
+    """An objective that learns from a teacher must have one, and no other may.
+
+    Raises:
+      UserError: it is not so.
+    """
+    where, learns = config.objective.use, "teacher" in inspect.signature(objective).parameters
+    named = [key for key in ("path", "model", "stored") if config.teacher[key]]
+    if learns and not named:
+        raise UserError(
+            f"config.objective.use={where} learns from a teacher: name its checkpoint or Hugging Face folder "
+            "in config.teacher.path, or in config.teacher.stored what `teach` wrote."
+        )
+    if named and not learns:
+        raise UserError(
+            f"config.teacher.{named[0]} is set, but config.objective.use={where} learns from no teacher: set "
+            "it to mobilellm_jax.training.distillation:distillation, or take the teacher away."
+        )
+    if config.teacher.stored and config.teacher.path:
+        raise UserError(
+            f"config.teacher.path={config.teacher.path} and config.teacher.stored={config.teacher.stored}: "
+            "either a network is run, or what it wrote is read; set one of them."
+        )
+
+
+def abstract_teacher(
+    config: ConfigDict, student: Network, mesh: jax.sharding.Mesh
+) -> Teacher | None:
+    """The teacher without its weights: how it is run, and where each weight lives.
+
+    Args:
+      config: of the run.
+      student: as it is run.
+      mesh: of the run.
+
+    Raises:
+      UserError: there is no such network, or it cannot teach this student: it has another number of
+        tokens or a shorter context.
+    """
+    model = described(config)
+    if model is None:
+        return None
+    where = f"config.teacher.path={config.teacher.path}"
+    if model.vocab_size != student.model.vocab_size:
+        raise UserError(
+            f"{where} has {model.vocab_size:,} tokens and the student {student.model.vocab_size:,}: a "
+            "teacher must have the student's tokenizer and as many embeddings."
+        )
+    if model.max_length < config.row_length:
+        raise UserError(
+            f"{where} has a context of {model.max_length:,} tokens, shorter than "
+            f"config.row_length={config.row_length:,}: choose another teacher or shorter rows."
+        )
+    split = tuple(config.teacher.split)
+    if not set(split) <= {*AXES}:
+        raise UserError(
+            f"config.teacher.split={split} names no axes of the mesh: they are {', '.join(AXES)}."
+        )
+    dtype, platform = student.execution.dtype, mesh.devices.flat[0].platform
+    kernel = choose(config.execution.attention, platform, model, dtype, config.row_length)
+    execution = transformer.Execution(
+        dtype=dtype, unroll=student.execution.unroll, attention=kernel
+    )
+    network = dataclasses.replace(student, model=model, execution=execution)
+    shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+    params = jax.tree.map(
+        lambda shape, place: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=place),
+        shapes,
+        shardings(shapes, mesh, split),
+    )
+    return Teacher(network, params)
+
+
+def load_teacher(config: ConfigDict, abstract: Teacher, tokenizer: "Tokenizer") -> Teacher:
+    """The teacher with its weights, each device reading its slices only.
+
+    Args:
+      config: of the run.
+      abstract: as `abstract_teacher` gave it.
+      tokenizer: of the data.
+
+    Raises:
+      UserError: `config.teacher.path` is empty, has another tokenizer, or is not the network that
+        `config.teacher.model` says.
+    """
+    from mobilellm_jax.interop.stored import open_model
+    from mobilellm_jax.training.config import differences
+
+    path = config.teacher.path
+    if not path:
+        raise UserError(
+            "config.teacher.path is empty: name the checkpoint or Hugging Face folder of the network that "
+            "config.teacher.model describes."
+        )
+    stored = open_model(path)
+    if stored.needed_tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"config.teacher.path={path} has another tokenizer ({stored.needed_tokenizer.fingerprint[:12]}) "
+            f"than the data of config.plan ({tokenizer.fingerprint[:12]}): a teacher speaks of the "
+            f"student's tokens. Prepare the data with --tokenizer={path}, or choose another teacher."
+        )
+    found = differences(stored.model.to_dict(), abstract.network.model.to_dict())
+    if found:
+        listed = "; ".join(f"{k}: {a!r} there, {b!r} here" for k, (a, b) in found.items())
+        raise UserError(
+            f"config.teacher.path={path} is not the network of config.teacher.model ({listed}): leave "
+            "config.teacher.model empty, or name that network's folder."
+        )
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
+    dtype: Any = np.dtype(jax.numpy.dtype(abstract.network.execution.dtype))
+    return dataclasses.replace(abstract, params=stored.params(places, dtype))
