@@ -118,16 +118,16 @@ def get_config(argument: str = "140m,pretrain1") -> ConfigDict:
         c.objective = ConfigDict(
             {
                 "use": "mobilellm_jax.training.distillation:distillation",
-                "teacher": "models/Llama-3.1-8B-Instruct",
-                "teacher_model": preset("llama-3.1-8b").to_dict(),
                 "temperature": 1.0,
                 "labels": 0.0,
                 "reverse": 0.0,
             }
         )
+        c.teacher.path = "models/Llama-3.1-8B-Instruct"
+        c.teacher.model = preset("llama-3.1-8b").to_dict()
         if size == "tiny":
-            c.objective.teacher = "runs/r1-tiny-teacher"
-            c.objective.teacher_model = network(size, "teacher").to_dict()
+            c.teacher.path = "runs/r1-tiny-teacher"
+            c.teacher.model = network(size, "teacher").to_dict()
     # Adam's decays are published for pre-training alone, and kept.
     c.optimizer.b1, c.optimizer.b2 = 0.9, 0.95
     c.optimizer.weight_decay = stage.decay

@@ -126,7 +126,7 @@ train() {  # STAGE, and the one before it if there is one
     sft_*) arguments+=(--config.plan="$data/$1/mixture.json") ;;
     *) arguments+=(--config.plan="$data/${1%[12]}.json") ;;
   esac
-  case "$1" in midtrain*) arguments+=(--config.objective.teacher="$teacher") ;; esac
+  case "$1" in midtrain*) arguments+=(--config.teacher.path="$teacher") ;; esac
   [[ -z "$2" ]] || arguments+=(--config.init_from="$runs/r1-$size-$2")
   run "${before[@]}" "${PYTHON:-python}" -m mobilellm_jax.train "${arguments[@]}" "${@:3}"
 }

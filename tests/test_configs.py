@@ -165,18 +165,19 @@ def test_mid_training_is_distilled_and_nothing_else_is():
     published = module("mobilellm_r1")
     for size in published.SIZES:
         for stage in R1_STAGES:
-            objective = published.get_config(f"{size},{stage}").objective
-            assert ("teacher" in objective) == stage.startswith("midtrain")
-            if "teacher" in objective:
+            config = published.get_config(f"{size},{stage}")
+            objective = config.objective
+            assert bool(config.teacher.path) == stage.startswith("midtrain")
+            assert objective.use.endswith(":distillation") == stage.startswith("midtrain")
+            if config.teacher.path:
                 assert objective.temperature == 1.0
                 assert objective.labels == objective.reverse == 0.0
-                teacher = ModelConfig.from_dict(objective.teacher_model)
-                network = published.get_config(f"{size},{stage}").model
-                assert teacher.vocab_size == network.vocab_size
-    taught = published.get_config("140m,midtrain1").objective
-    assert ModelConfig.from_dict(taught.teacher_model) == preset("llama-3.1-8b")
+                teacher = ModelConfig.from_dict(config.teacher.model)
+                assert teacher.vocab_size == config.model.vocab_size
+    taught = published.get_config("140m,midtrain1").teacher
+    assert ModelConfig.from_dict(taught.model) == preset("llama-3.1-8b")
     teacher = published.get_config("tiny,teacher")
-    told = published.get_config("tiny,midtrain1").objective.teacher_model
+    told = published.get_config("tiny,midtrain1").teacher.model
     found = differences(teacher.model.to_dict(), ModelConfig.from_dict(told).to_dict())
     assert not found
     student = published.get_config("tiny,pretrain1")

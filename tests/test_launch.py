@@ -136,7 +136,7 @@ def test_the_recipe_runs_its_stages_in_order_with_the_paths_of_the_configuration
         assert found.pop("workdir") == f"runs/r1-{size}-{config.stage}"
         assert found.pop("config.plan") == config.plan
         assert found.pop("config.init_from", "") == config.init_from
-        assert found.pop("config.objective.teacher", "") == config.objective.get("teacher", "")
+        assert found.pop("config.teacher.path", "") == config.teacher.path
         assert set(found) == {"config"}
 
 
@@ -164,7 +164,7 @@ def test_the_recipe_begins_and_ends_where_it_is_told():
         "workdir": "R/r1-950m-midtrain1",
         "config.plan": "D/midtrain.json",
         "config.init_from": "R/r1-950m-pretrain2",
-        "config.objective.teacher": "T",
+        "config.teacher.path": "T",
     }
 
 
