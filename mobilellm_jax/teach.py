@@ -35,7 +35,8 @@ from mobilellm_jax.parallel.compiled import keep_compiled
 from mobilellm_jax.parallel.mesh import local_mesh
 from mobilellm_jax.parallel.sharding import BATCH_AXES, batch_sharding, put_rows, shardings
 from mobilellm_jax.training.objectives import Network, split_rows
-from mobilellm_jax.training.teacher import Teacher
+from mobilellm_jax.training.setup import tokenizer_of
+from mobilellm_jax.training.teacher import Teacher, check_tokenizer
 
 SHARD_ROWS = 1024  # what an interruption loses at most
 
@@ -71,13 +72,8 @@ def teach(
     """
     loaded = Plan.load(plan)
     stored = open_model(teacher)
-    tokenizer = stored.needed_tokenizer
-    if tokenizer.fingerprint != loaded.tokenizer:
-        raise UserError(
-            f"{teacher} has another tokenizer ({tokenizer.fingerprint[:12]}) than the rows of {plan} "
-            f"({loaded.tokenizer[:12]}): prepare the data with --tokenizer={teacher}, or choose another "
-            "teacher."
-        )
+    tokenizer = tokenizer_of(loaded, plan)
+    check_tokenizer(stored.needed_tokenizer, tokenizer, f"--teacher={teacher}")
     if unknown := set(sources) - set(loaded.names):
         raise UserError(
             f"{plan} has no source {', '.join(sorted(unknown))}; it has {', '.join(loaded.names)}."

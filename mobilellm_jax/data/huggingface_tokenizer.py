@@ -153,6 +153,11 @@ class HuggingFaceTokenizer(Tokenizer):
         """See `Tokenizer`."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    @property
+    def pieces(self) -> list[str]:
+        """See `Tokenizer`."""
+        return [self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)]
+
     def piece_bytes(self) -> np.ndarray:
         """See `Tokenizer`."""
         decoders = _parts(self._tokenizer.decoder)

@@ -203,6 +203,11 @@ class SentencePieceTokenizer(Tokenizer):
         """Text of ids; control pieces (BOS, EOS, padding) stand for nothing."""
         return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
+    @property
+    def pieces(self) -> list[str]:
+        """See `Tokenizer`."""
+        return [piece.piece for piece in self.proto.pieces]
+
     def piece_bytes(self) -> np.ndarray:
         """See `Tokenizer`."""
         kinds = {_Piece.CONTROL: 0, _Piece.UNKNOWN: 0, _Piece.UNUSED: 0, _Piece.BYTE: 1}

@@ -35,7 +35,7 @@ class TaughtInfo:
 
     Attributes:
       teacher: which network, in plain values.
-      tokenizer: fingerprint, of teacher and rows.
+      tokenizer: fingerprint, of the rows.
       rows_of: fingerprint of the source's description, so that rows prepared anew are noticed.
       row_length: of the rows that the teacher read.
       rows: how many there are.

@@ -8,6 +8,7 @@ is put there as an id. Only what a chat template has written is read otherwise (
 
 import abc
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -149,6 +150,22 @@ class Tokenizer(abc.ABC):
 
         Summed over `encode(text)` this is `len(text.encode())`, exactly so for a lossless one.
         """
+
+    @property
+    @abc.abstractmethod
+    def pieces(self) -> list[str]:
+        """The piece of each id as the library writes it, "" for an id that has none: [V]."""
+
+    @property
+    def vocabulary(self) -> str:
+        """sha256 (hex) of the pieces that are text, by id.
+
+        Tokenizers of one vocabulary, as those of a network and of its chat version, may differ in
+        their special tokens, or in what begins and ends a document.
+        """
+        size_V = self.piece_bytes()
+        text = [piece if size else "" for piece, size in zip(self.pieces, size_V, strict=True)]
+        return hashlib.sha256(json.dumps(text).encode()).hexdigest()
 
     def __reduce__(self) -> tuple[Any, ...]:  # what the libraries hold is rebuilt, not carried
         """Pickles the fields alone."""

@@ -6,7 +6,8 @@ permutation of the rows of the query and key weights, under which its weightless
 unchanged, so one RoPE serves both. R1's final models have a context of 32k and a RoPE base of 8e6;
 the base models before them have 4k, and 1e6 as the reciprocal of that extension's factor of 8.
 
-Teachers (`TEACHERS`): Llama 3.1 8B (arXiv 2407.21783, table 3), from which R1 is distilled.
+Teachers (`TEACHERS`): Llama 3.1 8B (arXiv 2407.21783, table 3), from which R1 is distilled, and Llama
+2 7B (arXiv 2307.09288), from which MobileLLM is in its table 16.
 
 Compared (`COMPARED`), each at about 125M and 350M parameters:
 
@@ -146,6 +147,14 @@ TEACHERS = {
         rope_theta=5e5,
         rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
         max_length=131_072,
+    ),
+    "llama-2-7b": ModelConfig(
+        vocab_size=32_000,
+        width=4096,
+        stacks=(Stack(layers=32, heads=32, kv_heads=32, mlp_width=11_008),),
+        head_dim=128,
+        tied=False,
+        max_length=4096,
     ),
 }
 

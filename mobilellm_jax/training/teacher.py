@@ -128,6 +128,30 @@ def abstract_teacher(
     return Teacher(network, params)
 
 
+def check_tokenizer(of_teacher: "Tokenizer", of_data: "Tokenizer", where: str) -> None:
+    """A teacher speaks of the student's tokens: every id must stand for the same text.
+
+    Special tokens may differ, and which of them begins and ends a document, as they do between a
+    network and its chat version; that is printed.
+
+    Raises:
+      UserError: the vocabularies differ.
+    """
+    if of_teacher.fingerprint == of_data.fingerprint:
+        return
+    if of_teacher.vocabulary != of_data.vocabulary:
+        raise UserError(
+            f"{where} has another tokenizer ({of_teacher.fingerprint[:12]}) than the data "
+            f"({of_data.fingerprint[:12]}): a teacher speaks of the student's tokens. Prepare the data "
+            "with the teacher's tokenizer, or choose another teacher."
+        )
+    ends = ((t.bos_id, t.eos_id) for t in (of_teacher, of_data))
+    print(
+        "{}: the teacher's tokenizer has the pieces of the data's, but not all of its special tokens or "
+        "rules (BOS and EOS are {} there, {} here).".format(where, *ends)
+    )
+
+
 def load_teacher(config: ConfigDict, abstract: Teacher, tokenizer: "Tokenizer") -> Teacher:
     """The teacher with its weights, each device reading its slices only.
 
@@ -150,12 +174,7 @@ def load_teacher(config: ConfigDict, abstract: Teacher, tokenizer: "Tokenizer") 
             "config.teacher.model describes."
         )
     stored = open_model(path)
-    if stored.needed_tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"config.teacher.path={path} has another tokenizer ({stored.needed_tokenizer.fingerprint[:12]}) "
-            f"than the data of config.plan ({tokenizer.fingerprint[:12]}): a teacher speaks of the "
-            f"student's tokens. Prepare the data with --tokenizer={path}, or choose another teacher."
-        )
+    check_tokenizer(stored.needed_tokenizer, tokenizer, f"config.teacher.path={path}")
     found = differences(stored.model.to_dict(), abstract.network.model.to_dict())
     if found:
         listed = "; ".join(f"{k}: {a!r} there, {b!r} here" for k, (a, b) in found.items())

@@ -207,6 +207,26 @@ def test_the_fingerprint_is_of_what_decides_the_ids(folder):
     assert len({first, ended, print_of()}) == 3
 
 
+def test_the_vocabulary_is_that_of_a_chat_version_too(folder, tmp_path):
+    """Which has other special tokens and another end, and stands for the same text."""
+    base = Tokenizer.load(folder)
+    chat = tmp_path / "chat"
+    shutil.copytree(folder, chat)
+    raw = json.loads((chat / "tokenizer.json").read_text())
+    last = raw["added_tokens"][-1]
+    assert last["special"]
+    last["content"] = "<|another|>"
+    (chat / "tokenizer.json").write_text(json.dumps(raw))
+    other = Tokenizer.load(chat)
+    assert other.fingerprint != base.fingerprint and other.vocabulary == base.vocabulary
+    vocabulary = raw["model"]["vocab"]
+    ids = [i for i, size in enumerate(base.piece_bytes().tolist()) if size == 3][:2]
+    names = {i: piece for piece, i in vocabulary.items()}
+    vocabulary[names[ids[0]]], vocabulary[names[ids[1]]] = ids[1], ids[0]
+    (chat / "tokenizer.json").write_text(json.dumps(raw))
+    assert Tokenizer.load(chat).vocabulary != base.vocabulary
+
+
 def test_settings_for_other_uses_are_not_ours(folder):
     """A file may say that texts are truncated, padded, or merged at random."""
     text = "\n".join(tokenizer_files.texts())[:20_000]

@@ -132,6 +132,12 @@ def test_an_unknown_preset_names_those_there_are():
         preset("x")
 
 
+def test_the_other_teacher_is_llama_2_7b():
+    teacher = preset("llama-2-7b")
+    assert parameter_count(teacher) == 6_738_415_616
+    assert (teacher.rope_theta, teacher.norm_eps) == (1e4, 1e-5)
+
+
 def test_the_teacher_is_llama_3_1_8b():
     """Its published size; and what is read from the config.json of its release."""
     teacher = preset("llama-3.1-8b")
