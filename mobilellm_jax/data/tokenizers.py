@@ -8,6 +8,7 @@ is put there as an id. Only what a chat template has written is read otherwise (
 
 import abc
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -96,6 +97,11 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """sha256 (hex) of what decides the ids; the chat template does not."""
+
+    @property
+    def template_fingerprint(self) -> str:
+        """sha256 (hex) of the chat template, by which rows of conversations say what wrote them."""
+        return hashlib.sha256((self.chat_template or "").encode()).hexdigest()
 
     @property
     @abc.abstractmethod
