@@ -125,7 +125,9 @@ def test_calls_are_trained_on_and_what_they_give_is_not(folders, tmp_path):
     assert '{"running": true}' in tokenizer.decode(token_ids(ids[ids & UNTRAINED != 0]))
     # A template that knows no calls would leave them out.
     refuses = dataclasses.replace(tokenizer, chat_template=read_template("chatml"))
-    with pytest.raises(UserError, match="asks 'A timer for 20 minutes.' has `tool_calls`, of which"):
+    with pytest.raises(
+        UserError, match="asks 'A timer for 20 minutes.' has `tool_calls`, of which"
+    ):
         ConversationEncoder(refuses)(messages)
 
 
