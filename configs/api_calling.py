@@ -1,9 +1,12 @@
 r"""API calling as in MobileLLM's section 3.4 (arXiv 2402.14905): dialogues whose calls are graded.
 
-| argument           | rows x tokens x steps       | starts at      | hardware    | time   |
-|--------------------|-----------------------------|----------------|-------------|--------|
-| 125m, 350m, ...    | 8 x 2,048 x 510, 4 epochs   | runs/125m, ... | one GPU     |        |
-| smoke              | 4 x 1,024 x TTT, 4 epochs   | runs/smoke     | 2 CPU cores | MMM    |
+| argument        | parameters | rows x tokens, 4 epochs | starts at      | steps |
+|-----------------|------------|-------------------------|----------------|-------|
+| 125m, 350m, ... | as there   | 8 x 2,048               | runs/125m, ... | 510   |
+| smoke           | 951,424    | 4 x 1,024               | runs/smoke     | 2,600 |
+
+Steps are those of 5,000 dialogues: 4.9 of them fill a row of 2,048 with a vocabulary of 32,000, and
+1.9 one of 1,024 with one of 2,048.
 
 The paper's: 5,000 dialogues to train on, 2,500 to test, about 8 turns each; 4 epochs of Adam, learning
 rate linearly from 2e-5 to 0, weight decay 0.01. Its data are unreleased: ours come from a seed.
@@ -18,8 +21,9 @@ After `make run`, `:smoke` wants `--tokenizer=data/smoke --row_length=1024 --out
 network has 1M parameters and read 1M tokens before: it shows that all works, not how well.
 """
 
-from configs import mobilellm, smoke
 from ml_collections import ConfigDict
+
+from configs import mobilellm, smoke
 
 
 def get_config(argument: str = "125m") -> ConfigDict:
