@@ -17,7 +17,6 @@ kept beside.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -33,8 +32,13 @@ import mobilellm_jax
 from mobilellm_jax import cli
 from mobilellm_jax.data import on_beam, parts, rows
 from mobilellm_jax.data import plan as plans
-from mobilellm_jax.data.chat import ConversationEncoder, EncodeChats, read_template
-from mobilellm_jax.data.chat_corpus import TOO_LONG, ChatCorpus
+from mobilellm_jax.data.chat import (
+    ConversationEncoder,
+    EncodeChats,
+    read_template,
+    shipped_templates,
+)
+from mobilellm_jax.data.chat_corpus import NO_ASSISTANT, TOO_LONG, ChatCorpus
 from mobilellm_jax.data.corpora import Corpus
 from mobilellm_jax.data.encoding import Encode, Workers, encode_texts
 from mobilellm_jax.data.packing import TEXT_PACKERS
@@ -128,7 +132,7 @@ def prepare(
         writers[name] = SourceWriter(str(out / name), info, settings[name])
         writers[name].begin()
     encode: dict[str, Encode] = {
-        name: EncodeChats(row_length, drop_long=chat.too_long == "drop")
+        name: EncodeChats(row_length, chat.too_long == "drop", chat.no_assistant == "keep")
         for name, chat in chats.items()
     }
     jobs = {
@@ -253,7 +257,7 @@ def _tokenizer(
 def _template_hash(tokenizer: Tokenizer) -> str:
     """Of the chat template, after a look at it, for prepared conversations."""
     ConversationEncoder(tokenizer)
-    return hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()
+    return tokenizer.template_fingerprint
 
 
 def _is_complete(path: epath.Path, settings: Mapping[str, Any]) -> bool:
@@ -380,6 +384,7 @@ def main() -> None:
                 share,
                 system_prompt=args.system_prompt,
                 too_long=args.too_long,
+                no_assistant=args.no_assistant,
             )
         )
     prepare(
@@ -416,10 +421,18 @@ if __name__ == "__main__":
     flags.DEFINE_enum(
         "too_long", "truncate", TOO_LONG, "What becomes of a conversation longer than a row."
     )
+    flags.DEFINE_enum(
+        "no_assistant",
+        "drop",
+        NO_ASSISTANT,
+        "What becomes of a conversation in which nothing of an assistant is: it is left out, or kept "
+        "for a loss on all tokens.",
+    )
     flags.DEFINE_string(
         "chat_template",
         None,
-        "Chat template for the tokenizer: llama3, chatml or a file of Jinja; default: its own.",
+        f"Chat template for the tokenizer: {', '.join(shipped_templates())} or a file of Jinja; "
+        "default: its own.",
     )
     flags.DEFINE_integer("row_length", 2048, "Targets per row: the length of context in training.")
     flags.DEFINE_integer("vocab_size", 32_000, "Pieces of the tokenizer that is trained.")

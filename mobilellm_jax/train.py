@@ -143,6 +143,7 @@ def train(
             "start",
             start,
             {"time": time.time(), "parameters": parameters, "flops_per_token": flops}
+            | {"steps": length.steps}
             | {"plan": run.plan.hash, "tokenizer": run.tokenizer.fingerprint, **origin},
         )
         progress = Progress(start, length, config.log_every, shown=leads)

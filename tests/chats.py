@@ -41,6 +41,12 @@ LLAMA2 = """{% for message in messages %}{% if message['role'] == 'user' %}
 PLAIN = """{% for message in messages %}
 {{- message.role + ': ' + message.content + (eos_token if message.role == 'assistant' else '') + '\n' }}
 {%- endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
+# Calls as JSON in the assistant's turn, and what they give in a turn of its own.
+CALLS = """{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content }}
+{%- for call in message.tool_calls or [] %}{{- '<call>' + call.function | tojson }}{% endfor %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 Parts = list[tuple[str, bool]]  # pieces of text, and whether they are trained on
 

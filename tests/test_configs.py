@@ -1,19 +1,22 @@
 """Every configuration with every argument: it builds, fits together and has the published network."""
 
+import dataclasses
 import importlib.util
 import itertools
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
-from mobilellm_jax.data.plan import Plan
+from mobilellm_jax.data.plan import Plan, PlanSource, Stage
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, flops_per_token, parameter_count
 from mobilellm_jax.model.presets import COMPARED, PRESETS, preset
 from mobilellm_jax.sweeps.description import load_sweep
 from mobilellm_jax.training.config import check, configured, differences
+from mobilellm_jax.training.length import length_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SIZES = {"125m": 124_635_456, "350m": 345_355_200, "600m": 603_188_352}
@@ -200,6 +203,80 @@ def test_mid_training_is_distilled_and_nothing_else_is():
 def test_arguments_that_name_nothing(name, argument, part):
     with pytest.raises(UserError, match=part):
         module(name).get_config(argument)
+
+
+def lasting(config, tmp_path, rows=4000):
+    """The configuration on a plan of so many rows in two equal sources."""
+    tokens = rows // 2 * config.row_length
+    sources = tuple(PlanSource(name, name, rows // 2, tokens) for name in "ab")
+    plan = Plan(sources, (Stage("train", None, {"a": 0.5, "b": 0.5}),), "tokenizer.model", "")
+    plan.save(tmp_path / "mixture.json")
+    config.plan = str(tmp_path / "mixture.json")
+    return length_of(config)
+
+
+@pytest.mark.parametrize("argument", ["smoke", "125m", "350m,ls"])
+def test_api_calling(argument, tmp_path):
+    """MobileLLM, section 3.4: four epochs, 2e-5 linearly to 0, weight decay 0.01."""
+    config = module("api_calling").get_config(argument)
+    assert config.init_from == f"runs/{argument.replace(',', '-')}"
+    length = lasting(config, tmp_path)
+    assert length.rows(length.steps) == 4 * 4000
+    schedule = configured(config.schedule, "schedule")(length.steps)
+    check(config, 1)
+    rates = [float(schedule(length.steps * i // 4)) for i in range(5)]
+    peak = 1e-3 if argument == "smoke" else 2e-5
+    assert rates == pytest.approx([peak * (1 - i / 4) for i in range(5)])
+    assert config.optimizer.weight_decay == 0.01
+    with pytest.raises(UserError, match="names no network"):
+        module("api_calling").get_config("12m")
+
+
+def test_the_orders_of_fine_tuning_differ_in_data_and_start_alone(tmp_path):
+    orders = module("sft_order")
+    for size in ("950m", "tiny"):
+        found = {row: orders.get_config(f"{size},{row}") for row in orders.ROWS}
+        for row, config in found.items():
+            other = differences(config.to_dict(), found["joint"].to_dict())
+            rates = {"schedule.peak", "schedule.warmup_steps"} if row == "tulu" else set()
+            assert set(other) <= {"plan", "init_from", *rates}
+            length = lasting(config, tmp_path, 200_000)
+            assert length.rows(length.steps) - 200_000 < config.global_batch
+            check(config, 1)
+            configured(config.schedule, "schedule")(length.steps)
+        starts = {config.init_from for row, config in found.items() if row != "after_tulu"}
+        assert starts == {f"runs/r1-{size}-midtrain2"}
+        if size in R1_SIZES:
+            published = preset(f"mobilellm-r1-{size}")
+            model = ModelConfig.from_dict(found["joint"].model)
+            same = {"max_length": published.max_length, "rope_theta": published.rope_theta}
+            assert dataclasses.replace(model, **same) == published
+    for wrong in ("950m", "950m,tulu_last", "1b,tulu"):
+        with pytest.raises(UserError, match="names no run"):
+            orders.get_config(wrong)
+
+
+def test_plans_of_the_orders_read_every_source_once(tmp_path):
+    orders = module("sft_order")
+    sizes = dict(zip(("tulu", "math", "code", "science"), (600, 300, 80, 20), strict=True))
+    sources = tuple(PlanSource(name, name, n, n * 1024) for name, n in sizes.items())
+    whole = Plan(sources, (Stage("train", None, {"tulu": 1.0}),), "tokenizer.model", "")
+    whole.save(tmp_path / "mixture.json")
+    orders.write_plans(tmp_path)
+    for row, names in orders.ROWS.items():
+        config = orders.get_config(f"tiny,{row}")
+        config.plan, rows = f"{tmp_path}/{row}.json", sum(sizes[name] for name in names)
+        plan, length = Plan.load(config.plan), length_of(config)
+        assert set(plan.names) == set(names) and length.rows(length.steps) == rows
+        read = plan.read(rows * 1024) / [source.tokens for source in plan.sources]
+        assert read == pytest.approx(np.ones(len(names)))
+    with pytest.raises(UserError, match="tulu.json exists already"):
+        orders.write_plans(tmp_path)
+    plan = Plan.load(tmp_path / "math.json")
+    (tmp_path / "other").mkdir()
+    plan.save(tmp_path / "other" / "mixture.json")
+    with pytest.raises(UserError, match="has no source code, science, tulu"):
+        orders.write_plans(tmp_path / "other")
 
 
 def test_the_ladder_compares_like_with_like(tmp_path):

@@ -32,11 +32,17 @@ Message = Mapping[str, Any]  # "role", "content", and whatever else a template r
 Span = tuple[int, int]  # characters [begin, end) of a text
 
 TRUNCATED, TOO_LONG, UNTRAINABLE = "truncated", "too long", "nothing of an assistant in it"
+KEPT = f"kept with {UNTRAINABLE}"
 SHIPPED = Path(__file__).parent / "templates"
 
 # What stands for the tags while a text is rendered: halves of surrogate pairs, which no text has.
 _BEGIN, _END = "\ud8fe", "\ud8ff"
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+def shipped_templates() -> list[str]:
+    """Names of the chat templates in `templates/`."""
+    return sorted(file.stem for file in SHIPPED.glob("*.jinja"))
 
 
 def read_template(name: str) -> str:
@@ -45,7 +51,7 @@ def read_template(name: str) -> str:
     Raises:
       UserError: there is none.
     """
-    shipped = sorted(file.stem for file in SHIPPED.glob("*.jinja"))
+    shipped = shipped_templates()
     file = SHIPPED / f"{name}.jinja" if name in shipped else Path(name).expanduser()
     try:
         return file.read_text()
@@ -75,6 +81,7 @@ class ChatTemplate:
                 f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
             ) from None
         self.tagged = _TAG.search(source) is not None  # whether it has generation tags
+        self._writes_calls = "tool_calls" in source
         self._named_tokens = dict(named_tokens)
 
     def trained(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
@@ -122,6 +129,11 @@ class ChatTemplate:
     def _rendered(
         self, messages: Sequence[Message], prompt: bool = False
     ) -> tuple[str, list[Span]]:
+        if not self._writes_calls and any(message.get("tool_calls") for message in messages):
+            raise UserError(
+                f"a conversation{_which(messages)} has `tool_calls`, of which the chat template writes "
+                "nothing: use a template that does, or put the calls into the content of their turns."
+            )
         try:
             raw = self._template.render(
                 messages=messages,
@@ -151,7 +163,8 @@ class EncodeChats:
     """Conversations (JSON lists of messages) to marked ids, BOS first; see `packing`. Picklable."""
 
     row_length: int
-    drop_long: bool  # rather than cut at their end
+    drop_long: bool = False  # rather than cut at their end
+    keep_untrainable: bool = False  # what the assistant says nothing in, for a loss on all tokens
 
     def __call__(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:
         """See `encoding.Encode`.
@@ -159,7 +172,11 @@ class EncodeChats:
         Raises:
           UserError: see `ChatTemplate.trained`.
         """
-        return [self._encoded(_encoder(tokenizer)(json.loads(text))) for text in texts]
+        talks = [json.loads(text) for text in texts]
+        return [
+            self._encoded(_encoder(tokenizer)(talk)) if talk else Ids(None, UNTRAINABLE)
+            for talk in talks
+        ]
 
     def _encoded(self, ids: np.ndarray) -> Ids:
         note = ""
@@ -167,7 +184,9 @@ class EncodeChats:
             if self.drop_long:
                 return Ids(None, TOO_LONG)
             ids, note = ids[: self.row_length + 1], TRUNCATED
-        return Ids(None, UNTRAINABLE) if (ids & UNTRAINED).all() else Ids(ids, note)
+        if (ids & UNTRAINED).all():
+            return Ids(ids, KEPT) if self.keep_untrainable else Ids(None, UNTRAINABLE)
+        return Ids(ids, note)
 
 
 class ConversationEncoder:
@@ -181,8 +200,8 @@ class ConversationEncoder:
         """
         if tokenizer.chat_template is None:
             raise UserError(
-                "the tokenizer has no chat template: name one with --chat_template, llama3, chatml "
-                "or a file."
+                "the tokenizer has no chat template: name one with --chat_template, "
+                f"{', '.join(shipped_templates())} or a file."
             )
         self.template = ChatTemplate(tokenizer.chat_template, tokenizer.named_tokens)
         self._tokenizer = tokenizer

@@ -10,6 +10,7 @@ from mobilellm_jax.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TOO_LONG = ("truncate", "drop")
+NO_ASSISTANT = ("drop", "keep")
 _SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # its names of roles
 
 
@@ -64,6 +65,8 @@ class ChatReading(Reading):
                 f"{where()}: the role of message {number} is {role!r}, not one of "
                 f"{', '.join(ROLES)} (or ShareGPT's {', '.join(_SHAREGPT)})."
             )
+        if content is None and given.get("tool_calls"):
+            content = ""  # a turn that is calls alone
         if not isinstance(content, str):
             raise UserError(
                 f"{where()}: the content of message {number} is not a text but "
@@ -84,21 +87,27 @@ class ChatCorpus(FileCorpus):
       system_prompt: what conversations begin with that have no system message.
       too_long: what becomes of one longer than a row: `truncate` cuts its end off, `drop` leaves it
         out.
+      no_assistant: what becomes of one in which the assistant says nothing (any more): `drop`, or
+        `keep` for a loss on all tokens.
     """
 
     text_key: str = "messages"
     system_prompt: str | None = None
     too_long: str = "truncate"
+    no_assistant: str = "drop"
 
     def __post_init__(self) -> None:
-        """Raises `UserError` for a `too_long` that is neither."""
-        if self.too_long not in TOO_LONG:
-            raise UserError(f"too_long is {' or '.join(TOO_LONG)}, not {self.too_long!r}.")
+        """Raises `UserError` for a `too_long` or `no_assistant` that is none."""
+        for key, known in (("too_long", TOO_LONG), ("no_assistant", NO_ASSISTANT)):
+            if (value := getattr(self, key)) not in known:
+                raise UserError(f"{key} is {' or '.join(known)}, not {value!r}.")
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """See `FileCorpus`."""
         own = {"system_prompt": self.system_prompt, "too_long": self.too_long}
+        if self.no_assistant != "drop":  # sources prepared before there was a choice stay complete
+            own["no_assistant"] = self.no_assistant
         return {**super().fingerprint, **own}
 
     def sample(self, budget: int) -> Iterator[str]:

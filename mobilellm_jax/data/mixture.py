@@ -26,8 +26,9 @@ from mobilellm_jax.data.contexts import Contexts
 from mobilellm_jax.data.permutation import key_of, mixed, permute
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.readers import Readers
-from mobilellm_jax.data.rows import open_rows, read_info
+from mobilellm_jax.data.rows import open_rows, read_info, read_settings
 from mobilellm_jax.data.taught import TAUGHT_IDS, TAUGHT_LOG_PROBS, Taught, open_taught
+from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 
 BLOCK = 4096
@@ -404,6 +405,24 @@ def open_split(plan: Plan, split: str, row_length: int, vocab_size: int) -> dict
     return opened
 
 
+def check_templates(plan: Plan, tokenizer: Tokenizer) -> None:
+    """All conversations of a plan were written with the chat template of its tokenizer.
+
+    Raises:
+      UserError: some were written with another one, which the network would not get to see in use.
+    """
+    for source in plan.sources:
+        path = plan.resolve(source.path)
+        if read_info(path).kind != "chat":
+            continue
+        if read_settings(path).get("chat_template") != tokenizer.template_fingerprint:
+            raise UserError(
+                f"source {source.name!r} at {path} was written with another chat template than that of "
+                f"the tokenizer {plan.resolve(plan.tokenizer_path)}: prepare it again with that "
+                "tokenizer."
+            )
+
+
 def check_length(mixture: Mixture, first: int, rows: int) -> None:
     """A run of so many rows, from row `first` on, must not be longer than its plan.
 
@@ -415,7 +434,7 @@ def check_length(mixture: Mixture, first: int, rows: int) -> None:
         raise UserError(
             f"the run wants {rows:,} rows of {mixture.row_length} tokens{begin}, the plan in "
             f"{mixture.plan.directory} ends after {len(mixture):,}: lower config.steps (or "
-            "config.tokens), or give its last stage more tokens (null: no end)."
+            "config.tokens or config.epochs), or give its last stage more tokens (null: no end)."
         )
 
 

@@ -69,13 +69,15 @@ def positions(segment_ids: Any) -> Any:
     return at_T - running_max(xp.where(begins, at_T, 0), axis=segment_ids.ndim - 1)
 
 
-def counted(tokens: Any, bos_id: int, eos_id: int) -> Any:
+def counted(tokens: Any, bos_id: int, eos_id: int, *, all_tokens: bool = False) -> Any:
     """Which targets of rows are trained on.
 
     Args:
       tokens: int [..., T + 1], of NumPy or JAX.
       bos_id: begins documents and fills rows.
       eos_id: ends documents; may be the same.
+      all_tokens: also those that are marked as no target, but for what begins a document or fills
+        a row.
 
     Returns:
       bool [..., T] of the same kind.
@@ -83,6 +85,8 @@ def counted(tokens: Any, bos_id: int, eos_id: int) -> Any:
     inputs, targets = tokens[..., :-1], tokens[..., 1:]
     counts = targets != bos_id
     counts = counts | (inputs != bos_id) if eos_id == bos_id else counts
+    if all_tokens:  # a marked BOS that is not inside a conversation begins one, or is padding
+        return counts & (targets != bos_id | UNTRAINED)
     return counts & (targets & UNTRAINED == 0)
 
 

@@ -99,6 +99,11 @@ class Tokenizer(abc.ABC):
         """sha256 (hex) of what decides the ids; the chat template does not."""
 
     @property
+    def template_fingerprint(self) -> str:
+        """sha256 (hex) of the chat template, by which rows of conversations say what wrote them."""
+        return hashlib.sha256((self.chat_template or "").encode()).hexdigest()
+
+    @property
     @abc.abstractmethod
     def vocab_size(self) -> int:
         """Number of ids, those of special tokens included; a network may have more embeddings."""

@@ -97,6 +97,8 @@ def summary(facts: Facts) -> str:
 
 def _planned(facts: Facts) -> int | None:
     """Steps of the whole run; None where its configuration is not there."""
+    if facts.config.get("epochs"):  # of a plan, which may be gone; the run has written them down
+        return next((s["steps"] for s in facts.history.starts if "steps" in s), None)
     counted = length_of(facts.config).steps if facts.config.get("tokens") else None
     return counted or facts.config.get("steps")
 

@@ -50,9 +50,10 @@ def base_config(model: ModelConfig) -> ConfigDict:
     c.plan = ""  # path of the mixture.json to train on, as `prepare` writes it
     c.first_row = 0  # rows of the plan that runs before this one have read; 0: it begins here
     c.row_length = 2048  # targets per row: what is stored, or a multiple or divisor of it
-    c.steps = 1000  # optimizer steps of the whole run; 0: as many as `tokens` take
-    c.tokens = 0  # tokens of the whole run, instead of steps; 0: as many as `steps` read
-    c.epochs = 0.0  # readings of all rows of the plan, instead of steps or tokens; 0: as many as those take
+    c.steps = 1000  # optimizer steps of the whole run; 0: as many as `tokens` or `epochs` take
+    c.tokens = 0  # tokens of the whole run, instead of steps; 0: as many as the others read
+    c.epochs = 0.0  # readings of all rows of the plan, instead of steps; how often each source is
+    # read its weight decides, and is printed at the start
     c.global_batch = 1024  # rows per step, over all devices
     c.batch_ramp = ()  # before that: ((rows per step, tokens of the run at which they end), ...)
     c.microbatches = 1  # parts of a step computed one after another, to save memory
@@ -67,6 +68,7 @@ def base_config(model: ModelConfig) -> ConfigDict:
     c.objective = ConfigDict()
     c.objective.use = "mobilellm_jax.training.objectives:next_token"
     c.objective.z_loss = 0.0  # weight of the squared log normaliser
+    c.objective.all_tokens = False  # of conversations also what others than the assistant say
 
     c.teacher = ConfigDict()  # of objectives that learn from one (training/distillation.py)
     c.teacher.path = ""  # checkpoint or Hugging Face folder of a network that is run; "": none

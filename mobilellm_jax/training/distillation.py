@@ -38,6 +38,7 @@ def distillation(
     temperature: float = 1.0,
     labels: float = 0.0,
     reverse: float = 0.0,
+    all_tokens: bool = False,
 ) -> Losses:
     """What is between the student's distribution q and the teacher's p, at every target that counts.
 
@@ -57,6 +58,7 @@ def distillation(
       temperature: of both distributions.
       labels: share of the loss on labels, 0 to 1.
       reverse: share of the reverse divergence in the other part, 0 to 1.
+      all_tokens: see `objectives.next_token`.
 
     Raises:
       UserError: a share is not one, or the temperature is not positive.
@@ -68,7 +70,7 @@ def distillation(
         )
     if temperature <= 0:
         raise UserError(f"config.objective.temperature={temperature} must be positive.")
-    rows = split_rows(batch["tokens"], network.bos_id, network.eos_id)
+    rows = split_rows(batch["tokens"], network.bos_id, network.eos_id, all_tokens=all_tokens)
     run = rows.inputs_BT, rows.segment_ids_BT
     if TAUGHT_IDS in batch:
         taught: Any = batch[TAUGHT_IDS], batch[TAUGHT_LOG_PROBS]

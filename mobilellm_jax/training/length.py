@@ -1,18 +1,22 @@
 """How long a run is, and which rows each of its steps reads: arithmetic on the configuration alone.
 
-All that asks for the rows of a step asks here: the loop, a replay, the record of what was read, the
-check against the plan's end. So a resumed run, a forked one and a replay read the same rows.
+Only a length in epochs asks for more, the number of rows, which the plan knows. All that asks for
+the rows of a step asks here: the loop, a replay, the record of what was read, the check against the
+plan's end. So a resumed run, a forked one and a replay read the same rows.
 """
 
 import contextlib
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
 from mobilellm_jax.data.mixture import Mixture, batches
+from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.errors import UserError
 
 
@@ -61,17 +65,22 @@ def length_of(config: Mapping[str, Any]) -> Length:
     """The length that a configuration describes; older ones, which lack keys, too.
 
     A phase of `batch_ramp` ends with the first step that reaches its tokens, and a run of
-    `config.tokens` ends likewise: no step is cut.
+    `config.tokens` or `config.epochs` ends likewise: no step is cut.
 
     Raises:
-      UserError: not exactly one of steps and tokens is set, or the ramp does not rise.
+      UserError: not exactly one of steps, tokens and epochs is set, the ramp does not rise, or the
+        rows of an epoch are not known.
     """
     steps, tokens = config.get("steps", 0), config.get("tokens", 0)
-    if (steps > 0) == (tokens > 0) or min(steps, tokens) < 0:
+    epochs = config.get("epochs", 0.0)
+    given = steps, tokens, epochs
+    if sum(value > 0 for value in given) != 1 or min(given) < 0 or not math.isfinite(epochs):
         raise UserError(
-            f"config.steps={steps} and config.tokens={tokens}: set one of them, the length of the run, "
-            "to at least 1, and the other to 0."
+            f"config.steps={steps}, config.tokens={tokens} and config.epochs={epochs:g}: set one of "
+            "them, the length of the run (steps and tokens to at least 1), and the others to 0."
         )
+    if epochs:  # of the decimal number that is written there: 0.1 of 30 rows are 3
+        tokens = math.ceil(Fraction(str(epochs)) * epoch_rows(config)) * config["row_length"]
     row_length = config["row_length"]
     phases = [Phase(0, config.get("first_row", 0), config["global_batch"])]
     before = 0  # tokens
@@ -92,6 +101,40 @@ def length_of(config: Mapping[str, Any]) -> Length:
     # Of phases that begin at the same step only the last has steps.
     kept = {phase.step: phase for phase in found}.values()
     return Length(tuple(kept), steps, row_length)
+
+
+def epoch_rows(config: Mapping[str, Any]) -> int:
+    """Rows of the run's length that the sources of its plan have together; no source is opened.
+
+    Sources without a share in any stage are left out.
+
+    Raises:
+      UserError: there is no plan, or it does not know how much its sources hold.
+    """
+    epochs, path = config["epochs"], config.get("plan", "")
+    instead = "or set config.steps and config.epochs=0."
+    if not path:
+        raise UserError(
+            f"config.epochs={epochs:g} counts the rows of a plan, and config.plan is empty: name a "
+            f"mixture.json, {instead}"
+        )
+    try:
+        plan = Plan.load(path)
+    except UserError as error:
+        raise UserError(
+            f"config.epochs={epochs:g} counts the rows of a plan, but {str(error).rstrip('.')}; "
+            f"{instead}"
+        ) from None
+    shares = sum(share.sum(0) for share in plan.weights)
+    read = [source for source, share in zip(plan.sources, shares, strict=True) if share > 0]
+    if unknown := [source.name for source in read if source.tokens is None]:
+        raise UserError(
+            f"config.epochs={epochs:g} counts the rows of {path}, which does not know how many "
+            f"{', '.join(unknown)} has: tie it to prepared data (`python -m mobilellm_jax.plan`), "
+            f"{instead}"
+        )
+    # Longer or shorter rows than those that are stored: as many as `data.contexts` makes of them.
+    return sum(int(source.tokens or 0) // config["row_length"] for source in read)
 
 
 def microbatches(config: Mapping[str, Any], rows: int) -> int:

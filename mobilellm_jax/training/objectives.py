@@ -53,17 +53,27 @@ class Rows:
     weight_BT: jax.Array
 
 
-def split_rows(tokens: jax.Array, bos_id: int, eos_id: int) -> Rows:
+def split_rows(tokens: jax.Array, bos_id: int, eos_id: int, *, all_tokens: bool = False) -> Rows:
     """Cuts rows [B, T + 1] into inputs and targets; which targets count says `packing.counted`."""
     inputs_BT, targets_BT = token_ids(tokens[:, :-1]), token_ids(tokens[:, 1:])
     segment_ids_BT = segment_ids(tokens[:, :-1], bos_id)
-    weight_BT = counted(tokens, bos_id, eos_id).astype(jnp.float32)
+    weight_BT = counted(tokens, bos_id, eos_id, all_tokens=all_tokens).astype(jnp.float32)
     return Rows(inputs_BT, targets_BT, segment_ids_BT, weight_BT)
 
 
-def next_token(params: Any, batch: Batch, network: Network, z_loss: float = 0.0) -> Losses:
-    """Cross-entropy of the next token, plus `z_loss * log(Z)**2` (PaLM, arXiv 2204.02311, section 5)."""
-    rows = split_rows(batch["tokens"], network.bos_id, network.eos_id)
+def next_token(
+    params: Any,
+    batch: Batch,
+    network: Network,
+    z_loss: float = 0.0,
+    all_tokens: bool = False,
+) -> Losses:
+    """Cross-entropy of the next token, plus `z_loss * log(Z)**2` (PaLM, arXiv 2204.02311, section 5).
+
+    Of conversations the assistant's tokens count, or `all_tokens`. The latter is what TRL does by
+    default and so, its script setting nothing else, what MobileLLM-R1 was fine-tuned with.
+    """
+    rows = split_rows(batch["tokens"], network.bos_id, network.eos_id, all_tokens=all_tokens)
     return cross_entropy(params, rows, network, z_loss)
 
 

@@ -27,7 +27,10 @@ def parameter_table(params: Any) -> str:
 
 
 def data(plan: Plan, first_token: int, last_token: int) -> str:
-    """What a run reads of a plan: a line per stage, with the shares at the stage's begin and end."""
+    """What a run reads of a plan: a line per stage, with the shares at the stage's begin and end.
+
+    And how often it reads the sources whose size the plan knows.
+    """
     lines, begin = [], 0
     for stage, first, last in zip(plan.stages, *plan.weights, strict=True):
         end = last_token if stage.tokens is None else begin + stage.tokens
@@ -40,6 +43,14 @@ def data(plan: Plan, first_token: int, last_token: int) -> str:
             read = f"{max(begin, first_token):,} to {min(end, last_token):,}"
             lines.append(f"data, stage {stage.name}: {shares}; tokens {read}")
         begin = end
+    tokens = plan.read(last_token) - plan.read(first_token)
+    epochs = [
+        f"{source.name} {read / source.tokens:.3g}"
+        for source, read in zip(plan.sources, tokens, strict=True)
+        if source.tokens and read
+    ]
+    if epochs:
+        lines.append(f"data, epochs of each source: {', '.join(epochs)}")
     return "\n".join(lines)
 
 

@@ -11,7 +11,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from mobilellm_jax.data.mixture import Mixture, check_length, open_mixture, open_split
+from mobilellm_jax.data.mixture import (
+    Mixture,
+    check_length,
+    check_templates,
+    open_mixture,
+    open_split,
+)
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.taught import TAUGHT_IDS, TAUGHT_LOG_PROBS
 from mobilellm_jax.data.tokenizers import Tokenizer
@@ -94,6 +100,7 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
         config.teacher.stored,
         config.objective.get("temperature", 1.0),
     )
+    check_templates(plan, tokenizer)
     length = length_of(config)
     check_length(mixture, length.rows(0), length.rows(length.steps) - length.rows(0))
     heldout = open_split(plan, "heldout", config.row_length, model.vocab_size)

@@ -227,4 +227,7 @@ def open_weights(
             f"{where} has another tokenizer than the data of config.plan: prepare the data with "
             f"--tokenizer={directory}."
         )
+    said = start.tokenizer and start.tokenizer.chat_template
+    if said and said != tokenizer.chat_template:
+        print("init_from: the chat template was another one, is that of the data's tokenizer.")
     return start

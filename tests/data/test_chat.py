@@ -23,7 +23,7 @@ from mobilellm_jax.data.chat_corpus import ChatCorpus
 from mobilellm_jax.data.contexts import Contexts
 from mobilellm_jax.data.corpora import FileCorpus, documents
 from mobilellm_jax.data.documents import documents_of
-from mobilellm_jax.data.mixture import open_mixture
+from mobilellm_jax.data.mixture import check_templates, open_mixture
 from mobilellm_jax.data.packing import (
     INSIDE,
     UNTRAINED,
@@ -107,6 +107,30 @@ def test_only_what_the_assistant_says_is_trained_on(style):
         assert ((marks & INSIDE > 0)[1:] == (ids[1:] == tokenizer.bos_id)).all()
 
 
+def test_calls_are_trained_on_and_what_they_give_is_not(folders, tmp_path):
+    """Of OpenAI's messages: a call in the assistant's turn, what it gave in a turn of the tool."""
+    call = {"name": "start_timer", "arguments": {"minutes": 20}}
+    talk = [
+        {"role": "user", "content": "A timer for 20 minutes."},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": call}]},
+        {"role": "tool", "content": '{"running": true}', "name": "start_timer"},
+        {"role": "assistant", "content": "It is running."},
+    ]
+    (messages,) = read(corpus_of(tmp_path, {"messages": talk}))
+    tokenizer = Tokenizer.load(folders["qwen2"])
+    encode = ConversationEncoder(dataclasses.replace(tokenizer, chat_template=chats.CALLS))
+    ids = encode(messages)
+    said = tokenizer.decode(token_ids(ids[ids & UNTRAINED == 0]))
+    assert said == f"<call>{json.dumps(call)}It is running."
+    assert '{"running": true}' in tokenizer.decode(token_ids(ids[ids & UNTRAINED != 0]))
+    # A template that knows no calls would leave them out.
+    refuses = dataclasses.replace(tokenizer, chat_template=read_template("chatml"))
+    with pytest.raises(
+        UserError, match="asks 'A timer for 20 minutes.' has `tool_calls`, of which"
+    ):
+        ConversationEncoder(refuses)(messages)
+
+
 def test_ids_and_mask_are_those_of_transformers(folders):
     transformers = pytest.importorskip("transformers")
     for name, (template, _, kind) in STYLES.items():
@@ -170,6 +194,14 @@ def test_shipped_templates_are_read_by_name_and_others_by_path(tmp_path):
     for name, by_hand in (("llama3", chats.llama3), ("chatml", chats.chatml)):
         template = ChatTemplate(read_template(name), {"bos_token": "<|begin_of_text|>"})
         assert template.trained(messages)[0] == "".join(text for text, _ in by_hand(messages))
+    # MobileLLM-R1's: as Llama 3, and its system prompt where there is none.
+    template = ChatTemplate(read_template("mobilellm_r1"), {"bos_token": "<|begin_of_text|>"})
+    prompt = "Please reason step-by-step and put your final answer within \\boxed{}."
+    for own in ([], [{"role": "system", "content": "Mine."}]):
+        prompted = [*(own or [{"role": "system", "content": prompt}]), *messages]
+        text, ((begin, end),) = template.trained([*own, *messages])
+        assert text == "".join(text for text, _ in chats.llama3(prompted))
+        assert text[begin:end] == "a<|eot_id|>"
     (tmp_path / "mine.jinja").write_text("mine")
     assert read_template(str(tmp_path / "mine.jinja")) == "mine"
     with pytest.raises(UserError, match="neither a file of text nor one of chatml, llama3"):
@@ -496,6 +528,46 @@ def test_bad_records_are_told_with_their_line(tmp_path, record, message):
         read(corpus_of(tmp_path, {"messages": TALK}, record))
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"messages": [{"role": "user"', "talk.jsonl, line 3: not JSON"),
+        ('["role"]', "line 3: there is no field 'messages' .it has no fields at all"),
+    ],
+)
+def test_broken_lines_are_told_with_their_number(folders, tmp_path, line, message):
+    corpus = corpus_of(tmp_path, {"messages": TALK}, {"messages": TALK})
+    with (tmp_path / "talk.jsonl").open("a") as file:
+        file.write(line + "\n")
+    corpus = ChatCorpus("talk", f"{tmp_path}/talk.jsonl", heldout=0)
+    with pytest.raises(UserError, match=message):
+        run([corpus], tmp_path / "out", folders["llama3"])
+
+
+def test_a_source_of_another_tokenizer_or_template_is_refused(folders, tmp_path):
+    """Conversations that were prepared elsewhere and put beside a plan's own."""
+    corpus = corpus_of(tmp_path, {"messages": TALK})
+    for name, kind, template in (
+        ("ours", "qwen2", "chatml"),
+        ("tokenizer", "llama3", "chatml"),
+        ("template", "qwen2", "llama3"),
+    ):
+        out = tmp_path / name
+        run([corpus], out, folders[kind], chat_template=read_template(template))
+    plan, tokenizer = Plan.load(tmp_path / "ours" / "mixture.json"), tmp_path / "ours"
+    check_templates(plan, Tokenizer.load(tokenizer))
+    (source,) = plan.sources
+    for other, message in (
+        ("tokenizer", "was tokenized by another tokenizer"),
+        ("template", "was written with another chat template than that of the tokenizer"),
+    ):
+        moved = dataclasses.replace(source, path=str(tmp_path / other / "talk"))
+        mixed = dataclasses.replace(plan, sources=(moved,))
+        with pytest.raises(UserError, match=message):
+            open_mixture(mixed, 256, 1000)
+            check_templates(mixed, Tokenizer.load(tokenizer))
+
+
 def test_what_cannot_be_trained_on_is_left_out_and_counted(folders, tmp_path, capsys):
     long = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "word " * 300}]
     asked = [{"role": "user", "content": "word " * 300}, TALK[1]]
@@ -516,8 +588,17 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(folders, tmp_path, ca
     )[::-1]
     whole = ConversationEncoder(Tokenizer.load(tmp_path / "drop"))(long)
     assert cut == whole[:129].tolist()
+    # For a loss on all tokens: what has a message is kept, cut or not.
+    corpus = corpus_of(tmp_path, *records, no_assistant="keep")
+    run([corpus], tmp_path / "keep", folders["llama3"], row_length=128)
+    info = read_info(tmp_path / "keep" / "talk")
+    kept = "kept with nothing of an assistant in it"
+    assert dict(info.notes) == {"nothing of an assistant in it": 1, "truncated": 1, kept: 2}
+    assert info.splits["train"].documents == 4 and f"2 {kept}" in capsys.readouterr().out
     with pytest.raises(UserError, match="no text to train on"):
         run([corpus_of(tmp_path, records[1])], tmp_path / "none", folders["llama3"])
+    with pytest.raises(UserError, match="no_assistant is drop or keep, not 'ask'"):
+        corpus_of(tmp_path, no_assistant="ask")
     with pytest.raises(UserError, match="too_long is truncate or drop, not 'split'"):
         corpus_of(tmp_path, too_long="split")
 

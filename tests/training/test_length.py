@@ -1,12 +1,17 @@
 """Which rows a step reads, against a loop that takes one step after another."""
 
+import dataclasses
+import re
+
 import numpy as np
 import pytest
 import tiny
 
 from mobilellm_jax.data.mixture import open_mixture
-from mobilellm_jax.data.plan import Plan
+from mobilellm_jax.data.plan import Plan, Stage
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.plan import fill_in
+from mobilellm_jax.training import overview
 from mobilellm_jax.training.config import base_config, check
 from mobilellm_jax.training.length import Length, Phase, length_of, microbatches, stream
 
@@ -87,9 +92,15 @@ def test_keys_that_older_runs_do_not_have():
 @pytest.mark.parametrize(
     "changes, word",
     [
-        ({"tokens": 100}, "steps=12 and config.tokens=100: set one"),
-        ({"steps": 0}, "steps=0 and config.tokens=0: set one"),
+        ({"tokens": 100}, "steps=12, config.tokens=100 and config.epochs=0: set one"),
+        ({"steps": 0}, "steps=0, config.tokens=0 and config.epochs=0: set one"),
         ({"steps": -1}, "set one of them"),
+        ({"epochs": 2.0}, "config.epochs=2: set one"),
+        ({"steps": 0, "epochs": -1.0}, "set one of them"),
+        ({"steps": 0, "epochs": float("inf")}, "set one of them"),
+        ({"steps": 0, "epochs": float("nan")}, "set one of them"),
+        ({"steps": 0, "epochs": 2.0}, "config.plan is empty: .*or set config.steps and"),
+        ({"steps": 0, "epochs": 2.0, "plan": "/no/mixture.json"}, "no plan at /no/.*config.steps"),
         ({"batch_ramp": ((2, 100), (4, 100))}, r"batch_ramp holds \(4, 100\): .*rising"),
         ({"batch_ramp": ((0, 100),)}, "batch_ramp holds"),
         ({"batch_ramp": (2, 100)}, "batch_ramp holds 2"),
@@ -99,6 +110,75 @@ def test_keys_that_older_runs_do_not_have():
 def test_what_is_no_length(changes, word):
     with pytest.raises(UserError, match=word):
         length_of(config(**changes))
+
+
+@pytest.fixture(scope="module")
+def sized(tmp_path_factory):
+    """A function from shares to the path of a plan over the tiny corpus that knows its sizes."""
+    folder = tmp_path_factory.mktemp("sized")
+    plan = fill_in(Plan.load(tiny.corpus(folder)), folder)
+
+    def path(**shares):
+        known = {s.name: s.rows for s in plan.sources}
+        weights = {name: shares.get(name, n / sum(known.values())) for name, n in known.items()}
+        out = folder / f"{len(list(folder.iterdir()))}.json"
+        dataclasses.replace(plan, stages=(Stage("train", None, weights),)).save(out)
+        return str(out)
+
+    return path
+
+
+@pytest.mark.parametrize("epochs", [0.1, 1.0, 2.5])
+@pytest.mark.parametrize(
+    "changes", [{}, {"first_row": 77}, {"batch_ramp": ((2, 100), (4, 1000))}, {"row_length": 16}]
+)
+def test_epochs_end_with_the_first_step_that_has_read_them(sized, epochs, changes):
+    plan = sized()
+    c = config(**{"plan": plan, "steps": 0, "epochs": epochs, "row_length": tiny.ROW, **changes})
+    sources = open_mixture(Plan.load(plan), c["row_length"], tiny.VOCAB).sources
+    rows = -(-round(10 * epochs) * sum(map(len, sources)) // 10)
+    length = length_of(c)
+    read = [length.rows(length.steps - i) - c["first_row"] for i in (0, 1)]
+    assert read[1] < rows <= read[0]
+    assert length == length_of({**c, "epochs": 0.0, "tokens": rows * c["row_length"]})
+
+
+def test_every_row_is_read_as_often_as_there_are_epochs(sized):
+    """Where the shares are those of the rows; the rest of the last step begins another reading."""
+    plan = sized()
+    mixture = open_mixture(Plan.load(plan), tiny.ROW, tiny.VOCAB)
+    c = config(plan=plan, steps=0, epochs=3.0, row_length=tiny.ROW)
+    length = length_of(c)
+    at = mixture.locate(np.arange(length.rows(length.steps)))
+    for source, rows in enumerate(mixture.sources):
+        times = np.bincount(at.row[at.source == source], minlength=len(rows))
+        # Sources are within one row of their shares: then and there one ends a row late or early.
+        assert np.abs(times - 3).sum() <= c["global_batch"] + 1
+    text = overview.data(Plan.load(plan), 0, length.tokens)
+    assert re.search(r"epochs of each source: words 3(\.0\d)?, sums 3(\.0\d)?$", text)
+
+
+def test_shares_say_how_often_a_source_is_read(sized):
+    plan = Plan.load(sized(words=1.0, sums=0.0))
+    (words,) = (source for source in plan.sources if source.name == "words")
+    c = config(plan=sized(words=1.0, sums=0.0), steps=0, epochs=2.0, row_length=tiny.ROW)
+    assert 0 <= length_of(c).rows(length_of(c).steps) - 2 * words.rows < c["global_batch"]
+    uneven = Plan.load(sized(words=0.75, sums=0.25))
+    sizes = np.array([source.tokens for source in uneven.sources])
+    tokens = 2 * sizes.sum()
+    often = " ".join(f"{e:.3g}" for e in tokens * np.array([0.75, 0.25]) / sizes)
+    found = overview.data(uneven, 0, tokens).split("epochs of each source: words ")[1]
+    assert found.replace(", sums", "") == often
+    # From where a run begins; and nothing is said of sizes that nobody knows.
+    halves = overview.data(uneven, tokens // 2, tokens).split("words ")[-1].split(",")[0]
+    assert float(halves) == pytest.approx(float(often.split()[0]) / 2, rel=0.01)
+    unsized = dataclasses.replace(
+        uneven, sources=tuple(dataclasses.replace(s, tokens=None) for s in uneven.sources)
+    )
+    assert "epochs" not in overview.data(unsized, 0, tokens)
+    unsized.save(f"{plan.directory}/unsized.json")
+    with pytest.raises(UserError, match="does not know how many words, sums has: tie it"):
+        length_of({**c, "plan": f"{plan.directory}/unsized.json"})
 
 
 def test_every_size_of_a_ramp_is_split_evenly_or_refused():

@@ -115,7 +115,7 @@ def config_of(plan, tmp_path_factory):
                 spike,
                 factor,
             )
-            del c.objective["z_loss"]
+            del c.objective["z_loss"], c.objective["all_tokens"]
         c.skip.window = window
         return c
 
