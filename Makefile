@@ -14,7 +14,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help run recipe ladder mixing-demo test test-slow lint format bench clean
+.PHONY: help run recipe ladder distillation mixing-demo test test-slow lint format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -39,6 +39,13 @@ recipe: $(VENV)/.installed ## MobileLLM-R1's six stages in small: pre-training, 
 ladder: $(VENV)/.installed ## MobileLLM's architecture ladder at small scale: about 140 runs, 90 minutes on 2 cores
 	$(PREPARE) --out=data/ladder --vocab_size=512
 	$(BIN)/python -m mobilellm_jax.sweep --sweep=configs/ladder.py --workdir=runs/ladder --parallel=2
+
+distillation: $(VENV)/.installed ## does a teacher help? (MobileLLM table 16 in small): 24 runs, half an hour on 2 cores
+	$(PREPARE) --out=data/ladder --vocab_size=512
+	$(BIN)/python -m mobilellm_jax.train --config=configs/distillation.py:teacher --workdir=runs/distillation/teacher
+	$(BIN)/python -m mobilellm_jax.teach --teacher=runs/distillation/teacher --plan=data/ladder/mixture.json \
+	  --row_length=256 --top_k=16 --name=distillation --dtype=float32 --loss_chunks=2
+	$(BIN)/python -m mobilellm_jax.sweep --sweep=configs/distillation.py --workdir=runs/distillation/students --parallel=2
 
 mixing-demo: $(VENV)/.installed ## sources -> probes -> influence, leave-one-out, RegMix -> mixtures -> trained comparison and report
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mixing]'

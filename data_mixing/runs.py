@@ -230,6 +230,11 @@ def _check(
 ) -> None:
     if jax.process_count() > 1:
         raise UserError("runs train together in one process: start this program on one machine.")
+    if config.teacher.path or config.teacher.stored:
+        raise UserError(
+            "runs that train together learn from no teacher: leave config.teacher.path and "
+            "config.teacher.stored empty."
+        )
     if config.init_from:
         raise UserError(
             "config.init_from is set, but runs that train together start at random weights: leave it out."

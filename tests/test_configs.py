@@ -316,3 +316,26 @@ def test_the_optimizers_are_compared_in_all_else_alike(tmp_path):
         whole(row.config)
     found = differences(adamw.config.to_dict(), muon.config.to_dict())
     assert set(found) == {"optimizer.use"} and adamw.values == muon.values
+
+
+def test_distillation():
+    """Table 16's networks, and the small study: what a teacher costs, and that all rows fit together."""
+    made = module("distillation")
+    for size, count in (("125m", 134_105_856), ("350m", SIZES["350m"])):
+        alone, taught = (made.get_config(size + kd) for kd in ("", ",kd"))
+        assert parameters(alone) == parameters(taught) == count
+        assert alone.steps == taught.steps == 120_000
+        found = differences(alone.to_dict(), taught.to_dict())
+        assert {key.split(".")[0] for key in found} == {"objective", "teacher"}
+        teacher = ModelConfig.from_dict(taught.teacher.model)
+        assert parameter_count(teacher) == 6_738_415_616
+        whole(taught)
+    with pytest.raises(UserError, match="neither teacher nor one of 125m, 350m"):
+        made.get_config("1b")
+    sweep = load_sweep(f"{CONFIGS}/distillation.py")
+    for config in sweep.rows.values():
+        check(config, 1)
+        configured(config.objective, "objective")
+    steps = {name: config.steps for name, config in sweep.rows.items()}
+    assert steps["labels-flops"] == round(2.193 * steps["labels"]) == round(2.193 * steps["kd"])
+    whole(made.get_config("teacher"))

@@ -63,6 +63,10 @@ def check_teacher(config: ConfigDict, objective: Callable[..., Any]) -> None:
     """
     where, learns = config.objective.use, "teacher" in inspect.signature(objective).parameters
     named = [key for key in ("path", "model", "stored") if config.teacher[key]]
+    if "teacher" in config.objective:
+        raise UserError(
+            "config.objective.teacher is given by the run: name the teacher's folder in config.teacher.path."
+        )
     if learns and not named:
         raise UserError(
             f"config.objective.use={where} learns from a teacher: name its checkpoint or Hugging Face folder "

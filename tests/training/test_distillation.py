@@ -280,6 +280,8 @@ def test_what_does_not_belong_together_is_refused(plan, taught_by, refused):
     config = distilling(plan, taught_by)
     config.teacher.stored = "taught"
     assert "set one of them" in refused(config)
+    config = distilling(plan, taught_by, teacher=str(taught_by))
+    assert "name the teacher's folder in config.teacher.path" in refused(config)
     config = distilling(plan, taught_by)
     config.teacher.split = ("rows",)
     assert "names no axes of the mesh" in refused(config)
