@@ -2,7 +2,7 @@
 
     python -m benchmarks.influence --datainf=PATH
 
-scores --samples rows for one probe set, with --train of them as DataInf's training samples, by the
+scores --samples rows for --probes probe sets, with --train of them as DataInf's training samples, by the
 input and the output embedding (or `--layers=all`), in float32, each side in a process of its own. PATH
 is a checkout of github.com/ykwon0407/DataInf, whose `compute_hvp_proposed` then works on PyTorch's
 gradients; without it the formula is a loop here. Memory is the most that a process held beyond what
@@ -42,10 +42,10 @@ def rows_of(model: ModelConfig, count: int, length: int, seed: int) -> np.ndarra
     return tokens.astype(np.int32)
 
 
-def data(args: Any) -> tuple[ModelConfig, np.ndarray, np.ndarray]:
+def data(args: Any) -> tuple[ModelConfig, list[np.ndarray], np.ndarray]:
     model = NETWORKS[args.network]
-    probe = rows_of(model, 8, args.length, 1)
-    return model, probe, rows_of(model, args.samples, args.length, 2)
+    probes = [rows_of(model, 8, args.length, 10 + k) for k in range(args.probes)]
+    return model, probes, rows_of(model, args.samples, args.length, 2)
 
 
 def peak() -> int:
@@ -58,7 +58,7 @@ def ours(args: Any, folder: Path) -> dict[str, Any]:
     from mobilellm_jax.interop.stored import load_model
     from mobilellm_jax.parallel.mesh import local_mesh
 
-    model, probe, sample = data(args)
+    model, probes, sample = data(args)
     loaded = load_model(folder / "ours")
     network = derivatives.network_of(model, BOS, EOS, "float32", 1)
     of = derivatives.differentiated(
@@ -66,10 +66,10 @@ def ours(args: Any, folder: Path) -> dict[str, Any]:
     )
 
     def score(rows: np.ndarray) -> np.ndarray:
-        gradient = derivatives.mean_gradient(of, probe)
-        direction = derivatives.datainf(of, [gradient], rows[: args.train])[0]
-        found = np.concatenate(list(derivatives.slopes(of, [direction], rows)))
-        return found[:, 0].mean(-1)
+        gradients = [derivatives.mean_gradient(of, probe) for probe in probes]
+        directions = derivatives.datainf(of, gradients, rows[: args.train])
+        found = list(derivatives.slopes(of, directions, rows, by_target=False))
+        return np.concatenate(found).mean(-1)
 
     score(sample[: args.rows])  # compiles
     before, began = peak(), time.perf_counter()
@@ -82,7 +82,7 @@ def theirs(args: Any, folder: Path) -> dict[str, Any]:
     import torch
     import transformers
 
-    _, probe, sample = data(args)
+    _, probes, sample = data(args)
     llama = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
     # The two embeddings are one matrix; here they are two blocks.
     llama.lm_head.weight = torch.nn.Parameter(llama.lm_head.weight.detach().clone())
@@ -102,13 +102,14 @@ def theirs(args: Any, folder: Path) -> dict[str, Any]:
         return dict(zip(chosen, found, strict=True))
 
     def score(rows: np.ndarray, train: int) -> np.ndarray:
-        of_probe = {0: gradient(probe)}
         of_rows = {i: gradient(row[None]) for i, row in enumerate(rows)}
         of_train = {i: of_rows[i] for i in range(train)}
-        direction = inverse(args.datainf, of_train, of_probe)
-        return np.array(
-            [sum(float((direction[n] * g).sum()) for n, g in of.items()) for of in of_rows.values()]
-        )
+        directions = [inverse(args.datainf, of_train, {0: gradient(probe)}) for probe in probes]
+
+        def dot(direction: dict[str, torch.Tensor], of: dict[str, torch.Tensor]) -> float:
+            return sum(float((direction[n] * g).sum()) for n, g in of.items())
+
+        return np.array([[dot(d, of) for d in directions] for of in of_rows.values()])
 
     score(sample[:4], 2)
     before, began = peak(), time.perf_counter()
@@ -173,7 +174,16 @@ def main(_: list[str]) -> None:
             for way in WAYS:
                 command = [sys.executable, "-m", "benchmarks.influence", f"--way={way}"]
                 command += [f"--folder={folder}", f"--samples={samples}"]
-                names = ("network", "train", "length", "rows", "group", "layers", "datainf")
+                names = (
+                    "network",
+                    "probes",
+                    "train",
+                    "length",
+                    "rows",
+                    "group",
+                    "layers",
+                    "datainf",
+                )
                 command += [f"--{name}={getattr(args, name)}" for name in names]
                 done = subprocess.run(
                     command,
@@ -196,6 +206,7 @@ if __name__ == "__main__":
     flags.DEFINE_enum("network", "small", list(NETWORKS), "Its size.")
     flags.DEFINE_list("counts", ["64", "128", "256"], "Numbers of rows to score.")
     flags.DEFINE_integer("samples", 64, "Of --way, the number of rows.")
+    flags.DEFINE_integer("probes", 3, "Probe sets: MobileLLM-R1 has three capabilities.")
     flags.DEFINE_integer("train", 32, "Rows that stand for the training data.")
     flags.DEFINE_integer("length", 128, "Targets of a row.")
     flags.DEFINE_integer("rows", 8, "Of ours: rows of one call.")

@@ -6,7 +6,8 @@ MobileLLM-R1, arXiv 2509.24945, have opposite signs; this is the one under which
 positive" keeps what helps.)
 
 v.g is the derivative of the sample's loss along v: forward mode gives it for every token of every
-row at once, and no sample's gradient is ever stored. Products of a sample's own gradient are needed
+row at once, and no sample's gradient is ever stored (`embedding_slopes` does with one backward pass
+where the embeddings alone are asked about). Products of a sample's own gradient are needed
 for few samples only, those that stand for the curvature (`datainf`); their gradients exist one
 group at a time.
 
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from data_mixing.embedding_slopes import EMBEDDINGS, embedding_slopes
 from mobilellm_jax.costs.flops import count
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.leaves import flat, nested
@@ -175,7 +177,7 @@ def _slopes(
 
 
 def slopes(
-    of: Differentiated, directions: Sequence[Weights], rows: np.ndarray
+    of: Differentiated, directions: Sequence[Weights], rows: np.ndarray, by_target: bool = True
 ) -> Iterator[np.ndarray]:
     """The derivative of every target's loss along each direction, batch by batch.
 
@@ -183,16 +185,24 @@ def slopes(
       of: the network.
       directions: K, each of the shapes of the chosen weights.
       rows: int32 [n, T + 1].
+      by_target: False where sums over documents alone are looked at: then they may come in other
+        shares from their tokens, and cost less (see `embedding_slopes`).
 
     Yields:
       float32 [b, K, T], the rows in order.
     """
+    program = slopes_program(of, by_target)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions)
     done = 0
     for batch in batches(of, rows):
-        found = _slopes(of.chosen, of.rest, stacked, batch, **_static(of))
+        found = program(of.chosen, of.rest, stacked, batch, **_static(of))
         yield np.asarray(jax.device_get(found))[: len(rows) - done]
         done += of.batch_rows
+
+
+def slopes_program(of: Differentiated, by_target: bool) -> Callable[..., Any]:
+    """The program of `slopes`."""
+    return embedding_slopes if not by_target and of.chosen.keys() <= EMBEDDINGS else _slopes
 
 
 @on_each_device(in_specs=(WHOLE, WHOLE, ROWS), out_specs=(ROWS, ROWS))
@@ -388,7 +398,7 @@ def flops(of: Differentiated, program: Any, row_length: int) -> float:
     return count(program.trace(*arrays, tokens, **_static(of)).jaxpr).total / of.batch_rows
 
 
-def cost(of: Differentiated, directions: int, row_length: int) -> Cost:
+def cost(of: Differentiated, directions: int, row_length: int, by_target: bool = True) -> Cost:
     """What the programs above compute for a row, counted from their jaxprs."""
     tokens = jax.ShapeDtypeStruct((of.batch_rows, row_length + 1), jnp.int32)
     arrays = jax.eval_shape(lambda: (of.chosen, of.rest))
@@ -406,5 +416,5 @@ def cost(of: Differentiated, directions: int, row_length: int) -> Cost:
         gradient=flops(of, _summed_gradient, row_length),
         datainf=of_row(_products, *arrays, stacked, tokens, **grouped)
         + of_row(_weighted_sum, *arrays, factors, tokens, **grouped),
-        slopes=of_row(_slopes, *arrays, stacked, tokens, **_static(of)),
+        slopes=of_row(slopes_program(of, by_target), *arrays, stacked, tokens, **_static(of)),
     )

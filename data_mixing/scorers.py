@@ -76,6 +76,7 @@ class Gradients:
       label: of the checkpoint in column names, its step.
       probes: rows of each capability.
       train: rows that stand for the training data in DataInf; None: no DataInf.
+      by_target: whether values of single targets are looked at, or sums over documents alone.
     """
 
     path: epath.Path
@@ -84,6 +85,7 @@ class Gradients:
     train: np.ndarray | None
     settings: Settings
     mesh: Mesh
+    by_target: bool = False
 
     @property
     def name(self) -> str:
@@ -113,12 +115,13 @@ class Gradients:
             directions += derivatives.datainf(
                 of, gradients, self.train, self.settings.damping, told
             )
-        cost = derivatives.cost(of, len(directions), _row_length(self.probes))
+        row_length = _row_length(self.probes)
+        cost = derivatives.cost(of, len(directions), row_length, self.by_target)
         before = cost.gradient * sum(map(len, self.probes.values()))
         before += cost.datainf * (0 if self.train is None else len(self.train))
 
         def values(tokens: np.ndarray) -> np.ndarray:
-            return np.concatenate(list(derivatives.slopes(of, directions, tokens)))
+            return np.concatenate(list(derivatives.slopes(of, directions, tokens, self.by_target)))
 
         return values, before, cost.slopes
 

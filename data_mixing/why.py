@@ -115,7 +115,7 @@ def why(
 
     weights = influence.shares(metric, checkpoints)
     found: Any = 0.0
-    passes = [Gradients(c.path, str(c.step), {ANSWER: probe}, train, settings, local_mesh())
+    passes = [Gradients(c.path, str(c.step), {ANSWER: probe}, train, settings, local_mesh(), by_target=True)
               for c in checkpoints]  # fmt: skip
     length = sum(p.rows_before + total for p in passes)
     with tqdm.tqdm(total=length, unit=" rows", disable=not sys.stderr.isatty()) as bar:

@@ -119,6 +119,42 @@ def test_slopes_and_datainf_equal_gradients_of_single_rows(model, layers):
         np.testing.assert_allclose(found[:, k], wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize(
+    "model, layers, chunks",
+    [
+        (TIED, "embedding+output", 2),
+        (UNTIED, "embedding", 1),
+        pytest.param(UNTIED, "output", 4, marks=pytest.mark.slow),
+        pytest.param(UNTIED, "embedding+output", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_sums_over_documents_are_those_of_targets(model, layers, chunks):
+    """One backward pass for all directions, against a forward pass for each; documents in a row."""
+    of = dataclasses.replace(made(model, layers), network=network(model, chunks))
+    sample = rows(6, 2)
+    sample[:, 5] = sample[::2, 11] = BOS
+    directions = [derivatives.mean_gradient(of, rows(3, seed)) for seed in (4, 5, 6)]
+    by_target, by_document = (
+        np.concatenate(list(derivatives.slopes(of, directions, sample, by))) for by in (True, False)
+    )
+    assert derivatives.slopes_program(of, False) is not derivatives.slopes_program(of, True)
+    segments = np.cumsum(sample[:, :-1] == BOS, axis=1)
+    for n, row in enumerate(segments):
+        for segment in np.unique(row):
+            mine = row == segment
+            wanted = by_target[n][:, mine].sum(1)
+            np.testing.assert_allclose(
+                by_document[n][:, mine].sum(1), wanted, rtol=0, atol=1e-5 * np.abs(by_target).max()
+            )
+    # Targets that do not count, and what is read and predicts nothing, have no share.
+    if layers == "output":
+        assert not by_document[:, :, 4].any()
+        return
+    few, many = (derivatives.cost(of, k, sample.shape[1] - 1, False).slopes for k in (1, 9))
+    forward = derivatives.cost(of, 9, sample.shape[1] - 1).slopes
+    assert many - few < forward / 2
+
+
 def test_weights_of_a_tied_embedding_are_two_whose_gradients_add_up():
     of, probes = made(TIED), rows(4, 1)
     v = derivatives.mean_gradient(of, probes)
