@@ -13,6 +13,7 @@ from mobilellm_jax.imports import import_path
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.training.length import length_of, microbatches
 from mobilellm_jax.training.profile import profiled_steps
+from mobilellm_jax.training.teacher import check_teacher
 
 # Keys that may differ when a run is continued: they change how it is computed or watched, not what
 # it is.
@@ -72,7 +73,7 @@ def base_config(model: ModelConfig) -> ConfigDict:
 
     c.teacher = ConfigDict()  # of objectives that learn from one (training/distillation.py)
     c.teacher.path = ""  # checkpoint or Hugging Face folder of a network that is run; "": none
-    c.teacher.model = {}  # its network, for what works without its files; {}: read there
+    c.teacher.model = {}  # its network, where its files are not at hand (pre-flight)
     c.teacher.split = ("data", "fsdp")  # mesh axes over which its weights are split
     c.teacher.stored = ""  # instead of a path: name under which `teach` wrote beside the rows
 
@@ -200,6 +201,7 @@ def check(config: ConfigDict, devices: int) -> None:
             f"config.row_length={config.row_length} exceeds the model's context, "
             f"config.model.max_length={config.model.max_length}."
         )
+    check_teacher(config, configured(config.objective, "objective"))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -32,7 +32,7 @@ from mobilellm_jax.training.evaluation import evaluate
 from mobilellm_jax.training.length import Length, length_of, microbatches
 from mobilellm_jax.training.objectives import Network
 from mobilellm_jax.training.step import Batch, Objective, TrainState, init_state, train_step
-from mobilellm_jax.training.teacher import Teacher, abstract_teacher, check_teacher, load_teacher
+from mobilellm_jax.training.teacher import Teacher, abstract_teacher, load_teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +194,6 @@ def programs(
         config.loss_chunks,
     )
     objective = configured(config.objective, "objective")
-    check_teacher(config, objective)
     teacher = abstract_teacher(config, network, mesh)
     make_optimizer = configured(config.optimizer, "optimizer")
     schedule = configured(config.schedule, "schedule")(length.steps)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from mobilellm_jax.errors import UserError
@@ -39,20 +40,28 @@ class Teacher:
 
 
 def described(config: ConfigDict) -> ModelConfig | None:
-    """The teacher's network, from the configuration or else from its files; None: there is no teacher.
+    """The teacher's network; None: there is no teacher.
+
+    It is what its files say, and where they are not at hand, as for a pre-flight, what
+    `config.teacher.model` says.
 
     Raises:
       UserError: there is no such network.
     """
-    if config.teacher.stored:
+    if config.teacher.stored or not (config.teacher.path or config.teacher.model):
         return None
-    if config.teacher.model:
-        return ModelConfig.from_dict(config.teacher.model)
-    if not config.teacher.path:
-        return None
+    said = ModelConfig.from_dict(config.teacher.model) if config.teacher.model else None
+    if said and not (config.teacher.path and epath.Path(config.teacher.path).exists()):
+        return said
     from mobilellm_jax.interop.stored import open_model
 
-    return open_model(config.teacher.path).model
+    found = open_model(config.teacher.path).model
+    if said and said != found:
+        print(
+            f"config.teacher.path={config.teacher.path} is another network than config.teacher.model "
+            "describes; it is the teacher."
+        )
+    return found
 
 
 def check_teacher(config: ConfigDict, objective: Callable[..., Any]) -> None:
@@ -165,11 +174,9 @@ def load_teacher(config: ConfigDict, abstract: Teacher, tokenizer: "Tokenizer") 
       tokenizer: of the data.
 
     Raises:
-      UserError: `config.teacher.path` is empty, has another tokenizer, or is not the network that
-        `config.teacher.model` says.
+      UserError: `config.teacher.path` is empty, or has another tokenizer.
     """
     from mobilellm_jax.interop.stored import open_model
-    from mobilellm_jax.training.config import differences
 
     path = config.teacher.path
     if not path:
@@ -179,13 +186,6 @@ def load_teacher(config: ConfigDict, abstract: Teacher, tokenizer: "Tokenizer") 
         )
     stored = open_model(path)
     check_tokenizer(stored.needed_tokenizer, tokenizer, f"config.teacher.path={path}")
-    found = differences(stored.model.to_dict(), abstract.network.model.to_dict())
-    if found:
-        listed = "; ".join(f"{k}: {a!r} there, {b!r} here" for k, (a, b) in found.items())
-        raise UserError(
-            f"config.teacher.path={path} is not the network of config.teacher.model ({listed}): leave "
-            "config.teacher.model empty, or name that network's folder."
-        )
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
     dtype: Any = np.dtype(jax.numpy.dtype(abstract.network.execution.dtype))
     return dataclasses.replace(abstract, params=stored.params(places, dtype))

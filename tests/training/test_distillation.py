@@ -11,6 +11,7 @@ import pytest
 import runs
 import tiny
 
+from mobilellm_jax.data.taught import TAUGHT_IDS, TAUGHT_LOG_PROBS
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
@@ -20,7 +21,7 @@ from mobilellm_jax.parallel.sharding import put_rows, shardings
 from mobilellm_jax.training.checkpoint import load_model, write_model
 from mobilellm_jax.training.distillation import distillation
 from mobilellm_jax.training.objectives import Network, next_token, split_rows
-from mobilellm_jax.training.teacher import TAUGHT_IDS, TAUGHT_LOG_PROBS, Teacher
+from mobilellm_jax.training.teacher import Teacher, described
 from mobilellm_jax.training.workdir import read_config
 
 VOCAB, BOS, EOS = 64, 1, 2
@@ -280,7 +281,9 @@ def test_what_does_not_belong_together_is_refused(plan, taught_by, refused):
     config = distilling(plan, taught_by)
     config.teacher.stored = "taught"
     assert "set one of them" in refused(config)
-    config = distilling(plan, taught_by, teacher=str(taught_by))
+    config = distilling(plan, taught_by)
+    with config.unlocked():
+        config.objective.teacher = str(taught_by)
     assert "name the teacher's folder in config.teacher.path" in refused(config)
     config = distilling(plan, taught_by)
     config.teacher.split = ("rows",)
@@ -291,12 +294,19 @@ def test_what_does_not_belong_together_is_refused(plan, taught_by, refused):
     ):
         config = distilling(plan, taught_by, **shares)
         assert said in refused(config)
-    config = distilling(plan, taught_by)
-    config.teacher.model = dataclasses.replace(tiny.MODEL, width=48).to_dict()
-    assert "is not the network of config.teacher.model" in refused(config)
     config = distilling(plan, "")
     config.teacher.model = tiny.MODEL.to_dict()
     assert "config.teacher.path is empty" in refused(config)
+
+
+def test_a_description_stands_in_for_files_that_are_not_there(plan, taught_by, capsys):
+    config = distilling(plan, taught_by)
+    config.teacher.model = dataclasses.replace(tiny.MODEL, width=48).to_dict()
+    there = described(config)
+    assert there.width == tiny.MODEL.width and there.stacks[0].mlp_width == 64
+    assert "it is the teacher" in capsys.readouterr().out
+    config.teacher.path = "no/such/folder"
+    assert described(config).width == 48
 
 
 def test_a_teacher_with_a_shorter_context_is_refused(plan, refused, tmp_path):
