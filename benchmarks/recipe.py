@@ -52,7 +52,7 @@ STAGES = {
     "sft_general": 500,
     "sft_reasoning": 600,
 }
-TEACHER = 2500
+TEACHER = 8000  # it must know more than the student: a deeper one learns slower
 HELDOUT = "--heldout=0.05"
 
 

@@ -146,6 +146,10 @@ def train(
             | {"steps": length.steps}
             | {"plan": run.plan.hash, "tokenizer": run.tokenizer.fingerprint, **origin},
         )
+        if run.evaluate_teacher and resumed is None:
+            theirs = run.evaluate_teacher()
+            writer.write("teacher", start, theirs)
+            print(overview.teacher(theirs, run.evaluate(state.params)), flush=True)
         progress = Progress(start, length, config.log_every, shown=leads)
         profiler = Profiler(config.profile, workdir)
         described = {

@@ -1,6 +1,7 @@
 """What is printed before the first step: parameters, FLOPs, what will be trained for how long."""
 
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -64,4 +65,21 @@ def summary(model: ModelConfig, flops: int, parameters: int, length: Length) -> 
         f"{flops / 1e6:,.1f} MFLOPs per token (forward and backward, rows of {row_length:,})\n"
         f"run: {length.steps:,} steps x {batches} rows x {row_length:,} tokens = {tokens:,} tokens, "
         f"{tokens * flops:.2e} FLOPs"
+    )
+
+
+def teacher(theirs: Mapping[str, float], own: Mapping[str, float]) -> str:
+    """What a student can learn: held-out bits per byte of its teacher beside its own before it begins."""
+    names = [name for name in theirs if name.startswith("bits_per_byte")]
+    if not names:
+        return "teacher: there are no held-out rows to measure it on."
+    said = (
+        f"{name.partition('/')[2] or 'all'} {theirs[name]:.3f} ({own[name]:.3f})" for name in names
+    )
+    line = f"teacher's held-out bits per byte, in brackets the student's: {', '.join(said)}"
+    if theirs["bits_per_byte"] < own["bits_per_byte"]:
+        return line
+    return (
+        f"{line}\nthe teacher knows less than the student, who will unlearn towards it: take a better "
+        "teacher, or raise config.objective.labels."
     )

@@ -74,6 +74,7 @@ class Setup(Programs):
     mixture: Mixture
     tokenizer: Tokenizer
     evaluate: Callable[[Any], dict[str, float]]  # params -> held-out measurements
+    evaluate_teacher: Callable[[], dict[str, float]] | None  # likewise; None: there is none to run
 
 
 def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
@@ -121,6 +122,15 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
             made.teacher,
         )
         teacher = made.teacher and load_teacher(config, made.teacher, tokenizer)
+    measure = functools.partial(
+        evaluate,
+        heldout=heldout,
+        names=plan.names,
+        rows=config.eval.rows,
+        batch_rows=config.global_batch // config.microbatches,
+        piece_bytes_V=piece_bytes_V,
+        mesh=made.mesh,
+    )
     return Setup(
         **{
             **vars(made),
@@ -130,16 +140,10 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
         plan=plan,
         mixture=mixture,
         tokenizer=tokenizer,
-        evaluate=functools.partial(
-            evaluate,
-            network=made.network,
-            heldout=heldout,
-            names=plan.names,
-            rows=config.eval.rows,
-            batch_rows=config.global_batch // config.microbatches,
-            piece_bytes_V=piece_bytes_V,
-            mesh=made.mesh,
-        ),
+        evaluate=functools.partial(measure, network=made.network),
+        evaluate_teacher=functools.partial(measure, teacher.params, network=teacher.network)
+        if teacher
+        else None,
     )
 
 

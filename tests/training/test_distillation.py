@@ -18,6 +18,7 @@ from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.parallel.mesh import make_mesh
 from mobilellm_jax.parallel.sharding import put_rows, shardings
+from mobilellm_jax.train import train
 from mobilellm_jax.training.checkpoint import load_model, write_model
 from mobilellm_jax.training.distillation import distillation
 from mobilellm_jax.training.objectives import Network, next_token, split_rows
@@ -220,9 +221,14 @@ def distilling(plan, teacher, steps=12, **shares):
     return config
 
 
-def test_a_student_comes_nearer_to_its_teacher(plan, taught_by, tmp_path):
+def test_a_student_comes_nearer_to_its_teacher(plan, taught_by, tmp_path, capsys):
     config = distilling(plan, taught_by, steps=30)
-    runs.run(config, tmp_path / "run")
+    train(config, tmp_path / "run", devices=tiny.one_device())
+    said = capsys.readouterr().out
+    assert "teacher's held-out bits per byte" in said and "knows less" not in said
+    (known,) = runs.lines(tmp_path / "run", "teacher").values()
+    (*_, (_, wanted)) = sorted(runs.lines(taught_by, "heldout").items())
+    assert known["bits_per_byte"] == pytest.approx(wanted["bits_per_byte"], abs=1e-5)
     loss = [line["loss"] for _, line in sorted(runs.lines(tmp_path / "run").items())]
     assert loss[-1] < 0.4 * loss[0]
     teacher = read_config(tmp_path / "run")["teacher"]
@@ -246,6 +252,16 @@ def test_microbatches_and_devices_change_nothing(plan, taught_by, tmp_path, chan
         for name in ("one", "other")
     )
     np.testing.assert_allclose(other, one, rtol=0, atol=1e-5)
+
+
+def test_a_teacher_that_knows_less_is_told(plan, taught_by, tmp_path, capsys):
+    fresh, config = tiny.config(plan, steps=1), distilling(plan, tmp_path / "fresh", steps=1)
+    fresh.schedule.warmup_steps = config.schedule.warmup_steps = 0
+    runs.run(fresh, tmp_path / "fresh")
+    config.model = ModelConfig.from_dict(read_config(taught_by)["model"]).to_dict()
+    config.init_from = str(taught_by)
+    train(config, tmp_path / "run", devices=tiny.one_device())
+    assert "knows less than the student" in capsys.readouterr().out
 
 
 @pytest.fixture
