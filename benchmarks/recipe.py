@@ -29,6 +29,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import app, flags
 
 from data_mixing import drawing
@@ -240,7 +241,7 @@ def curves(out: Path, stages: list[str]) -> list[str]:
         names = [k for k in found[0] if k.startswith("bits_per_byte/")]
         series = {
             name.partition("/")[2]: drawing.Curve(
-                [r["step"] for r in found], [r[name] for r in found]
+                np.array([r["step"] for r in found]), np.array([r[name] for r in found])
             )
             for name in names
         }
