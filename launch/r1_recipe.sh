@@ -90,6 +90,7 @@ run() {
   running=$!
   wait "$running" || status=$?
   while kill -0 "$running" 2>/dev/null; do  # a trapped signal ends `wait` early
+    sleep 0.1  # or, of a command that is suspended, this would spin
     status=0
     wait "$running" || status=$?
   done
