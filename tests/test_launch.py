@@ -197,6 +197,8 @@ def test_a_signal_reaches_the_stage_once_and_ends_the_recipe_behind_it(tmp_path,
         env={**os.environ, "PYTHON": fake},
         stdout=subprocess.DEVNULL,
         start_new_session=True,
+        # Tests that run in the background ignore it, and so would all that they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 30
     while not (tmp_path / "stages").exists():

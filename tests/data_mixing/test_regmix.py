@@ -324,6 +324,7 @@ def test_few_runs_for_many_sources_are_doubted():
     assert "39 runs are few for 4 sources: doubt it." in regmix.report(*few, candidates=500).said
 
 
+@pytest.mark.slow
 def test_the_mean_of_targets_is_learned_target_by_target():
     """Each source lowers its own loss and raises the other: the mean says little, its parts say all."""
     rng = np.random.default_rng(0)

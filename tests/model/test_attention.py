@@ -68,7 +68,14 @@ def test_kernels_equal_the_reference(kernel, segments, length, width, interprete
         np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+# Compiling kernels for whole networks takes long: of those that are interpreted one is quick.
+FLASH_QUICK = [
+    kernel if kernel in ("flash", "blocks") else pytest.param(kernel, marks=pytest.mark.slow)
+    for kernel in KERNELS
+]
+
+
+@pytest.mark.parametrize("kernel", FLASH_QUICK)
 def test_eight_devices_with_a_kernel_train_as_one_without(kernel, interpreted):
     """A shared block, QK-norm, remat, documents: loss and gradients of all weights."""
     tokens = np.random.default_rng(0).integers(2, 97, (8, 41)).astype(np.int32)
@@ -91,7 +98,7 @@ def test_eight_devices_with_a_kernel_train_as_one_without(kernel, interpreted):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", FLASH_QUICK)
 def test_keys_of_the_first_pass_reach_the_kernel(kernel, interpreted):
     model = dataclasses.replace(LS, ls_kv="first_pass")
     params = jax.jit(transformer.init, static_argnums=0)(model, jax.random.key(0))

@@ -80,7 +80,7 @@ def value_and_gradient(params, batch, chunks=1, **settings):
     return jax.jit(jax.value_and_grad(total))(params)
 
 
-@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("chunks", [4, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("temperature", "labels", "reverse"), SHARES)
 def test_value_and_gradient_equal_the_unchunked_formulas(
     case, chunks, temperature, labels, reverse
