@@ -38,7 +38,8 @@ from benchmarks.full_run import ROW_LENGTH, borders, published
 from benchmarks.stream_peers import tokens_per_second
 from mobilellm_jax import cli
 from mobilellm_jax.data import mixture as mixture_module
-from mobilellm_jax.data.mixture import BLOCK, Mixture, batches, open_mixture
+from mobilellm_jax.data.mixture import BLOCK, Mixture, batches
+from mobilellm_jax.data.opening import open_mixture
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.rows import SourceInfo
 from mobilellm_jax.data.shards import Batch, write_source

@@ -34,12 +34,11 @@ four times as much, on real text, three seeds, one peak learning rate for all:
 
 from ml_collections import ConfigDict
 
-from configs import mobilellm
+from configs import ladder, mobilellm
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig, Stack, flops_per_token
 from mobilellm_jax.model.presets import preset
 from mobilellm_jax.sweeps.description import Line, Sweep, Table
-from mobilellm_jax.training.config import base_config
 
 PLAN = "data/ladder/mixture.json"  # rows of 256, 512 pieces
 TEACHER = "runs/distillation/teacher"
@@ -134,19 +133,7 @@ def _distil(config: ConfigDict, settings: dict[str, float]) -> None:
 
 
 def _small(model: ModelConfig, steps: int) -> ConfigDict:
-    c = base_config(model)
-    c.plan = PLAN
-    c.row_length = ROW
-    c.steps = steps
-    c.global_batch = ROWS  # so short a run gains more from many steps than from smooth ones
-    c.execution.dtype = "float32"
+    """As a run of the ladder, at the peak that is best there for 6 blocks x 64."""
+    c = ladder.config(model, PLAN, steps).at(4e-3)
     c.loss_chunks = 2
-    c.schedule.peak = 4e-3  # the best for 6 blocks x 64 in the ladder
-    c.schedule.warmup_steps = steps // 20
-    c.schedule.floor = 0.0
-    c.eval.every = steps
-    c.eval.rows = 128
-    c.checkpoint.every = steps
-    c.checkpoint.keep = 1
-    c.log_every = 100
     return c

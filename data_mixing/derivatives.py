@@ -30,6 +30,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.leaves import flat, nested
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.loss import over_chunks
 from mobilellm_jax.parallel.sharding import BATCH_AXES, ROWS, WHOLE, on_each_device, put_rows
 from mobilellm_jax.training.objectives import Network, split_rows
 
@@ -115,8 +116,7 @@ def token_losses(
     )
 
     @jax.checkpoint
-    def of_chunk(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
-        hidden_BND, targets_BN = chunk
+    def of_chunk(hidden_BND: jax.Array, targets_BN: jax.Array) -> jax.Array:
         output_DV = weights["output"].astype(hidden_BND.dtype)
         logits_BNV = jnp.einsum(
             "BND,DV->BNV", hidden_BND, output_DV, preferred_element_type=jnp.float32
@@ -124,11 +124,7 @@ def token_losses(
         at_target_BN = jnp.take_along_axis(logits_BNV, targets_BN[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits_BNV, axis=-1) - at_target_BN
 
-    def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [C, B, N, ...]
-        return jnp.moveaxis(x.reshape(len(x), network.loss_chunks, -1, *x.shape[2:]), 1, 0)
-
-    nll_CBN = jax.lax.map(of_chunk, (cut(hidden_BTD), cut(rows.targets_BT)))
-    nll_BT = jnp.moveaxis(nll_CBN, 0, 1).reshape(rows.targets_BT.shape)
+    nll_BT = over_chunks(of_chunk, network.loss_chunks, hidden_BTD, rows.targets_BT)
     return nll_BT * rows.weight_BT, rows.weight_BT
 
 

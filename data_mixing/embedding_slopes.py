@@ -13,13 +13,13 @@ summed over a document they are the slope of its loss, by token they are shares 
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mobilellm_jax.leaves import nested
 from mobilellm_jax.model import transformer
+from mobilellm_jax.model.loss import over_chunks
 from mobilellm_jax.parallel.sharding import ROWS, WHOLE, on_each_device
 from mobilellm_jax.training.objectives import Network, split_rows
 
@@ -70,9 +70,9 @@ def embedding_slopes(
     dtype = hidden_BTD.dtype
     output_DV, along_KDV = weights["output"].astype(dtype), along_output.astype(dtype)
 
-    def of_chunk(chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        hidden_BND, targets_BN, weight_BN = chunk
-
+    def of_chunk(
+        hidden_BND: jax.Array, targets_BN: jax.Array, weight_BN: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         def product(matrix_DV: jax.Array) -> jax.Array:
             return jnp.einsum(
                 "BND,DV->BNV", hidden_BND, matrix_DV, preferred_element_type=jnp.float32
@@ -85,21 +85,16 @@ def embedding_slopes(
         by_hidden_BND = jnp.einsum(
             "BNV,DV->BND", error_BNV.astype(dtype), output_DV, preferred_element_type=jnp.float32
         )
-        return by_output_KBN, by_hidden_BND
+        return jnp.moveaxis(by_output_KBN, 0, -1), by_hidden_BND
 
-    def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [C, B, N, ...]
-        return jnp.moveaxis(x.reshape(len(x), network.loss_chunks, -1, *x.shape[2:]), 1, 0)
-
-    found: Any = jax.lax.map(
-        of_chunk, tuple(map(cut, (hidden_BTD, rows.targets_BT, rows.weight_BT)))
+    by_output_BTK, by_hidden_BTD = over_chunks(
+        of_chunk, network.loss_chunks, hidden_BTD, rows.targets_BT, rows.weight_BT
     )
-    by_output_CKBN, by_hidden_CBND = found
-    slopes_BKT = jnp.moveaxis(by_output_CKBN, (0, 1, 2), (2, 1, 0)).reshape(shape[0], -1, shape[1])
+    by_output_BKT = jnp.moveaxis(by_output_BTK, -1, 1)
     if "embedding" not in directions:
-        return slopes_BKT
-    by_hidden_BTD = jnp.moveaxis(by_hidden_CBND, 0, 1).reshape(hidden_BTD.shape)
+        return by_output_BKT
     (by_input_ND,) = backwards(by_hidden_BTD.astype(dtype))
     by_input_BTD = by_input_ND.reshape(*shape, -1)
     along_KBTD = directions["embedding"][:, rows.inputs_BT]
     by_input_BKT = jnp.einsum("BTD,KBTD->BKT", by_input_BTD, along_KBTD)
-    return by_input_BKT + slopes_BKT if "output" in directions else by_input_BKT
+    return by_input_BKT + by_output_BKT if "output" in directions else by_input_BKT

@@ -14,7 +14,7 @@ from data_mixing.probe_sets import ProbeSets
 from data_mixing.runs import Member
 from data_mixing.samples import packed_texts, some
 from data_mixing.weights import planned
-from mobilellm_jax.data.mixture import open_mixture
+from mobilellm_jax.data.opening import open_mixture
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.training.length import length_of

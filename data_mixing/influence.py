@@ -40,7 +40,7 @@ from data_mixing.probe_sets import ProbeSets
 from data_mixing.samples import Sample
 from data_mixing.scorers import Gradients, Ngrams, Scorer, Settings, States
 from mobilellm_jax import cli
-from mobilellm_jax.data.mixture import open_mixture
+from mobilellm_jax.data.opening import open_mixture
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError

@@ -21,7 +21,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from data_mixing import folders
-from mobilellm_jax.data.mixture import Mixture, check_length, open_mixture
+from mobilellm_jax.data.mixture import Mixture
+from mobilellm_jax.data.opening import check_length, open_mixture
 from mobilellm_jax.data.packing import counted
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.tokenizers import Tokenizer

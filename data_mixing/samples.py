@@ -11,7 +11,8 @@ from data_mixing.probe_sets import Probe
 from mobilellm_jax.data.accounting import Placed, documents_placed
 from mobilellm_jax.data.contexts import Contexts
 from mobilellm_jax.data.encoding import encode_texts
-from mobilellm_jax.data.mixture import first_rows, open_split
+from mobilellm_jax.data.mixture import first_rows
+from mobilellm_jax.data.opening import open_split
 from mobilellm_jax.data.packing import UNTRAINED, BestFit, counted, token_ids
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.tokenizers import Tokenizer
@@ -63,7 +64,7 @@ def first_samples(plan: Plan, row_length: int, vocab_size: int, rows: int) -> li
     as likely as any other.
 
     Raises:
-      UserError: the sources are not usable (see `mixture.open_mixture`).
+      UserError: the sources are not usable (see `opening.open_mixture`).
     """
     opened = open_split(plan, "train", row_length, vocab_size)
     samples = []

@@ -25,7 +25,8 @@ from etils import epath
 
 from mobilellm_jax import cli
 from mobilellm_jax.data import accounting
-from mobilellm_jax.data.mixture import Mixture, open_mixture
+from mobilellm_jax.data.mixture import Mixture
+from mobilellm_jax.data.opening import open_mixture
 from mobilellm_jax.data.plan import Plan, Skip
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError

@@ -22,18 +22,18 @@ from absl import flags
 from etils import epath
 
 from mobilellm_jax import cli
-from mobilellm_jax.data.contexts import Contexts
-from mobilellm_jax.data.mixture import open_split
+from mobilellm_jax.data.opening import open_split
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.taught import TaughtInfo, Writer, folder_of, rows_fingerprint
+from mobilellm_jax.decoding.decoder import execution_on
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.interop.stored import open_model
 from mobilellm_jax.model import transformer
-from mobilellm_jax.model.attention import choose
-from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.loss import over_chunks
 from mobilellm_jax.parallel.compiled import keep_compiled
 from mobilellm_jax.parallel.mesh import local_mesh
 from mobilellm_jax.parallel.sharding import BATCH_AXES, batch_sharding, put_rows, shardings
+from mobilellm_jax.training.evaluation import batches
 from mobilellm_jax.training.objectives import Network, split_rows
 from mobilellm_jax.training.setup import tokenizer_of
 from mobilellm_jax.training.teacher import Teacher, check_tokenizer
@@ -117,10 +117,9 @@ def teach(
         return
 
     with jax.set_mesh(mesh):
-        kernel = choose("auto", mesh.devices.flat[0].platform, model, dtype, row_length)
-        execution = transformer.Execution(dtype=dtype, attention=kernel)
+        execution = execution_on(mesh, model, dtype)
         network = Network(model, execution, tokenizer.bos_id, tokenizer.eos_id, loss_chunks)
-        places = shardings(_shapes(model), mesh, BATCH_AXES)
+        places = shardings(transformer.shapes(model), mesh, BATCH_AXES)
         of = Teacher(network, stored.params(places, jnp.dtype(dtype)))
         program = jax.jit(
             functools.partial(likeliest, top_k=top_k, temperature=temperature),
@@ -132,7 +131,7 @@ def teach(
                 for part in writer.missing:
                     found = [
                         jax.device_get(program(of, put_rows({"tokens": batch}, mesh)["tokens"]))
-                        for batch in _batches(rows, part, batch_rows, tokenizer.bos_id)
+                        for batch in batches(rows, part, batch_rows, tokenizer.bos_id)
                     ]
                     ids, log_probs = (
                         np.concatenate(arrays)[: len(part)] for arrays in zip(*found, strict=True)
@@ -168,21 +167,8 @@ def likeliest(
         top, ids = jax.lax.top_k(logits_BNV, top_k)
         return ids, top - jax.nn.logsumexp(logits_BNV, axis=-1, keepdims=True)
 
-    shape = len(tokens), of.loss_chunks, -1, hidden_BTD.shape[-1]
-    found = jax.lax.map(chunk, jnp.moveaxis(hidden_BTD.reshape(shape), 1, 0))
-    ids, log_probs = (jnp.moveaxis(x, 0, 1).reshape(*rows.inputs_BT.shape, top_k) for x in found)
+    ids, log_probs = over_chunks(chunk, of.loss_chunks, hidden_BTD)
     return ids, log_probs.astype(jnp.float16)
-
-
-def _shapes(model: ModelConfig) -> transformer.Params:
-    return jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
-
-
-def _batches(rows: Contexts, part: range, size: int, bos_id: int) -> list[np.ndarray]:
-    """The rows of a part, the last batch filled up with rows of BOS."""
-    tokens = np.full((-(-len(part) // size) * size, rows.row_length + 1), bos_id, np.int32)
-    tokens[: len(part)] = rows.read(np.array(part))
-    return np.split(tokens, len(tokens) // size)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mobilellm_jax.data.mixture import open_mixture
+from mobilellm_jax.data.opening import open_mixture
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.decoding.decoder import ready
 from mobilellm_jax.decoding.sampling import GREEDY

@@ -10,7 +10,7 @@ import runs
 import tiny
 
 from mobilellm_jax.data.corpora import FileCorpus
-from mobilellm_jax.data.mixture import open_mixture
+from mobilellm_jax.data.opening import open_mixture
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer

@@ -12,7 +12,8 @@ import runs
 import tiny
 
 from mobilellm_jax import teach as program
-from mobilellm_jax.data.mixture import batches, open_mixture
+from mobilellm_jax.data.mixture import batches
+from mobilellm_jax.data.opening import open_mixture
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.taught import MARK, TAUGHT_IDS, TAUGHT_LOG_PROBS
 from mobilellm_jax.errors import UserError

@@ -12,7 +12,7 @@ import tokenizer_files
 
 import mobilellm_jax
 from mobilellm_jax.data.corpora import FileCorpus
-from mobilellm_jax.data.mixture import open_mixture
+from mobilellm_jax.data.opening import open_mixture
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.model import transformer

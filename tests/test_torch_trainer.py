@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mobilellm_jax.data.mixture import open_mixture
+from mobilellm_jax.data.opening import open_mixture
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.interop import huggingface
 from mobilellm_jax.leaves import flat

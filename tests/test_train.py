@@ -10,7 +10,7 @@ import tiny
 from ml_collections import ConfigDict
 from runs import bits, lines, rows_seen, run
 
-from mobilellm_jax.data.mixture import open_mixture
+from mobilellm_jax.data.opening import open_mixture
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.training.checkpoint import load_model

@@ -11,15 +11,13 @@ each shard a Parquet file says which documents its rows hold (`documents.py`). `
 
 Reading goes past TFDS's decoder: features are stored as raw bytes at fixed places of each record,
 so a batch of rows is one `frombuffer`; what is not `tokens` becomes their marks (`packing.marked`).
-A read that fails is tried again a few times, since network file systems do fail; only then is it
-told, with the record that is bad.
+Reads that fail are tried again (`records.py`).
 """
 
 import dataclasses
 import json
-import threading
-import time
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,11 +25,10 @@ from etils import epath
 
 from mobilellm_jax.data.packing import marked
 from mobilellm_jax.data.readers import Readers
+from mobilellm_jax.data.records import Records, check_sizes
 from mobilellm_jax.errors import UserError
 
 VERSION = 2
-_FAILURES = (OSError, RuntimeError, ValueError, IndexError)  # of ArrayRecord
-_PAUSES = (0.1, 0.3, 0.9, 2.7)  # seconds before each further try of a read that failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,43 +73,26 @@ class SourceInfo:
 
 
 class Rows:
-    """One split of one source by row number. Picklable; threads may share it.
-
-    `retries` counts the reads that failed and were tried again.
-    """
+    """One split of one source by row number. Picklable; threads may share it."""
 
     def __init__(
-        self,
-        info: SourceInfo,
-        split: str,
-        files: Mapping[str, int],
-        behind: Mapping[str, int],
-        readers: Readers,
+        self, info: SourceInfo, split: str, records: Records, behind: Mapping[str, int]
     ) -> None:
-        """Takes shard files with their number of rows, in order; use `open_rows`.
+        """Takes the records of a split; use `open_rows`.
 
         `behind` says of each feature how many bytes of a record stand behind its payload.
         """
-        self.info = info
-        self.split = split
-        self.retries = 0
-        self._behind = dict(behind)
-        self._files = [str(epath.Path(info.path) / file) for file in files]
-        self._ends = np.cumsum(list(files.values()), dtype=np.int64)
-        self._readers = readers
-        self._lock = threading.Lock()
+        self.info, self.split = info, split
+        self._records, self._behind = records, dict(behind)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickles everything but what is open."""
-        return {k: v for k, v in self.__dict__.items() if k != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Opens nothing; readers come with the first read."""
-        self.__dict__.update(state, _lock=threading.Lock())
+    @property
+    def retries(self) -> int:
+        """How often a read failed and was tried again."""
+        return self._records.retries
 
     def __len__(self) -> int:
         """Number of rows."""
-        return int(self._ends[-1])
+        return len(self._records)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Rows by number, in any order, repeated or not: int64 [n] -> int32 [n, row_length + 1].
@@ -127,47 +107,18 @@ class Rows:
         if indices.size and not (0 <= indices.min() and indices.max() < len(self)):
             raise IndexError(f"rows of {self.info.name}/{self.split} run from 0 to {len(self) - 1}")
         tokens = np.empty((len(indices), self.info.row_length + 1), np.int32)
-        shards = np.searchsorted(self._ends, indices, side="right")
-        for shard in np.unique(shards):
-            where = np.flatnonzero(shards == shard)
-            first = self._ends[shard - 1] if shard else 0
-            tokens[where] = self._read_shard(int(shard), (indices[where] - first).tolist())
+        for where, records in self._records.read(indices):
+            tokens[where] = self._decoded(records)
         return tokens
 
-    def _read_shard(self, shard: int, positions: list[int]) -> np.ndarray:
-        records = b"".join(self._records(shard, positions))
-        bytes_NZ = np.frombuffer(records, np.uint8).reshape(len(positions), -1)
+    def _decoded(self, records: Sequence[bytes]) -> np.ndarray:
+        bytes_NZ = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), -1)
         rows = {}
         for name, dtype in self.info.features.items():
             end = bytes_NZ.shape[1] - self._behind[name]
             begin = end - (self.info.row_length + 1) * dtype.itemsize
             rows[name] = bytes_NZ[:, begin:end].view(dtype)
         return marked(**rows, bos_id=self.info.bos_id) if len(rows) > 1 else rows["tokens"]
-
-    def _records(self, shard: int, positions: list[int]) -> list[bytes]:
-        for pause in _PAUSES:
-            try:
-                return self._readers.get(self._files[shard]).read(positions)
-            except _FAILURES:
-                self._readers.forget(self._files[shard])
-                with self._lock:
-                    self.retries += 1
-                time.sleep(pause)
-        return [self._record(shard, position) for position in positions]
-
-    def _record(self, shard: int, position: int) -> bytes:
-        """One of the records that cannot be read together; those that are not bad are found so."""
-        try:
-            return self._readers.get(self._files[shard]).read([position])[0]
-        except _FAILURES as error:
-            file = self._files[shard]
-            if not epath.Path(file).exists():
-                raise UserError(f"the shard {file} is missing: prepare its source again.") from None
-            raise UserError(
-                f"record {position} of the shard {file} cannot be read "
-                f"({' '.join(str(error).split())[:200]}): "
-                "delete its source and prepare it again."
-            ) from None
 
 
 def is_complete(path: epath.PathLike) -> bool:
@@ -199,17 +150,11 @@ def open_rows(path: epath.PathLike, split: str = "train", readers: Readers | Non
     metadata = read_metadata(path)
     info = _source_info(path, metadata)
     shards = shards_of(metadata, path, split)
-    for name, shard in shards.items():
-        file = epath.Path(path) / name
-        size = file.stat().length if file.exists() else None
-        if size != shard["size"]:
-            state = "is missing" if size is None else f"has {size} bytes instead of {shard['size']}"
-            raise UserError(
-                f"the shard {file} {state}: delete the source {path} and prepare it again."
-            )
-    files = {name: shard["rows"] for name, shard in shards.items()}
+    again = f"delete the source {path} and prepare it again"
+    check_sizes(epath.Path(path), {name: shard["size"] for name, shard in shards.items()}, again)
+    files = {os.path.join(path, name): shard["rows"] for name, shard in shards.items()}
     readers = Readers() if readers is None else readers
-    return Rows(info, split, files, metadata["behind"], readers)
+    return Rows(info, split, Records(files, again, readers), metadata["behind"])
 
 
 def shards_of(

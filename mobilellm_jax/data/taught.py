@@ -7,11 +7,10 @@ float16 is right to three digits. `taught.json` says what wrote them and how lon
 comes last and is the commit mark. `teach` writes it.
 """
 
-import bisect
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from etils import epath
 
 from mobilellm_jax.data.contexts import Contexts
 from mobilellm_jax.data.readers import Readers
+from mobilellm_jax.data.records import Records, check_sizes
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import replaced
 
@@ -107,11 +107,15 @@ class Writer:
         return (self._folder / MARK).exists()
 
     @property
+    def _shards(self) -> list[range]:
+        """The rows of each shard."""
+        starts = range(0, self._info.rows, self._shard_rows)
+        return [range(i, min(i + self._shard_rows, self._info.rows)) for i in starts]
+
+    @property
     def missing(self) -> list[range]:
         """The rows of each shard that is not there yet."""
-        starts = range(0, self._info.rows, self._shard_rows)
-        shards = [range(i, min(i + self._shard_rows, self._info.rows)) for i in starts]
-        return [rows for rows in shards if not self._file(rows).exists()]
+        return [rows for rows in self._shards if not self._file(rows).exists()]
 
     def write(self, rows: range, ids_RTK: np.ndarray, log_probs_RTK: np.ndarray) -> None:
         """Writes the shard of these rows."""
@@ -125,11 +129,9 @@ class Writer:
     def commit(self) -> None:
         """Writes the mark, when every shard is there."""
         assert not self.missing
-        starts = range(0, self._info.rows, self._shard_rows)
-        files = [self._file(range(i, i)) for i in starts]
+        files = {self._file(rows): len(rows) for rows in self._shards}
         shards = {
-            file.name: {"first": first, "size": file.stat().length}
-            for first, file in zip(starts, files, strict=True)
+            file.name: {"rows": rows, "size": file.stat().length} for file, rows in files.items()
         }
         with replaced(self._folder / MARK) as unfinished:
             text = json.dumps({"info": dataclasses.asdict(self._info), "shards": shards}, indent=2)
@@ -142,13 +144,14 @@ class Writer:
 class Taught:
     """What was written of a source's training rows, by row number. Picklable; threads may share it."""
 
-    def __init__(
-        self, folder: epath.Path, info: TaughtInfo, firsts: Sequence[int], readers: Readers
-    ) -> None:
-        """Takes the first rows of the shards, in order; use `open_taught`."""
-        self.info = info
-        self._files = [str(folder / f"taught-{first:012d}.array_record") for first in firsts]
-        self._firsts, self._readers = list(firsts), readers
+    def __init__(self, info: TaughtInfo, records: Records) -> None:
+        """Takes a record for each row; use `open_taught`."""
+        self.info, self._records = info, records
+
+    @property
+    def retries(self) -> int:
+        """How often a read failed and was tried again."""
+        return self._records.retries
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows by number: ids int32 [n, T, k] and log probabilities float16 [n, T, k].
@@ -158,20 +161,12 @@ class Taught:
         """
         shape = len(indices), self.info.row_length, self.info.top_k
         ids_NTK, log_probs_NTK = np.empty(shape, np.int32), np.empty(shape, np.float16)
-        for n, index in enumerate(np.asarray(indices).tolist()):
-            shard = bisect.bisect_right(self._firsts, index) - 1
-            try:
-                reader = self._readers.get(self._files[shard])
-                record = reader.read([index - self._firsts[shard]])[0]
-            except (OSError, RuntimeError, ValueError, IndexError) as error:
-                self._readers.forget(self._files[shard])
-                raise UserError(
-                    f"{self._files[shard]} cannot be read ({' '.join(str(error).split())[:200]}): delete it "
-                    f"and {MARK} beside it, and run `python -m mobilellm_jax.teach` again."
-                ) from None
-            ids = np.frombuffer(record, self.info.id_dtype, count=shape[1] * shape[2])
-            ids_NTK[n] = ids.reshape(shape[1:])
-            log_probs_NTK[n] = np.frombuffer(record[ids.nbytes :], np.float16).reshape(shape[1:])
+        width = shape[1] * shape[2] * self.info.id_dtype.itemsize
+        for where, records in self._records.read(np.asarray(indices, np.int64)):
+            bytes_MZ = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), -1)
+            ids_M, log_probs_M = bytes_MZ[:, :width], bytes_MZ[:, width:]
+            ids_NTK[where] = ids_M.view(self.info.id_dtype).reshape(-1, *shape[1:])
+            log_probs_NTK[where] = log_probs_M.view(np.float16).reshape(-1, *shape[1:])
         return ids_NTK, log_probs_NTK
 
 
@@ -195,16 +190,10 @@ def open_taught(rows: Contexts, name: str, temperature: float, readers: Readers)
                 f"{folder} was written for {key}={getattr(info, key)!r}, the run has {wanted!r}: {mend}, or "
                 "run `python -m mobilellm_jax.teach` with another --name."
             )
-    for file, shard in shards.items():
-        path = folder / file
-        size = path.stat().length if path.exists() else None
-        if size != shard["size"]:
-            state = "is missing" if size is None else f"has {size} bytes instead of {shard['size']}"
-            raise UserError(
-                f"{path} {state}: delete it and {MARK} beside it, and run `python -m mobilellm_jax.teach` "
-                "again, which writes what is missing."
-            )
-    return Taught(folder, info, [shard["first"] for shard in shards.values()], readers)
+    again = f"delete it and {MARK} beside it, and run `python -m mobilellm_jax.teach` again"
+    check_sizes(folder, {name: shard["size"] for name, shard in shards.items()}, again)
+    files = {str(folder / name): shard["rows"] for name, shard in shards.items()}
+    return Taught(info, Records(files, again, readers))
 
 
 def read_info(source: epath.PathLike, name: str) -> TaughtInfo:

@@ -130,7 +130,7 @@ def store_lines(
         batch = mesh.size * min(max(1, AT_ONCE // length), -(-count // mesh.size))
         sums = [
             np.asarray(_row_sums(params, part, piece_bytes_V, network=network, mesh=mesh))
-            for part in batches(split, count, batch, tokenizer.bos_id)
+            for part in batches(split, range(count), batch, tokenizer.bos_id)
         ]
         if sums:
             nats_N, bytes_N = np.concatenate(sums, axis=1).astype(np.float64)

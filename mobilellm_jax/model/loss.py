@@ -97,14 +97,42 @@ def sum_over_chunks(
     Raises:
       UserError: `chunks` does not divide T.
     """
-    if hidden_BTD.shape[1] % chunks:
-        raise UserError(
-            f"loss_chunks={chunks} does not divide the row length {hidden_BTD.shape[1]}."
-        )
+    _check_chunks(hidden_BTD, chunks)
     # Turned to lie as an embedding does: a tied one's gradients here and in its look-up have one
     # shape, and XLA may add them before it reduces.
     total, shown_BT = _sum(cost, chunks, hidden_BTD, unembedding_DV.T, given, whole)
     return total, jax.lax.stop_gradient(shown_BT)
+
+
+def over_chunks(function: Callable[..., Any], chunks: int, *arrays: jax.Array) -> Any:
+    """A function of parts of rows, one after another, so that what it forms exists for a part at a time.
+
+    Args:
+      function: of parts [B, N, ...] of the arrays to a pytree of arrays [B, N, ...].
+      chunks: parts into which each row is cut.
+      *arrays: [B, T, ...].
+
+    Returns:
+      What it gives for whole rows, [B, T, ...].
+
+    Raises:
+      UserError: `chunks` does not divide T.
+    """
+    _check_chunks(arrays[0], chunks)
+
+    def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [C, B, N, ...]
+        return jnp.moveaxis(x.reshape(len(x), chunks, -1, *x.shape[2:]), 1, 0)
+
+    def joined(x: jax.Array) -> jax.Array:  # [C, B, N, ...] -> [B, T, ...]
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+
+    found = jax.lax.map(lambda parts: function(*parts), tuple(map(cut, arrays)))
+    return jax.tree.map(joined, found)
+
+
+def _check_chunks(rows_BT: jax.Array, chunks: int) -> None:
+    if rows_BT.shape[1] % chunks:
+        raise UserError(f"loss_chunks={chunks} does not divide the row length {rows_BT.shape[1]}.")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -36,7 +36,7 @@ def evaluate(
     """
     totals: dict[str, Any] = {}
     for source, split in heldout.items():
-        for tokens in batches(split, min(rows, len(split)), batch_rows, network.bos_id):
+        for tokens in batches(split, range(min(rows, len(split))), batch_rows, network.bos_id):
             numbers = np.full(len(tokens), source, np.int32)
             batch = put_rows({"tokens": tokens, "source": numbers}, mesh)
             arrays = params, batch, piece_bytes_V
@@ -47,23 +47,23 @@ def evaluate(
     return found | {"rank_me": rank_me(params, network.model)}
 
 
-def batches(split: Contexts, count: int, batch_rows: int, bos_id: int) -> Iterator[np.ndarray]:
-    """This process's part of each batch of the first rows of a split, int32 [rows, row_length + 1].
+def batches(split: Contexts, part: range, batch_rows: int, bos_id: int) -> Iterator[np.ndarray]:
+    """This process's part of each batch of consecutive rows of a split, int32 [rows, row_length + 1].
 
     The last batch is filled up with rows of BOS alone, which hold no target.
 
     Args:
       split: rows.
-      count: of them that are read.
+      part: of them that is read.
       batch_rows: of a batch, over all processes.
       bos_id: token that begins a document.
     """
     mine, process = batch_rows // jax.process_count(), jax.process_index()
-    for first in range(0, count, batch_rows):
+    for first in part[::batch_rows]:
         tokens = np.full((mine, split.row_length + 1), bos_id, np.int32)
         begin = first + process * mine
-        if begin < count:
-            read = split.read(np.arange(begin, min(begin + mine, count)))
+        if begin < part.stop:
+            read = split.read(np.arange(begin, min(begin + mine, part.stop)))
             tokens[: len(read)] = read
         yield tokens
 

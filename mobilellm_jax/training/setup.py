@@ -11,13 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from mobilellm_jax.data.mixture import (
-    Mixture,
-    check_length,
-    check_templates,
-    open_mixture,
-    open_split,
-)
+from mobilellm_jax.data.mixture import Mixture
+from mobilellm_jax.data.opening import check_length, check_templates, open_mixture, open_split
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.taught import TAUGHT_IDS, TAUGHT_LOG_PROBS
 from mobilellm_jax.data.tokenizers import Tokenizer

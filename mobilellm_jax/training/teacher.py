@@ -132,7 +132,7 @@ def abstract_teacher(
         dtype=dtype, unroll=student.execution.unroll, attention=kernel
     )
     network = dataclasses.replace(student, model=model, execution=execution)
-    shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+    shapes = transformer.shapes(model)
     params = jax.tree.map(
         lambda shape, place: jax.ShapeDtypeStruct(shape.shape, dtype, sharding=place),
         shapes,

@@ -23,7 +23,7 @@ from mobilellm_jax.data.chat_corpus import ChatCorpus
 from mobilellm_jax.data.contexts import Contexts
 from mobilellm_jax.data.corpora import FileCorpus, documents
 from mobilellm_jax.data.documents import documents_of
-from mobilellm_jax.data.mixture import check_templates, open_mixture
+from mobilellm_jax.data.opening import check_templates, open_mixture
 from mobilellm_jax.data.packing import (
     INSIDE,
     UNTRAINED,

@@ -11,7 +11,7 @@ import runs
 import tiny
 
 from mobilellm_jax.data.apportion import water_fill
-from mobilellm_jax.data.mixture import open_mixture
+from mobilellm_jax.data.opening import open_mixture
 from mobilellm_jax.data.plan import Plan, PlanSource, Skip, Stage
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.plan import effective_tokens, fill_in, table, write

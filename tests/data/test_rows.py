@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from mobilellm_jax.data import readers, rows
+from mobilellm_jax.data import readers, records, rows
 from mobilellm_jax.data.rows import SourceInfo, SplitInfo, open_rows, read_info
 from mobilellm_jax.data.shards import Batch, SourceWriter, write_source
 from mobilellm_jax.errors import UserError
@@ -121,7 +121,7 @@ def test_missing_and_truncated_shards_are_told_at_opening(source):
 
 
 def test_damage_within_a_shard_is_told_at_reading(source, monkeypatch):
-    monkeypatch.setattr(rows, "_PAUSES", (0.001, 0.001))
+    monkeypatch.setattr(records, "_PAUSES", (0.001, 0.001))
     shard = shards(source)[0]
     content = bytearray(shard.read_bytes())
     content[10_000] ^= 255  # in the middle of the rows
@@ -153,7 +153,7 @@ def test_a_read_that_fails_for_a_moment_is_tried_again_and_counted(source, monke
             return super().read(positions)
 
     monkeypatch.setattr(readers.array_record_module, "ArrayRecordReader", Failing)
-    monkeypatch.setattr(rows, "_PAUSES", (0.001,) * 4)
+    monkeypatch.setattr(records, "_PAUSES", (0.001,) * 4)
     stored = open_rows(source)
     assert stored.retries == 0
     assert (stored.read(np.arange(1000)) == TRAIN).all()
@@ -185,7 +185,7 @@ def test_no_more_files_are_open_than_allowed(tmp_path, most):
 
 
 def test_a_shard_that_goes_missing_is_named(source, monkeypatch):
-    monkeypatch.setattr(rows, "_PAUSES", (0.001,) * 4)
+    monkeypatch.setattr(records, "_PAUSES", (0.001,) * 4)
     stored = open_rows(source)
     shards(source)[0].unlink()
     with pytest.raises(UserError, match="array_record-00000 is missing"):

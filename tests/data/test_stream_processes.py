@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mobilellm_jax.data.mixture import batches, open_mixture
+from mobilellm_jax.data.mixture import batches
+from mobilellm_jax.data.opening import open_mixture
 from mobilellm_jax.data.plan import Plan
 
 ROW, VOCAB = 32, 320

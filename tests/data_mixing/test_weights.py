@@ -15,7 +15,7 @@ from data_mixing import measurements, weights
 from data_mixing.proposals import proxies
 from data_mixing.run_tables import RunTable
 from data_mixing.weights import Request, parse
-from mobilellm_jax.data.mixture import open_mixture
+from mobilellm_jax.data.opening import open_mixture
 from mobilellm_jax.data.plan import Plan, Skip, Stage
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.plan import fill_in, write

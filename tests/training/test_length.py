@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mobilellm_jax.data.mixture import open_mixture
+from mobilellm_jax.data.opening import open_mixture
 from mobilellm_jax.data.plan import Plan, Stage
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.plan import fill_in

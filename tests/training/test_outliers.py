@@ -11,7 +11,7 @@ import pytest
 import tiny
 from runs import bits, lines, run
 
-from mobilellm_jax.data.mixture import open_mixture
+from mobilellm_jax.data.opening import open_mixture
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.training.outliers import init_window, judge
