@@ -1,6 +1,14 @@
 """Chat templates as models publish them, each beside its text written by hand, and conversations."""
 
+import json
 import random
+
+import numpy as np
+
+from mobilellm_jax.data.chat_corpus import ChatCorpus
+from mobilellm_jax.data.corpora import documents
+from mobilellm_jax.data.packing import segment_ids
+from mobilellm_jax.prepare import prepare
 
 LLAMA3 = """{{- bos_token }}
 {%- for message in messages %}
@@ -112,3 +120,34 @@ def conversation(seed: int, turns: int = 3, longest: int = 12) -> list[dict[str,
         messages.append({"role": "user", "content": f"{said()}?{seed}"})
         messages.append({"role": "assistant", "content": said()})
     return messages
+
+
+def write_chats(path, seeds, key="messages", **options):
+    lines = [
+        json.dumps({key: conversation(seed, **options), "id": f"chat-{seed}"}) for seed in seeds
+    ]
+    path.write_text("".join(line + "\n" for line in lines))
+
+
+def run(corpora, out, tokenizer, **options):
+    return prepare(
+        corpora, out, **{"row_length": 256, "workers": 1, "tokenizer": tokenizer, **options}
+    )
+
+
+def conversations(rows, bos_id):
+    """The conversations in stored rows, marked, sorted."""
+    found = []
+    for row in rows.read(np.arange(len(rows))):
+        segments = segment_ids(row, bos_id)
+        found += [row[segments == s].tolist() for s in range(1, segments[-1] + 1)]
+    return sorted(c for c in found if len(c) > 1)
+
+
+def corpus_of(tmp_path, *records, **options):
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return ChatCorpus("talk", f"{tmp_path}/talk.jsonl", heldout=0, **options)
+
+
+def read(corpus):
+    return [json.loads(document.text) for document in documents(corpus)]

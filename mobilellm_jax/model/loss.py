@@ -124,7 +124,7 @@ def over_chunks(function: Callable[..., Any], chunks: int, *arrays: jax.Array) -
         return jnp.moveaxis(x.reshape(len(x), chunks, -1, *x.shape[2:]), 1, 0)
 
     def joined(x: jax.Array) -> jax.Array:  # [C, B, N, ...] -> [B, T, ...]
-        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], chunks * x.shape[2], *x.shape[3:])
 
     found = jax.lax.map(lambda parts: function(*parts), tuple(map(cut, arrays)))
     return jax.tree.map(joined, found)

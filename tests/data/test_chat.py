@@ -2,10 +2,7 @@
 
 import dataclasses
 import functools
-import gzip
 import json
-import subprocess
-import sys
 
 import chats
 import jax
@@ -18,12 +15,12 @@ import tensorflow_datasets as tfds
 import tiny
 import tokenizer_files
 
-from mobilellm_jax.data.chat import ChatTemplate, ConversationEncoder, EncodeChats, read_template
+from mobilellm_jax.data.chat import ChatTemplate, ConversationEncoder, read_template
 from mobilellm_jax.data.chat_corpus import ChatCorpus
 from mobilellm_jax.data.contexts import Contexts
 from mobilellm_jax.data.corpora import FileCorpus, documents
 from mobilellm_jax.data.documents import documents_of
-from mobilellm_jax.data.opening import check_templates, open_mixture
+from mobilellm_jax.data.opening import open_mixture
 from mobilellm_jax.data.packing import (
     INSIDE,
     UNTRAINED,
@@ -41,7 +38,6 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.parallel.mesh import make_mesh
-from mobilellm_jax.prepare import prepare
 from mobilellm_jax.training.evaluation import evaluate
 from mobilellm_jax.training.objectives import Network, next_token
 
@@ -56,12 +52,6 @@ STYLES = {  # template, what it writes by hand, tokenizer
     "plain, EOS is BOS": (chats.PLAIN, functools.partial(chats.plain, eos=END), "qwen2"),
 }
 SEEDS = range(40)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tokenizers")
-    return {kind: make(root / kind) for kind, make in tokenizer_files.FOLDERS.items()}
 
 
 @pytest.fixture(params=STYLES)
@@ -116,7 +106,7 @@ def test_calls_are_trained_on_and_what_they_give_is_not(folders, tmp_path):
         {"role": "tool", "content": '{"running": true}', "name": "start_timer"},
         {"role": "assistant", "content": "It is running."},
     ]
-    (messages,) = read(corpus_of(tmp_path, {"messages": talk}))
+    (messages,) = chats.read(chats.corpus_of(tmp_path, {"messages": talk}))
     tokenizer = Tokenizer.load(folders["qwen2"])
     encode = ConversationEncoder(dataclasses.replace(tokenizer, chat_template=chats.CALLS))
     ids = encode(messages)
@@ -293,42 +283,19 @@ def test_every_conversation_is_in_one_row_once_and_whole(style, window):
     assert targets.sum() == sum((c & UNTRAINED == 0).sum() for c in given)
 
 
-def write_chats(path, seeds, key="messages", **options):
-    lines = [
-        json.dumps({key: chats.conversation(seed, **options), "id": f"chat-{seed}"})
-        for seed in seeds
-    ]
-    path.write_text("".join(line + "\n" for line in lines))
-
-
-def run(corpora, out, tokenizer, **options):
-    return prepare(
-        corpora, out, **{"row_length": 256, "workers": 1, "tokenizer": tokenizer, **options}
-    )
-
-
 @pytest.fixture(scope="module")
 def prepared(folders, tmp_path_factory):
     """A directory with a source of conversations and one of text, and the tokenizer."""
     root = tmp_path_factory.mktemp("prepared")
-    write_chats(root / "talk.jsonl", range(150))
+    chats.write_chats(root / "talk.jsonl", range(150))
     texts = [{"text": text} for text in tokenizer_files.texts()[:10]]
     (root / "web.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     corpora = [
         ChatCorpus("talk", f"{root}/talk.jsonl", heldout=0.2),
         FileCorpus("web", f"{root}/web.jsonl", heldout=0.2),
     ]
-    run(corpora, root / "out", folders["llama3"], row_length=512)
+    chats.run(corpora, root / "out", folders["llama3"], row_length=512)
     return root / "out", Tokenizer.load(root / "out")
-
-
-def conversations(rows, bos_id):
-    """The conversations in stored rows, marked, sorted."""
-    found = []
-    for row in rows.read(np.arange(len(rows))):
-        segments = segment_ids(row, bos_id)
-        found += [row[segments == s].tolist() for s in range(1, segments[-1] + 1)]
-    return sorted(c for c in found if len(c) > 1)
 
 
 def test_conversations_come_back_from_the_store(prepared):
@@ -343,7 +310,7 @@ def test_conversations_come_back_from_the_store(prepared):
         given = [json.loads(d.text) for d in documents(corpus) if d.split == split]
         expected = [encode(messages) for messages in given]
         rows = open_rows(out / "talk", split)
-        assert conversations(rows, info.bos_id) == sorted(c.tolist() for c in expected)
+        assert chats.conversations(rows, info.bos_id) == sorted(c.tolist() for c in expected)
         assert counts.documents == len(expected) and counts.tokens == sum(map(len, expected))
         sizes = tokenizer.piece_bytes()
         assert counts.bytes == sum(sizes[token_ids(c)].sum() for c in expected)
@@ -351,7 +318,9 @@ def test_conversations_come_back_from_the_store(prepared):
         said = sorted(
             "".join(f"{m['role']}\n\n{m['content'].strip()}" for m in talk) for talk in given
         )
-        read = [tokenizer.decode(token_ids(np.array(c))) for c in conversations(rows, info.bos_id)]
+        read = [
+            tokenizer.decode(token_ids(np.array(c))) for c in chats.conversations(rows, info.bos_id)
+        ]
         assert sorted(read) == said
     # Which conversation is where is known as it is of texts.
     tokens = open_rows(out / "talk").read(np.array([0]))[0]
@@ -433,9 +402,9 @@ def alone(params, model, conversation):
 def test_loss_gradient_and_evaluation_are_those_of_the_answers_alone(folders, tmp_path, name):
     """Of conversations in rows of their own, without packing: no other target and no other context."""
     template, _, kind = STYLES[name]
-    write_chats(tmp_path / "talk.jsonl", range(24), longest=4, turns=2)
+    chats.write_chats(tmp_path / "talk.jsonl", range(24), longest=4, turns=2)
     corpus = ChatCorpus("talk", f"{tmp_path}/talk.jsonl", heldout=0.3)
-    run([corpus], tmp_path / "out", folders[kind], chat_template=template, row_length=96)
+    chats.run([corpus], tmp_path / "out", folders[kind], chat_template=template, row_length=96)
     tokenizer = Tokenizer.load(tmp_path / "out")
     model = ModelConfig(600, 16, (Stack(1, 2, 1, 24),), head_dim=8)
     params = transformer.init(model, jax.random.key(0))
@@ -443,7 +412,7 @@ def test_loss_gradient_and_evaluation_are_those_of_the_answers_alone(folders, tm
     network = Network(model, transformer.Execution(), tokenizer.bos_id, tokenizer.eos_id)
     heldout = open_rows(tmp_path / "out" / "talk", "heldout")
     rows = heldout.read(np.arange(len(heldout)))
-    given = [np.array(c, np.int32) for c in conversations(heldout, tokenizer.bos_id)]
+    given = [np.array(c, np.int32) for c in chats.conversations(heldout, tokenizer.bos_id)]
     width = max(map(len, given))  # what is behind a conversation changes nothing, and compiles once
     padded = [np.pad(c, (0, width - len(c)), constant_values=UNTRAINED) for c in given]
 
@@ -471,189 +440,3 @@ def test_loss_gradient_and_evaluation_are_those_of_the_answers_alone(folders, tm
     )
     targets = sum((c & UNTRAINED == 0).sum() for c in given)
     np.testing.assert_allclose(found["loss"], sum(values) / targets, rtol=1e-5)
-
-
-# What comes in.
-
-TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-
-
-def corpus_of(tmp_path, *records, **options):
-    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return ChatCorpus("talk", f"{tmp_path}/talk.jsonl", heldout=0, **options)
-
-
-def read(corpus):
-    return [json.loads(document.text) for document in documents(corpus)]
-
-
-def test_all_kinds_of_files_and_both_ways_to_write_messages_are_read(tmp_path):
-    sharegpt = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    assert read(corpus_of(tmp_path, {"c": sharegpt}, {"c": TALK}, text_key="c")) == [TALK, TALK]
-    with gzip.open(tmp_path / "talk.jsonl.gz", "wt") as file:
-        file.write(json.dumps({"messages": TALK}))
-    called = [{**TALK[0], "name": "me"}, {**TALK[1], "name": None}]
-    pyarrow.parquet.write_table(
-        pyarrow.table({"messages": [TALK, called]}), tmp_path / "talk.parquet"
-    )
-    for ending, expected in (
-        ("jsonl.gz", [TALK]),
-        ("parquet", [TALK, [{**TALK[0], "name": "me"}, TALK[1]]]),
-    ):
-        assert read(ChatCorpus("talk", f"{tmp_path}/talk.{ending}")) == expected
-
-
-def test_the_system_prompt_is_for_conversations_that_have_none(tmp_path):
-    own = [{"role": "system", "content": "mine"}, *TALK]
-    corpus = corpus_of(tmp_path, {"messages": TALK}, {"messages": own}, system_prompt="yours")
-    assert read(corpus) == [[{"role": "system", "content": "yours"}, *TALK], own]
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"text": "x"}, "talk.jsonl, line 2: there is no field 'messages'"),
-        ({"messages": "x"}, "line 2: 'messages' is not a list of messages but str"),
-        ({"messages": ["x"]}, "line 2: the role of message 1 is None"),
-        ({"messages": [*TALK, {"content": "x"}]}, "line 2: the role of message 3 is None"),
-        ({"messages": [{"role": "bot", "content": "x"}]}, "message 1 is 'bot', not one of system"),
-        ({"messages": [{"role": "user"}]}, "the content of message 1 is not a text but NoneType"),
-        ({"messages": [{"role": "user", "content": [1]}]}, "message 1 is not a text but list"),
-        ({"messages": [{"from": "human"}]}, "the content of message 1 is not a text"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
-    ],
-)
-def test_bad_records_are_told_with_their_line(tmp_path, record, message):
-    with pytest.raises(UserError, match=message):
-        read(corpus_of(tmp_path, {"messages": TALK}, record))
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"messages": [{"role": "user"', "talk.jsonl, line 3: not JSON"),
-        ('["role"]', "line 3: there is no field 'messages' .it has no fields at all"),
-    ],
-)
-def test_broken_lines_are_told_with_their_number(folders, tmp_path, line, message):
-    corpus = corpus_of(tmp_path, {"messages": TALK}, {"messages": TALK})
-    with (tmp_path / "talk.jsonl").open("a") as file:
-        file.write(line + "\n")
-    corpus = ChatCorpus("talk", f"{tmp_path}/talk.jsonl", heldout=0)
-    with pytest.raises(UserError, match=message):
-        run([corpus], tmp_path / "out", folders["llama3"])
-
-
-def test_a_source_of_another_tokenizer_or_template_is_refused(folders, tmp_path):
-    """Conversations that were prepared elsewhere and put beside a plan's own."""
-    corpus = corpus_of(tmp_path, {"messages": TALK})
-    for name, kind, template in (
-        ("ours", "qwen2", "chatml"),
-        ("tokenizer", "llama3", "chatml"),
-        ("template", "qwen2", "llama3"),
-    ):
-        out = tmp_path / name
-        run([corpus], out, folders[kind], chat_template=read_template(template))
-    plan, tokenizer = Plan.load(tmp_path / "ours" / "mixture.json"), tmp_path / "ours"
-    check_templates(plan, Tokenizer.load(tokenizer))
-    (source,) = plan.sources
-    for other, message in (
-        ("tokenizer", "was tokenized by another tokenizer"),
-        ("template", "was written with another chat template than that of the tokenizer"),
-    ):
-        moved = dataclasses.replace(source, path=str(tmp_path / other / "talk"))
-        mixed = dataclasses.replace(plan, sources=(moved,))
-        with pytest.raises(UserError, match=message):
-            open_mixture(mixed, 256, 1000)
-            check_templates(mixed, Tokenizer.load(tokenizer))
-
-
-def test_what_cannot_be_trained_on_is_left_out_and_counted(folders, tmp_path, capsys):
-    long = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "word " * 300}]
-    asked = [{"role": "user", "content": "word " * 300}, TALK[1]]
-    talks = [TALK, TALK[:1], [], long, asked]
-    records = [{"messages": talk} for talk in talks]
-    for too_long, notes, kept in (
-        ("truncate", {"nothing of an assistant in it": 3, "truncated": 1}, 2),
-        ("drop", {"nothing of an assistant in it": 2, "too long": 2}, 1),
-    ):
-        corpus = corpus_of(tmp_path, *records, too_long=too_long)
-        run([corpus], tmp_path / too_long, folders["llama3"], row_length=128)
-        info = read_info(tmp_path / too_long / "talk")
-        assert dict(info.notes) == notes and info.splits["train"].documents == kept
-        told = capsys.readouterr().out
-        assert all(f"{count} {note}" in told for note, count in notes.items())
-    (cut, _) = sorted(
-        conversations(open_rows(tmp_path / "truncate" / "talk"), info.bos_id), key=len
-    )[::-1]
-    whole = ConversationEncoder(Tokenizer.load(tmp_path / "drop"))(long)
-    assert cut == whole[:129].tolist()
-    # For a loss on all tokens: what has a message is kept, cut or not.
-    corpus = corpus_of(tmp_path, *records, no_assistant="keep")
-    run([corpus], tmp_path / "keep", folders["llama3"], row_length=128)
-    info = read_info(tmp_path / "keep" / "talk")
-    kept = "kept with nothing of an assistant in it"
-    assert dict(info.notes) == {"nothing of an assistant in it": 1, "truncated": 1, kept: 2}
-    assert info.splits["train"].documents == 4 and f"2 {kept}" in capsys.readouterr().out
-    with pytest.raises(UserError, match="no text to train on"):
-        run([corpus_of(tmp_path, records[1])], tmp_path / "none", folders["llama3"])
-    with pytest.raises(UserError, match="no_assistant is drop or keep, not 'ask'"):
-        corpus_of(tmp_path, no_assistant="ask")
-    with pytest.raises(UserError, match="too_long is truncate or drop, not 'split'"):
-        corpus_of(tmp_path, too_long="split")
-
-
-def test_without_a_template_one_must_be_named(tmp_path):
-    (tmp_path / "t.model").write_bytes(tiny.tokenizer().model_bytes)
-    corpus, out = corpus_of(tmp_path, {"messages": TALK}), tmp_path / "out"
-    with pytest.raises(UserError, match="no chat template: name one with --chat_template"):
-        run([corpus], tmp_path / "other", tmp_path / "t.model")
-    for _ in range(2):
-        run([corpus], out, tmp_path / "t.model", chat_template=read_template("llama3"))
-    tokenizer = Tokenizer.load(out)
-    assert tokenizer.chat_template == read_template("llama3")  # goes on into checkpoints
-    (found,) = conversations(open_rows(out / "talk"), tokenizer.bos_id)
-    assert tokenizer.decode(token_ids(np.array(found))).count("<|eot_id|>") == 2
-    with pytest.raises(UserError, match="tokenizer.model was made with other settings"):
-        run([corpus], out, tmp_path / "t.model", chat_template=read_template("chatml"))
-
-
-def test_the_number_of_workers_does_not_matter(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("mobilellm_jax.data.encoding.CHUNK", 3000)
-    write_chats(tmp_path / "talk.jsonl", range(60))
-    corpus = ChatCorpus("talk", f"{tmp_path}/talk.jsonl", heldout=0.2)
-    for workers in (1, 2):
-        run([corpus], tmp_path / str(workers), folders["qwen2"], workers=workers)
-    one, other = ({p.name: p.read_bytes() for p in (tmp_path / w / "talk").iterdir()} for w in "12")
-    assert one == other
-
-
-def test_encoders_are_told_apart_by_their_tokenizer(folders):
-    texts = [json.dumps(TALK)]
-    for kind in ("llama3", "qwen2"):
-        tokenizer = Tokenizer.load(folders[kind])
-        (found,) = EncodeChats(64, drop_long=False)(tokenizer, texts)
-        assert (found.ids == ConversationEncoder(tokenizer)(TALK)).all()
-
-
-def test_the_command_line(folders, tmp_path):
-    write_chats(tmp_path / "talk.jsonl", range(20), key="turns")
-    options = (
-        *(f"--chat=talk={tmp_path}/talk.jsonl", f"--tokenizer={folders['qwen2']}", "--heldout=0"),
-        *(f"--out={tmp_path}/out", "--row_length=512", "--workers=1", "--system_prompt=Think."),
-        "--chat_template=chatml",
-    )
-
-    def command_line(*more):
-        command = [sys.executable, "-m", "mobilellm_jax.prepare", *options, *more]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    refused = command_line()
-    assert refused.returncode == 1 and "Traceback" not in refused.stderr
-    assert "there is no field 'messages' (it has turns, id)" in refused.stderr
-    done = command_line("--messages_key=turns", "--too_long=drop")
-    assert done.returncode == 0, done.stderr
-    tokenizer = Tokenizer.load(tmp_path / "out")
-    first, *_ = conversations(open_rows(tmp_path / "out" / "talk"), tokenizer.bos_id)
-    assert tokenizer.decode(token_ids(np.array(first))).startswith("system\n")
-    assert tokenizer.chat_template == read_template("chatml")

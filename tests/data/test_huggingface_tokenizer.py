@@ -60,12 +60,6 @@ def given_back(kind, text):
     return text.replace("\u2581", " ") if kind == "llama2" else text
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    base = tmp_path_factory.mktemp("published")
-    return {kind: make(base / kind) for kind, make in tokenizer_files.FOLDERS.items()}
-
-
 @pytest.fixture
 def folder(folders, tmp_path, request):
     """A copy of one, to be changed."""
