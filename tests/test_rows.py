@@ -130,6 +130,19 @@ def test_a_step_is_replayed_bit_for_bit_and_its_rows_ranked(prepared, trained):
     shutil.rmtree(trained / "replay")
 
 
+def test_a_step_with_a_teacher_is_replayed(prepared, trained, tmp_path):
+    config = tiny.config(prepared[0], 5)
+    distillation = "mobilellm_jax.training.distillation:distillation"
+    with config.unlocked():
+        config.objective = {"use": distillation, "temperature": 2.0}
+    config.teacher.path = str(trained)
+    runs.run(config, tmp_path / "run")
+    found = replay(config, tmp_path / "run", 5, tiny.one_device())
+    assert found.exact and found.begun_at == 4
+    losses = np.array([(row.targets, row.targets * row.loss) for row in found.rows]).sum(0)
+    assert losses[1] / losses[0] == pytest.approx(found.loss, rel=1e-5)
+
+
 @pytest.mark.slow
 def test_a_step_of_a_ramp_is_replayed_with_its_own_rows(prepared, tmp_path):
     config = tiny.config(prepared[0], STEPS)

@@ -188,11 +188,12 @@ def _measure(
         "check_vma": False,
     }
     several = jax.jit(jax.shard_map(one, mesh=run.mesh, **specs))
+    teacher = run.load_teacher and run.load_teacher()
     found: list[tuple[float, float, int]] = []
     for first in range(0, rows, each):
         at = np.minimum(np.arange(first, first + each), rows - 1)
         part = put_rows({name: values[at] for name, values in batch.items()}, run.mesh)
-        loss, norm, targets = jax.device_get(several(params, run.teacher, part))
+        loss, norm, targets = jax.device_get(several(params, teacher, part))
         found += zip(loss.tolist(), norm.tolist(), map(int, targets), strict=True)
     return found[:rows]
 

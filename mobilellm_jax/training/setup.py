@@ -27,7 +27,7 @@ from mobilellm_jax.training.evaluation import evaluate
 from mobilellm_jax.training.length import Length, length_of, microbatches
 from mobilellm_jax.training.objectives import Network
 from mobilellm_jax.training.step import Batch, Objective, TrainState, init_state, train_step
-from mobilellm_jax.training.teacher import Teacher, abstract_teacher, load_teacher
+from mobilellm_jax.training.teacher import Teacher, abstract_teacher, open_teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Programs:
 class Setup(Programs):
     """A run that is ready to begin or to go on.
 
-    Here `step` is a function of state and batch alone, and the teacher has its weights.
+    Here `step` is a function of state and batch alone.
     """
 
     plan: Plan
@@ -70,6 +70,7 @@ class Setup(Programs):
     tokenizer: Tokenizer
     evaluate: Callable[[Any], dict[str, float]]  # params -> held-out measurements
     evaluate_teacher: Callable[[], dict[str, float]] | None  # likewise; None: there is none to run
+    load_teacher: Callable[[], Teacher] | None  # with its weights, read at the first call
 
 
 def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
@@ -110,13 +111,14 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
     with jax.set_mesh(made.mesh):
         piece_bytes_V = jax.numpy.asarray(tokenizer.piece_bytes())
         # What an objective refuses is met here, before anything is written.
-        shapes = made.abstract.params, made.abstract_batch
         jax.eval_shape(
-            lambda *x: taught(made.objective, x[2])(*x[:2], made.network).total,
-            *shapes,
-            made.teacher,
+            lambda params, batch, teacher: (
+                taught(made.objective, teacher)(params, batch, made.network).total
+            ),
+            *(made.abstract.params, made.abstract_batch, made.teacher),
         )
-        teacher = made.teacher and load_teacher(config, made.teacher, tokenizer)
+    teacher = made.teacher
+    load = open_teacher(config, teacher, tokenizer) if teacher else None
     measure = functools.partial(
         evaluate,
         heldout=heldout,
@@ -129,16 +131,14 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
     return Setup(
         **{
             **vars(made),
-            "step": lambda state, batch: made.step(state, batch, piece_bytes_V, teacher),
-            "teacher": teacher,
+            "step": lambda state, batch: made.step(state, batch, piece_bytes_V, load and load()),
         },
         plan=plan,
         mixture=mixture,
         tokenizer=tokenizer,
         evaluate=functools.partial(measure, network=made.network),
-        evaluate_teacher=functools.partial(measure, teacher.params, network=teacher.network)
-        if teacher
-        else None,
+        evaluate_teacher=load and (lambda: measure(load().params, network=load().network)),
+        load_teacher=load,
     )
 
 

@@ -165,8 +165,12 @@ def check_tokenizer(of_teacher: "Tokenizer", of_data: "Tokenizer", where: str) -
     )
 
 
-def load_teacher(config: ConfigDict, abstract: Teacher, tokenizer: "Tokenizer") -> Teacher:
-    """The teacher with its weights, each device reading its slices only.
+def open_teacher(
+    config: ConfigDict, abstract: Teacher, tokenizer: "Tokenizer"
+) -> Callable[[], Teacher]:
+    """Opens the teacher and checks it; what comes back reads its weights, once, when it is first called.
+
+    A run that has nothing left to do never calls it. Each device reads its slices only.
 
     Args:
       config: of the run.
@@ -188,4 +192,9 @@ def load_teacher(config: ConfigDict, abstract: Teacher, tokenizer: "Tokenizer") 
     check_tokenizer(stored.needed_tokenizer, tokenizer, f"config.teacher.path={path}")
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
     dtype: Any = np.dtype(jax.numpy.dtype(abstract.network.execution.dtype))
-    return dataclasses.replace(abstract, params=stored.params(places, dtype))
+
+    @functools.cache
+    def load() -> Teacher:
+        return dataclasses.replace(abstract, params=stored.params(places, dtype))
+
+    return load

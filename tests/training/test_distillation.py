@@ -13,6 +13,7 @@ import tiny
 
 from mobilellm_jax.data.taught import TAUGHT_IDS, TAUGHT_LOG_PROBS
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.interop.stored import StoredModel
 from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, Stack
@@ -252,6 +253,15 @@ def test_microbatches_and_devices_change_nothing(plan, taught_by, tmp_path, chan
         for name in ("one", "other")
     )
     np.testing.assert_allclose(other, one, rtol=0, atol=1e-5)
+
+
+def test_a_run_with_nothing_left_to_do_reads_no_teacher(plan, taught_by, tmp_path, monkeypatch):
+    config = distilling(plan, taught_by, steps=4)
+    runs.run(config, tmp_path / "run")
+    monkeypatch.setattr(StoredModel, "params", lambda *_: pytest.fail("the weights are read"))
+    assert int(runs.run(config, tmp_path / "run").step) == 4
+    with pytest.raises(pytest.fail.Exception, match="the weights are read"):
+        runs.run(config, tmp_path / "other")
 
 
 def test_a_teacher_that_knows_less_is_told(plan, taught_by, tmp_path, capsys):
