@@ -277,6 +277,7 @@ def test_a_space_between_prompt_and_continuation_survives():
         assert tokenizer.decode(prompt) + rest == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("again", "float32")]

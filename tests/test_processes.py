@@ -184,6 +184,7 @@ def test_processes_with_different_configurations_are_refused_before_they_compile
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_processes_cannot_share_is_refused(plan, tmp_path):
     config = config_file(tmp_path, plan, global_batch=3)
     same = [f"--config={config}", f"--workdir={tmp_path / 'run'}"]
@@ -191,6 +192,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(plan, tmp_path):
         assert "config.global_batch=3 cannot be split" in last and "2 device(s)" in last
 
 
+@pytest.mark.slow
 def test_a_process_whose_others_do_not_come_says_so(plan, tmp_path):
     config = config_file(tmp_path, plan)
     alone = [f"--config={config}", f"--workdir={tmp_path}", "--distributed_timeout=3"]

@@ -154,6 +154,7 @@ def test_a_step_of_a_ramp_is_replayed_with_its_own_rows(prepared, tmp_path):
         assert sorted(row.index for row in found.rows) == list(rows)
 
 
+@pytest.mark.slow
 def test_the_first_step_is_replayed_from_fresh_weights_with_each_rows_own_gradient(
     prepared, trained
 ):
@@ -177,6 +178,7 @@ def test_the_first_step_is_replayed_from_fresh_weights_with_each_rows_own_gradie
     shutil.rmtree(trained / "replay")
 
 
+@pytest.mark.slow
 def test_rows_are_measured_alike_on_eight_devices(prepared):
     """One row on each device, weights in pieces, and a last turn that is not full."""
     config, found = tiny.config(prepared[0], STEPS), []

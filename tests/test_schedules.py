@@ -111,6 +111,7 @@ def test_a_forked_cooldown_is_the_run_that_would_have_decayed_there(plan, stable
     assert open_run(tmp_path / "fork").rows_of(9) == (128, 144)
 
 
+@pytest.mark.slow
 def test_of_that_checkpoint_the_weights_alone(plan, stable, tmp_path):
     config = tiny.config(plan)
     config.init_from = f"{stable}@8"
@@ -125,6 +126,7 @@ def test_a_fork_may_change_its_batch_from_there_on(plan, stable, tmp_path):
     assert [r["rows"] for r in lines(tmp_path / "fork").values()] == [160, 192, 224, 256]
 
 
+@pytest.mark.slow
 def test_a_fork_may_begin_to_skip_outliers(plan, stable, tmp_path):
     state = run(forked(plan, stable, **{"skip.window": 3}), tmp_path / "on")
     assert int(state.window.seen) == 4
@@ -217,6 +219,7 @@ def test_what_a_ramp_has_read_is_known(ramped):
     assert (known.done, known.consumed, known.whole) == (21, 228, 228)
 
 
+@pytest.mark.slow
 def test_a_length_in_tokens_is_that_in_steps(plan, tmp_path):
     tokens = tiny.config(plan)
     tokens.steps, tokens.tokens = 0, 12 * 16 * tiny.ROW
@@ -224,6 +227,7 @@ def test_a_length_in_tokens_is_that_in_steps(plan, tmp_path):
     assert bits(run(tokens, tmp_path / "tokens")) == bits(steps)
 
 
+@pytest.mark.slow
 def test_a_ramp_and_tokens_on_the_command_line(plan, tmp_path):
     config = config_file(tmp_path, plan)
     ended = program(

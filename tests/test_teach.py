@@ -108,6 +108,7 @@ def test_interrupted_and_started_again_it_writes_the_same(plan, write, monkeypat
         assert all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
 
 
+@pytest.mark.slow
 def test_one_process_for_each_source(plan, write, capsys):
     write("parted", sources=["sums"])
     words, sums = folders(plan, "parted")

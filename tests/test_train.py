@@ -209,6 +209,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_place(poisoned, whole
     assert recorded[12]["skipped"] == 3
 
 
+@pytest.mark.slow
 def test_too_many_such_steps_in_a_row_stop_the_run_also_across_a_resume(poisoned, tmp_path):
     config = poisoned.copy_and_resolve_references()
     config.max_skipped = 2

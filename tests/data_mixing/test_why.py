@@ -49,6 +49,7 @@ def ask(workdir, fact, name="", steps=1, **settings):
     return asking.why(points, open_run(workdir), prompt, f" {answer}", **{**defaults, **settings})
 
 
+@pytest.mark.slow
 def test_a_planted_fact_comes_first(workdir):
     for fact in FACTS:
         helped, hurt, _ = ask(workdir, fact, steps=3)

@@ -59,6 +59,7 @@ def data(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_file_of_questions_is_a_task(loaded, data):
     """Its accuracy is what scoring every choice by hand gives."""
     lines, results = evaluate(loaded, ["sums"], data=data)

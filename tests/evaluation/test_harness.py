@@ -143,6 +143,7 @@ def scored(requests, **options):
     return [found[i] for i in range(len(requests))]
 
 
+@pytest.mark.slow
 def test_neighbours_and_batches_change_no_score(monkeypatch):
     rng = np.random.default_rng(0)
     contexts = [tuple(rng.integers(3, 300, n).tolist()) for n in (1, 30, 31, 60)]

@@ -70,7 +70,7 @@ def test_kernels_equal_the_reference(kernel, segments, length, width, interprete
 
 # Compiling kernels for whole networks takes long: of those that are interpreted one is quick.
 FLASH_QUICK = [
-    kernel if kernel in ("flash", "blocks") else pytest.param(kernel, marks=pytest.mark.slow)
+    kernel if kernel == "blocks" else pytest.param(kernel, marks=pytest.mark.slow)
     for kernel in KERNELS
 ]
 

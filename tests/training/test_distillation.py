@@ -178,7 +178,10 @@ def test_a_few_tokens_and_the_rest_as_one_event(case, reverse):
     assert total < whole
 
 
-@pytest.mark.parametrize("split", [(), ("fsdp",), ("data", "fsdp")])
+@pytest.mark.parametrize(
+    "split",
+    [*(pytest.param(s, marks=pytest.mark.slow) for s in ((), ("fsdp",))), ("data", "fsdp")],
+)
 def test_eight_devices_equal_one_however_the_teacher_is_split(case, split):
     params, teacher, batch = case
     wanted = value_and_gradient(params, batch, teacher=teacher)

@@ -127,7 +127,7 @@ def test_what_was_cut_to_zero_stays_zero_under_muon():
         assert not cut["stack_0"]["mlp"][name][at].any()
 
 
-@pytest.mark.parametrize("make", [ADAMW, MUON])
+@pytest.mark.parametrize("make", [ADAMW, pytest.param(MUON, marks=pytest.mark.slow)])
 def test_first_moments_may_be_kept_in_bfloat16(make):
     half = functools.partial(make, mu_dtype="bfloat16")
     (wide, _), (narrow, state) = trained(make), trained(half)
@@ -195,6 +195,7 @@ def test_muon_is_a_name_on_the_command_line_and_learns(whole):
     assert whole[1][-1] < 0.75 * whole[1][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"mesh.data": 2, "mesh.fsdp": 4}, {"microbatches": 4}])
 def test_muon_trains_alike_however_a_step_is_computed(plan, whole, tmp_path, changes):
     devices = jax.devices() if "mesh.fsdp" in changes else None
@@ -202,6 +203,7 @@ def test_muon_trains_alike_however_a_step_is_computed(plan, whole, tmp_path, cha
     np.testing.assert_allclose(losses, whole[1], rtol=0, atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "use", [MUON_PATH, pytest.param(MUON_PATH.replace("muon", "adamw"), marks=pytest.mark.slow)]
 )
