@@ -22,8 +22,7 @@ def new_folder(out: epath.PathLike) -> Iterator[epath.Path]:
       UserError: `out` is a file, or holds something.
     """
     out = epath.Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty: name a new folder.")
+    check_new_folder(out)
     partial = _beside(out)
     partial.mkdir(parents=True)
     try:
@@ -34,6 +33,13 @@ def new_folder(out: epath.PathLike) -> Iterator[epath.Path]:
     except BaseException:
         partial.rmtree(missing_ok=True)
         raise
+
+
+def check_new_folder(out: epath.PathLike) -> None:
+    """Raises `UserError` where `new_folder` would: for a file, or a folder that holds something."""
+    out = epath.Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty: name a new folder.")
 
 
 @contextlib.contextmanager

@@ -125,6 +125,7 @@ class Family:
     mlps: tuple[str, ...] = ("swiglu",)
     qk_norms: tuple[str, ...] = ("none",)
     qkv_bias: tuple[bool, ...] = (False,)
+    out_bias: tuple[bool, ...] = (False,)
     ls_kvs: tuple[str, ...] = ("fresh",)
     ones_for_unit_norms: bool = False  # QK-norm has weights there, also where ours has none
 
@@ -276,5 +277,9 @@ def _obstacles(model: ModelConfig, family: Family) -> Iterator[str]:
         yield f"its QK-norm is {model.qk_norm!r}"
     if model.qkv_bias not in family.qkv_bias:
         yield f"its queries, keys and values have {'' if model.qkv_bias else 'no '}biases"
+    if model.out_bias not in family.out_bias:
+        yield "what its attention and its MLPs give has biases"
+    if model.dead_channels:
+        yield "channels of its residual stream are dead, as while it is being pruned"
     if model.ls_kv not in family.ls_kvs and any(stack.repeats > 1 for stack in model.stacks):
         yield f"its shared blocks read the keys of their {model.ls_kv}"

@@ -91,10 +91,12 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     mlp: str = "swiglu"  # "relu": two matrices and no gate, as in OPT
     qkv_bias: bool = False  # biases of query, key and value (Qwen2)
+    out_bias: bool = False  # biases of what attention and MLP add to the residual stream (FLAP)
     ls_kv: str = "fresh"  # "first_pass": a shared block's later passes read its first one's keys
     norm_eps: float = 1e-5
     max_length: int = 2048  # context in tokens
     init_std: float = 0.02
+    dead_channels: bool = False  # a network being pruned: residual channels whose norm scales are 0
     block: str = "mobilellm_jax.model.transformer:Block"
 
     def __post_init__(self) -> None:
@@ -169,7 +171,8 @@ def _block_vectors(config: ModelConfig, stack: Stack) -> int:
     """Norm scales and biases of one block."""
     head_norms = 2 * config.head_dim if config.qk_norm == "scaled" and stack.rope else 0
     biases = config.head_dim * (stack.heads + 2 * stack.kv_heads) if config.qkv_bias else 0
-    return 2 * config.width + head_norms + biases
+    outputs = 2 * config.width if config.out_bias else 0
+    return 2 * config.width + head_norms + biases + outputs
 
 
 def parameter_count(config: ModelConfig) -> int:

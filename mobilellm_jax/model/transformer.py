@@ -11,6 +11,7 @@ is `ls_kv="first_pass"`.)
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -22,14 +23,17 @@ from mobilellm_jax.data.packing import positions
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.imports import import_path
 from mobilellm_jax.model.attention import KERNELS, of_rows, rope, rope_frequencies
+from mobilellm_jax.model.axes import axes_of
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.model.embedding import look_up
 from mobilellm_jax.model.plain import attention, cached_attention, visible
+from mobilellm_jax.model.taps import TAPS, tapped
 from mobilellm_jax.parallel.sharding import batch_sharded
 
 Params = dict[str, Any]
 Cache = dict[str, Any]  # per stack: {"key", "value"}, each [B, A * K, S, H], in order of execution
 
+STATISTICS, GRAMS = "statistics", "grams"  # collections of what blocks note
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -84,10 +88,15 @@ jax.tree_util.register_dataclass(
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x), times a learned scale if `scaled`; statistics in float32 (arXiv 1910.07467)."""
+    """x / rms(x), times a learned scale if `scaled`; statistics in float32 (arXiv 1910.07467).
+
+    With `dead` the mean of squares is that of the channels whose scale is not 0: those of a network that
+    is being pruned are as good as gone, and their x is 0.
+    """
 
     eps: float
     scaled: bool = True
+    dead: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -95,7 +104,8 @@ class RMSNorm(nn.Module):
         scale = None
         if self.scaled:
             scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        return _rms_norm(x, scale, self.eps)
+            scale = _with_tap(self, "scale", scale)
+        return _rms_norm(x, scale, self.eps, self.dead)
 
 
 # Cheap functions of large arrays: the backward pass computes them again from their arguments. What
@@ -103,10 +113,15 @@ class RMSNorm(nn.Module):
 _cheap = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
-@functools.partial(_cheap, static_argnums=2)
-def _rms_norm(x: jax.Array, scale: jax.Array | None, eps: float) -> jax.Array:
+@functools.partial(_cheap, static_argnums=(2, 3))
+def _rms_norm(x: jax.Array, scale: jax.Array | None, eps: float, dead: bool) -> jax.Array:
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    if dead and scale is not None:
+        live = jnp.maximum(jnp.count_nonzero(scale), 1)
+        mean = jnp.sum(y * y, axis=-1, keepdims=True) / live
+    else:
+        mean = jnp.mean(y * y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(mean + eps)
     return (y if scale is None else y * scale).astype(x.dtype)
 
 
@@ -120,7 +135,52 @@ def _matrix(
 ) -> jax.Array:
     """A float32 matrix of a module's parameters, in the dtype of the product that reads it."""
     initialise = nn.initializers.normal(init_std)
-    return module.param(name, initialise, shape, jnp.float32).astype(dtype)
+    weight = module.param(name, initialise, shape, jnp.float32)
+    return _with_tap(module, name, weight).astype(dtype)
+
+
+def _with_tap(module: nn.Module, name: str, weight: jax.Array) -> jax.Array:
+    """A weight of a layer, through its tap if there is one (`model.taps`)."""
+    if not module.has_variable(TAPS, name):
+        return weight
+    axes = axes_of("/".join((*module.path, name)))
+    assert axes is not None
+    return tapped(weight, axes.removeprefix("L"), module.get_variable(TAPS, name))
+
+
+def _with_bias(module: nn.Module, config: ModelConfig, name: str, y_BTD: jax.Array) -> jax.Array:
+    """What a module adds to the residual stream, with its bias if the network has such."""
+    if not config.out_bias:
+        return y_BTD
+    bias_D = module.param(name, nn.initializers.zeros, y_BTD.shape[-1:], jnp.float32)
+    return y_BTD + _with_tap(module, name, bias_D).astype(y_BTD.dtype)
+
+
+def _note(module: nn.Module, **sums: Callable[[], jax.Array]) -> None:
+    """Adds to the statistics that `statistics` gives, where it asks for them."""
+    for name, value in sums.items():
+        collection = GRAMS if name == "gram" else STATISTICS
+        if module.is_mutable_collection(collection):
+            module.sow(collection, name, value(), jnp.add, lambda: jnp.zeros(()))
+
+
+def _moments(x: jax.Array) -> dict[str, Callable[[], jax.Array]]:
+    """Sum and sum of squares over rows and tokens, float32, of [B, T, ...]."""
+    return {
+        "sum": lambda: x.astype(jnp.float32).sum((0, 1)),
+        "square": lambda: jnp.square(x.astype(jnp.float32)).sum((0, 1)),
+    }
+
+
+def _gram(x_BTD: jax.Array) -> Callable[[], jax.Array]:
+    """Sum over rows and tokens of x x^T, each x scaled to a mean square of 1; float32 [D, D]."""
+
+    def value() -> jax.Array:
+        y = x_BTD.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.maximum(jnp.mean(y * y, -1, keepdims=True), 1e-30))
+        return jnp.einsum("BTD,BTE->DE", y, y, precision=jax.lax.Precision.HIGHEST)
+
+    return value
 
 
 class Attention(nn.Module):
@@ -144,7 +204,7 @@ class Attention(nn.Module):
                 return y_BTNH
             zeros = nn.initializers.zeros
             bias_NH = self.param(f"{name}_bias", zeros, (count, c.head_dim), jnp.float32)
-            return y_BTNH + bias_NH.astype(x_BTD.dtype)
+            return y_BTNH + _with_tap(self, f"{name}_bias", bias_NH).astype(x_BTD.dtype)
 
         q_BTNH = heads("query", s.heads)
         k_BTKH = heads("key", s.kv_heads)
@@ -175,9 +235,11 @@ class Attention(nn.Module):
             y_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, context.visible_BTS)
         else:
             y_BTNH = cached_attention(q_BTNH, k_RSH, v_RSH, context.visible_BTS)
+        _note(self, **_moments(y_BTNH))
         out_NHD = matrix("out", s.heads, c.head_dim, c.width)
         # Over N and H in this order: einsum's would be H, N, for which XLA copies the weights.
-        return jnp.tensordot(y_BTNH, out_NHD, 2), cache
+        y_BTD = jnp.tensordot(y_BTNH, out_NHD, 2)
+        return _with_bias(self, c, "out_bias", y_BTD), cache
 
 
 # Applications, their KV heads and the rows are one axis of a cache: with an axis more, or one of length
@@ -212,7 +274,9 @@ class MLP(nn.Module):
             hidden_BTF = _gated(gate_BTF, up_BTF)
         else:
             hidden_BTF = nn.relu(jnp.einsum("BTD,DF->BTF", x_BTD, matrix("up", width, hidden)))
-        return jnp.einsum("BTF,FD->BTD", hidden_BTF, matrix("down", hidden, width))
+        _note(self, **_moments(hidden_BTF))
+        y_BTD = jnp.einsum("BTF,FD->BTD", hidden_BTF, matrix("down", hidden, width))
+        return _with_bias(self, self.config, "down_bias", y_BTD)
 
 
 class Block(nn.Module):
@@ -226,12 +290,28 @@ class Block(nn.Module):
         self, x_BTD: jax.Array, context: Context, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
         """[B, T, D] -> [B, T, D], and the cache with this pass's keys and values in it."""
-        eps = self.config.norm_eps
-        y_BTD = RMSNorm(eps, name="attention_norm")(x_BTD)
-        y_BTD, cache = Attention(self.config, self.stack, name="attention")(y_BTD, context, cache)
+        c, given_BTD = self.config, x_BTD
+        norm = functools.partial(RMSNorm, c.norm_eps, dead=c.dead_channels)
+        y_BTD = norm(name="attention_norm")(x_BTD)
+        _note(self, read=_moments(y_BTD)["square"], gram=_gram(x_BTD))
+        y_BTD, cache = Attention(c, self.stack, name="attention")(y_BTD, context, cache)
         x_BTD = x_BTD + y_BTD
-        y_BTD = RMSNorm(eps, name="mlp_norm")(x_BTD)
-        return x_BTD + MLP(self.config, self.stack, name="mlp")(y_BTD), cache
+        y_BTD = norm(name="mlp_norm")(x_BTD)
+        _note(self, read=_moments(y_BTD)["square"], gram=_gram(x_BTD))
+        x_BTD = x_BTD + MLP(c, self.stack, name="mlp")(y_BTD)
+        _note(self, **_movement(given_BTD, x_BTD))
+        return x_BTD, cache
+
+
+def _movement(x_BTD: jax.Array, y_BTD: jax.Array) -> dict[str, Callable[[], jax.Array]]:
+    """Sums over tokens: of the cosine between what enters and leaves a block, and of the distance."""
+    x, y = x_BTD.astype(jnp.float32), y_BTD.astype(jnp.float32)
+
+    def cosine() -> jax.Array:
+        norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
+        return (jnp.sum(x * y, axis=-1) / jnp.maximum(norms, 1e-30)).sum()
+
+    return {"cosine": cosine, "distance": lambda: jnp.linalg.norm(y - x, axis=-1).sum()}
 
 
 class Transformer(nn.Module):
@@ -256,7 +336,7 @@ class Transformer(nn.Module):
             name = f"stack_{i}"
             cache = None if caches is None else caches[name]
             x_BTD, new_caches[name] = self._run(name, stack, x_BTD, context, cache)
-        hidden_BTD = RMSNorm(c.norm_eps, name="final_norm")(x_BTD)
+        hidden_BTD = RMSNorm(c.norm_eps, dead=c.dead_channels, name="final_norm")(x_BTD)
         return hidden_BTD, None if caches is None else new_caches
 
     def _run(
@@ -293,7 +373,7 @@ class Transformer(nn.Module):
         for walk in range(walks):
             scan = nn.scan(
                 layer,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, TAPS: 0, STATISTICS: 0, GRAMS: 0},
                 split_rngs={"params": True},
                 length=stack.layers,
                 reverse=stack.backwards(walk),
@@ -334,10 +414,42 @@ def apply(
       execution: dtype, remat, unroll, attention.
     """
     context = _context(tokens_BT, segment_ids_BT, execution.attention)
-    hidden_BTD, _ = Transformer(config, execution).apply(
-        {"params": params}, tokens_BT, context, None
-    )
+    variables = {"params": {name: leaf for name, leaf in params.items() if name != TAPS}}
+    if TAPS in params:
+        variables[TAPS] = params[TAPS]
+    hidden_BTD, _ = Transformer(config, execution).apply(variables, tokens_BT, context, None)
     return hidden_BTD
+
+
+def statistics(
+    params: Params,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
+    execution: Execution = Execution(),
+    collection: str = STATISTICS,
+) -> dict[str, Any]:
+    """What the blocks did with whole rows, added up over tokens and over a block's applications.
+
+    Args:
+      params: as made by `init`.
+      config: the network.
+      tokens_BT: int token ids.
+      segment_ids_BT: see `apply`.
+      execution: see `apply`.
+      collection: `STATISTICS` or `GRAMS`.
+
+    Returns:
+      By stack, float32. Of `GRAMS`: `gram` [L, D, D], the sum of x x^T of what both norms of a block
+      read, each x scaled to a mean square of 1. Of `STATISTICS`: `cosine` and `distance` [L] between what
+      enters and leaves a block; `read` [L, D], squares of what its norms give; `attention` and `mlp`, each
+      `sum` and `square` of what enters `out` [L, N, H] and `down` [L, F].
+    """
+    context = _context(tokens_BT, segment_ids_BT, execution.attention)
+    _, found = Transformer(config, execution).apply(
+        {"params": params}, tokens_BT, context, None, mutable=[collection]
+    )
+    return found[collection]
 
 
 def apply_cached(

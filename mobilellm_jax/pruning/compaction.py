@@ -1,0 +1,175 @@
+"""The really smaller network: dead groups are taken out of every array, and blocks are stacked anew.
+
+A network being pruned keeps its shapes, and what is dead in it is zero. Here the indices that live are
+gathered out of every leaf, of weights and moments alike. A width may be rounded up: what fills it is
+dead groups, which are zero and stay zero. Blocks of equal widths that follow each other become a
+stack.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.leaves import flat
+from mobilellm_jax.model.axes import axes_of
+from mobilellm_jax.model.config import ModelConfig, Stack
+from mobilellm_jax.parallel.sharding import path_name
+from mobilellm_jax.pruning.groups import Groups, named
+
+LAYOUTS = ("stacks", "padded")
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Where a block was, and which of its groups it takes along, by axis, as they were numbered there."""
+
+    stack: int
+    layer: int
+    kept: dict[str, np.ndarray]  # F, N, K
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """MLP width, query heads, KV heads."""
+        return len(self.kept["F"]), len(self.kept["N"]), len(self.kept["K"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Compact:
+    """A smaller network, and where everything in it was."""
+
+    config: ModelConfig
+    kept_D: np.ndarray  # channels of the residual stream
+    stacks: tuple[tuple[Block, ...], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint's description: for each block where it was and what it keeps."""
+        return {
+            "residual": self.kept_D.tolist(),
+            "blocks": [
+                {"stack": b.stack, "layer": b.layer}
+                | {axis: kept.tolist() for axis, kept in b.kept.items()}
+                for b in itertools.chain.from_iterable(self.stacks)
+            ],
+        }
+
+
+def compacted(
+    config: ModelConfig, live: Groups, *, layout: str = "stacks", multiple: int = 1
+) -> Compact:
+    """The smaller network that lives in one whose dead groups are zero.
+
+    A KV head, a channel of an MLP and one of the residual stream that are all zero have no gradient and
+    stay zero in training. A query head whose KV head lives attends to all alike and gives their mean, so
+    its row of `out` would come back: blocks with more and with fewer query heads to a KV head are therefore
+    never padded to one width.
+
+    Args:
+      config: the network.
+      live: bool, numpy.
+      layout: `stacks`: blocks keep widths of their own, and runs of equal ones are a stack each;
+        `padded`: the blocks of a stack get the widths of its widest, and stay one stack where they have
+        equally many query heads to a KV head.
+      multiple: to which the widths of MLPs and of the residual stream are rounded up, as far as there
+        were so many before.
+
+    Raises:
+      UserError: there is no such layout; or blocks that are applied in turns, and so must stay one
+        stack, would not.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}.")
+    kept_D = _filled(live.residual_D, _rounded(live.residual_D.sum(), multiple))
+    runs: list[tuple[Stack, tuple[Block, ...]]] = []
+    for i, (stack, of) in enumerate(zip(config.stacks, live.stacks, strict=True)):
+        heads_LKG = of.heads_LN.reshape(*of.kv_heads_LK.shape, -1)
+        mlp_L = _rounded(of.mlp_LF.sum(-1), multiple)
+        kv_L, each_L = of.kv_heads_LK.sum(-1), heads_LKG.sum(-1).max(-1)
+        if layout == "padded":
+            mlp_L, kv_L = (np.full_like(x, x.max()) for x in (mlp_L, kv_L))
+        blocks = []
+        for layer in range(stack.layers):
+            kv_heads = _filled(of.kv_heads_LK[layer], kv_L[layer])
+            of_head = [_filled(heads_LKG[layer, k], each_L[layer]) for k in kv_heads]
+            each = heads_LKG.shape[-1]
+            heads = np.concatenate([k * each + g for k, g in zip(kv_heads, of_head, strict=True)])
+            mlp = _filled(of.mlp_LF[layer], mlp_L[layer])
+            blocks.append(Block(i, layer, {"F": mlp, "N": heads, "K": kv_heads}))
+        equal = [tuple(run) for _, run in itertools.groupby(blocks, lambda block: block.widths)]
+        if len(equal) > 1 and stack.repeats > 1 and stack.order != "immediate":
+            raise UserError(
+                f"the blocks of model.stacks[{i}] are applied in turns ({stack.order}), so they must stay "
+                "one stack, and now differ in their widths: choose layout='padded', and a strategy that cuts "
+                "KV heads rather than query heads alone."
+            )
+        runs += [(stack, run) for run in equal]
+    stacks = tuple(_stack(stack, run) for stack, run in runs)
+    exact = len(kept_D) == int(live.residual_D.sum())
+    smaller = dataclasses.replace(
+        config,
+        width=len(kept_D),
+        stacks=stacks,
+        dead_channels=config.dead_channels and not exact,
+    )
+    return Compact(smaller, kept_D, tuple(run for _, run in runs))
+
+
+def taken(tree: Any, compact: Compact, shapes: Any) -> Any:
+    """A pytree of the old network as that of the smaller one: weights, moments, a train state.
+
+    Args:
+      tree: pytree whose paths end in those of parameters; what is no parameter stays as it is.
+      compact: the smaller network.
+      shapes: pytree like the result, of arrays or `ShapeDtypeStruct`s.
+    """
+    old = flat(tree)
+
+    def of(path: tuple[Any, ...], shape: Any) -> Any:
+        name = path_name(path)
+        if axes_of(name) is None:
+            return old[name]
+        axes, stack = named(name)
+        if stack is None:
+            return _take(old[name], axes, {"D": compact.kept_D})
+        before, _, behind = name.rpartition(f"stack_{stack}/")
+        return jnp.stack(
+            [
+                _take(
+                    old[f"{before}stack_{block.stack}/{behind}"][block.layer],
+                    axes[1:],
+                    {**block.kept, "D": compact.kept_D},
+                )
+                for block in compact.stacks[stack]
+            ]
+        )
+
+    return jax.tree_util.tree_map_with_path(of, shapes)
+
+
+def _take(array: Any, axes: str, kept: Mapping[str, np.ndarray]) -> Any:
+    for i, axis in enumerate(axes):
+        if axis in kept:
+            array = jnp.take(array, kept[axis], axis=i)
+    return array
+
+
+def _stack(stack: Stack, run: tuple[Block, ...]) -> Stack:
+    mlp_width, heads, kv_heads = run[0].widths
+    return dataclasses.replace(
+        stack, layers=len(run), heads=heads, kv_heads=kv_heads, mlp_width=mlp_width
+    )
+
+
+def _filled(live: np.ndarray, number: int) -> np.ndarray:
+    """The indices that live and, to make so many, the first of those that do not."""
+    order = np.argsort(~live, kind="stable")
+    return order[:number]
+
+
+def _rounded(number: Any, multiple: int) -> Any:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,95 @@
+"""One shot: a trained network loses groups in rounds, with nothing trained in between."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.pruning.groups import Groups, blocks, counts, everything, masked, parameters
+from mobilellm_jax.pruning.measures import Measures
+from mobilellm_jax.pruning.strategies import Strategy, View
+from mobilellm_jax.training.objectives import Batch, Network
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruned:
+    """A network with dead groups, all zero, in the shapes it had before."""
+
+    params: Any
+    config: ModelConfig
+    live: Groups  # bool, numpy
+    events: list[dict[str, Any]]  # one for each round, plain values
+
+
+def prune(
+    params: Any,
+    network: Network,
+    strategy: Strategy,
+    target: int,
+    rounds: int,
+    batches: Callable[[int], Sequence[Batch]],
+    seed: int = 0,
+    told: Callable[[dict[str, Any]], None] = lambda event: None,
+) -> Pruned:
+    """Cuts a network to a number of parameters, in rounds that cut equally many.
+
+    Args:
+      params: the weights; given up to the cuts.
+      network: how they are run.
+      strategy: what is cut; see `strategies`.
+      target: parameters; what is left has the largest number that the strategy can reach below.
+      rounds: between which all is measured anew.
+      batches: the rows on which round i is measured.
+      seed: of what is drawn.
+      told: called with the event of each round as it is over.
+
+    Raises:
+      UserError: the target is not below what the network has, or not within the strategy's reach.
+    """
+    config = network.model
+    live = everything(config)
+    first = counts(live)
+    whole = parameters(config, first)
+    if not 0 < target < whole:
+        raise UserError(
+            f"the target of {target:,} parameters is not below the {whole:,} that the network has: there is "
+            "nothing to prune."
+        )
+    memory, events = None, []
+    for number in range(rounds):
+        aim = whole - (whole - target) * (number + 1) // rounds
+        measures = Measures(params, network, batches(number), seed + number)
+        view = View(network.model, live, first, memory, measures)
+        choice = strategy(view, aim)
+        if choice.config is not None:
+            network = dataclasses.replace(network, model=choice.config)
+        gone, live, memory = removed(live, choice.live), choice.live, choice.memory
+        params = cut(params if choice.params is None else choice.params, live)
+        left = parameters(network.model, counts(live))
+        event = {"round": number, "target": aim, "parameters": left, **choice.measured, "cut": gone}
+        events.append(event)
+        told(event)
+    return Pruned(params, network.model, live, events)
+
+
+def removed(before: Groups, after: Groups) -> dict[str, Any]:
+    """Which groups died between two states, as plain indices: by kind, and of blocks by their number."""
+    found: dict[str, Any] = {}
+    residual = np.flatnonzero(before.residual_D & ~after.residual_D)
+    if len(residual):
+        found["residual"] = residual.tolist()
+    for number, (stack, layer) in enumerate(blocks(before)):
+        for field in dataclasses.fields(before.stacks[stack]):
+            old, new = (getattr(g.stacks[stack], field.name)[layer] for g in (before, after))
+            if len(gone := np.flatnonzero(old & ~new)):
+                kind = field.name.rsplit("_", 1)[0]
+                found.setdefault(kind, {})[str(number)] = gone.tolist()
+    return found
+
+
+# Which groups live is data, so that one program serves all cuts.
+cut = jax.jit(masked, donate_argnums=0)

@@ -1,0 +1,271 @@
+"""Strategies: which groups live on when a network is to have fewer parameters.
+
+A strategy is `f(view, target, **settings) -> Choice`, called once for every cut of a schedule. It runs
+on the host on small arrays; what it asks the view for is measured when it asks. One of a user's own
+comes in by its import path.
+
+Those of the papers are here and their settings are those of the papers; research calls them
+
+    adapt       Adapt-Pruner (arXiv 2502.03460): each layer loses the more the less it changes its input
+    llm_pruner  LLM-Pruner (arXiv 2305.11627): all layers alike, the first and the last excepted
+    minitron    Minitron (arXiv 2407.14679): all layers alike, by the size of activations
+    magnitude   all layers alike, by the size of weights
+    random      all layers alike, by lot
+
+and, in files of their own,
+
+    flap        FLAP: one threshold for all, and the mean of what goes as a bias
+    slicegpt    SliceGPT with one rotation: a narrower residual stream
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.pruning.groups import Groups, StackGroups, blocks, counts, parameters, sizes
+from mobilellm_jax.pruning.measures import Measures
+from mobilellm_jax.pruning.scores import KINDS
+
+MOST = 0.99  # sparsity of a layer at most, as in the code of Adapt-Pruner
+ATTENTION = ("kv_heads", "heads", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What a strategy sees of a network that is to be cut.
+
+    What is measured is measured on the rows of this cut.
+    """
+
+    config: ModelConfig
+    live: Groups  # bool, numpy
+    first: Groups  # how many there were when pruning began: `groups.counts`
+    memory: Any  # what the strategy handed on at the cut before; None at the first
+    measures: Measures
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a strategy decides."""
+
+    live: Groups
+    memory: Any = None  # plain arrays by name, kept in the checkpoint
+    measured: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # plain values for the record
+    params: Any = None  # weights that were changed before the dead ones become zero; None: none
+    config: ModelConfig | None = None  # of the network that they make; None: the same
+
+
+Strategy = Callable[[View, int], Choice]
+
+
+def layerwise(
+    view: View,
+    target: int,
+    *,
+    score: str,
+    importance: str = "",
+    amplitude: float | None = None,
+    attention: str = "kv_heads",
+    protect: Sequence[int] = (0, 0),
+    multiple: int = 1,
+) -> Choice:
+    """Every layer has a sparsity, and loses of each kind the groups that are worth least.
+
+    A cut raises the sparsity of layer l by `base - amplitude * I_l` (Adapt-Pruner, section 3), never
+    below what it was. I is the layer's importance, of mean 0 and largest magnitude 1; base is such that
+    the network has the largest number of parameters that is not above the target.
+
+    Args:
+      view: the network.
+      target: parameters.
+      score: of groups within a layer, of `measures.SCORES`.
+      importance: of layers, of `activations.IMPORTANCE`; "": all layers alike.
+      amplitude: by which importance moves a layer's sparsity in one cut; None: as large as base, the
+        largest at which no layer would grow back (0.02 in 50 cuts of 2 %, as published).
+      attention: what attention loses: `kv_heads` with their query heads; `heads`, one query head of
+        each KV head at a time; or `none`.
+      protect: blocks at the beginning and at the end that lose nothing.
+      multiple: by how many channels an MLP shrinks.
+
+    Raises:
+      UserError: a setting is not one; the target is below what is protected.
+    """
+    if attention not in ATTENTION:
+        raise UserError(f"attention={attention!r} is not one of {', '.join(ATTENTION)}.")
+    layout = _Layout(view, attention, tuple(protect), multiple)
+    old_B = np.zeros(layout.blocks) if view.memory is None else np.asarray(view.memory["sparsity"])
+    important_B = (
+        centred(view.measures.importance(importance)) if importance else np.zeros(layout.blocks)
+    )
+
+    def sparsity(base: float) -> np.ndarray:
+        change_B = base - (base if amplitude is None else amplitude) * important_B
+        return np.clip(old_B + np.maximum(change_B, 0.0), 0.0, MOST) * layout.free_B
+
+    def parameters_at(base: float) -> int:
+        return parameters(view.config, layout.counts(sparsity(base)))
+
+    if parameters_at(2.0) > target:
+        raise below_all(target, parameters_at(2.0))
+    low, high = 0.0, 2.0  # of bases: too many parameters, few enough
+    if parameters_at(low) <= target:
+        high = low
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if parameters_at(middle) > target else (low, middle)
+    sparsity_B = sparsity(high)
+    number = layout.filled(layout.counts(sparsity_B), target)
+    scores, measured = view.measures.scores(score), {"sparsity": sparsity_B.tolist()}
+    if score in KINDS:
+        measured["loss"] = view.measures.loss(score)
+    if importance:
+        measured["importance"] = important_B.tolist()
+    return Choice(best(view.live, scores, number), {"sparsity": sparsity_B}, measured)
+
+
+def below_all(target: int, least: int) -> UserError:
+    """That a strategy cannot get so far down."""
+    return UserError(
+        f"the target of {target:,} parameters is below the {least:,} that are left when everything is cut "
+        "that this strategy may cut: raise the target, or let it cut more (its settings attention, protect)."
+    )
+
+
+def centred(raw_B: np.ndarray) -> np.ndarray:
+    """Importance of mean 0 and largest magnitude 1 (Adapt-Pruner, section 3); all 0 if all are equal."""
+    moved_B = np.asarray(raw_B, np.float64)
+    moved_B = moved_B - moved_B.mean()
+    largest = np.abs(moved_B).max()
+    return moved_B / largest if largest > 0 else moved_B
+
+
+def best(live: Groups, scores: Groups, number: Groups) -> Groups:
+    """Of the groups that live, in every block that many of the highest score; of equals the first.
+
+    Of query heads every KV head that stays keeps equally many.
+
+    Args:
+      live: bool.
+      scores: of all groups; a KV head's includes its query heads.
+      number: how many stay, as of `groups.counts`.
+    """
+    stacks = []
+    for of, score, stay in zip(live.stacks, scores.stacks, number.stacks, strict=True):
+        layers, kv_heads = of.kv_heads_LK.shape
+        mlp_LF = _highest(of.mlp_LF, score.mlp_LF, stay.mlp_LF)
+        kv_heads_LK = _highest(of.kv_heads_LK, score.kv_heads_LK, stay.kv_heads_LK)
+        heads_LKG = of.heads_LN.reshape(layers, kv_heads, -1) & kv_heads_LK[..., None]
+        each_LK = np.broadcast_to((stay.heads_LN // stay.kv_heads_LK)[:, None], (layers, kv_heads))
+        score_LKG = np.asarray(score.heads_LN).reshape(heads_LKG.shape)
+        heads_LKG = _highest(heads_LKG, score_LKG, each_LK)
+        stacks.append(StackGroups(mlp_LF, heads_LKG.reshape(layers, -1), kv_heads_LK))
+    residual_D = _highest(live.residual_D, scores.residual_D, number.residual_D)
+    return Groups(residual_D, tuple(stacks))
+
+
+def _highest(live: np.ndarray, score: np.ndarray, number: np.ndarray) -> np.ndarray:
+    """Of the last axis, those of the highest score that live, `number` of them."""
+    order = np.argsort(np.where(live, -np.asarray(score, np.float64), np.inf), -1, kind="stable")
+    rank = np.argsort(order, -1, kind="stable")
+    return live & (rank < np.asarray(number)[..., None])
+
+
+class _Layout:
+    """Blocks as vectors, and sparsity turned into whole groups."""
+
+    def __init__(self, view: View, attention: str, protect: tuple[int, ...], multiple: int) -> None:
+        self._view, self._multiple = view, multiple
+        self._kind = attention
+        self.blocks = len(list(blocks(view.live)))
+        first, last = protect
+        at_B = np.arange(self.blocks)
+        self.free_B = (at_B >= first) & (at_B < self.blocks - last)
+
+    def counts(self, sparsity_B: np.ndarray) -> Groups:
+        """How many groups are left at a sparsity of each block."""
+        first, now = self._view.first, counts(self._view.live)
+        mlp_B = self._left(first, now, "mlp_LF", sparsity_B, self._multiple)
+        kv_B, heads_B = _by_block(now, "kv_heads_LK"), _by_block(now, "heads_LN")
+        if self._kind == "kv_heads":
+            each_B = heads_B // kv_B
+            kv_B = self._left(first, now, "kv_heads_LK", sparsity_B)
+            heads_B = kv_B * each_B
+        elif self._kind == "heads":
+            each = [f.heads_LN // f.kv_heads_LK for f in first.stacks]
+            each_now = [n.heads_LN // n.kv_heads_LK for n in now.stacks]
+            left_B = _left(np.concatenate(each), np.concatenate(each_now), sparsity_B)
+            heads_B = kv_B * left_B
+        return _from_blocks(now, mlp_B, heads_B, kv_B)
+
+    def _left(
+        self, first: Groups, now: Groups, field: str, sparsity_B: np.ndarray, unit: int = 1
+    ) -> np.ndarray:
+        return _left(_by_block(first, field), _by_block(now, field), sparsity_B, unit)
+
+    def filled(self, number: Groups, target: int) -> Groups:
+        """Gives MLPs back what still fits below the target, so that it is met to within one channel."""
+        config, now = self._view.config, counts(self._view.live)
+        spare = target - parameters(config, number)
+        size = np.concatenate([np.asarray(s.mlp_LF) for s in sizes(config, number).stacks])
+        mlp_B, most_B = _by_block(number, "mlp_LF"), _by_block(now, "mlp_LF")
+        first_B = _by_block(self._view.first, "mlp_LF")
+        while True:
+            room_B = (mlp_B + self._multiple <= most_B) & (size * self._multiple <= spare)
+            if not room_B.any():
+                break
+            share_B = np.where(room_B & self.free_B, mlp_B / first_B, np.inf)
+            at = int(np.argmin(share_B))
+            if not np.isfinite(share_B[at]):
+                break
+            mlp_B[at] += self._multiple
+            spare -= int(size[at]) * self._multiple
+        heads_B, kv_B = (_by_block(number, field) for field in ("heads_LN", "kv_heads_LK"))
+        return _from_blocks(number, mlp_B, heads_B, kv_B)
+
+
+def _left(
+    first_B: np.ndarray, now_B: np.ndarray, sparsity_B: np.ndarray, unit: int = 1
+) -> np.ndarray:
+    """Whole units left in each block; what is due of all together is cut, to within one unit.
+
+    Rounded by itself a block of three to five KV heads would rarely lose one: so those blocks lose one
+    that are closest to it, and a remainder stays due.
+    """
+    due_B = first_B * sparsity_B / unit
+    gone_B, most_B = (first_B - now_B) / unit, (first_B - 1) // unit
+    cut_B = np.clip(np.floor(due_B + 1e-9), np.ceil(gone_B), most_B)
+    rest = int(np.floor(due_B.sum() + 1e-9) - cut_B.sum())
+    if rest > 0:
+        missing_B = np.where(cut_B < most_B, due_B - cut_B, -1.0)
+        chosen = [i for i in np.argsort(-missing_B, kind="stable")[:rest] if missing_B[i] > 1e-9]
+        cut_B[chosen] += 1
+    return np.minimum(first_B - cut_B.astype(np.int64) * unit, now_B)
+
+
+def _by_block(number: Groups, field: str) -> np.ndarray:
+    return np.concatenate([np.asarray(getattr(of, field)) for of in number.stacks])
+
+
+def _from_blocks(
+    like: Groups, mlp_B: np.ndarray, heads_B: np.ndarray, kv_heads_B: np.ndarray
+) -> Groups:
+    stacks, begin = [], 0
+    for of in like.stacks:
+        end = begin + len(of.mlp_LF)
+        stacks.append(StackGroups(mlp_B[begin:end], heads_B[begin:end], kv_heads_B[begin:end]))
+        begin = end
+    return Groups(like.residual_D, tuple(stacks))
+
+
+adapt = functools.partial(layerwise, score="taylor", importance="cosine")
+llm_pruner = functools.partial(layerwise, score="taylor", protect=(4, 2))
+minitron = functools.partial(layerwise, score="activation")
+magnitude = functools.partial(layerwise, score="magnitude")
+random = functools.partial(layerwise, score="random")

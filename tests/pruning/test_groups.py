@@ -1,0 +1,214 @@
+"""Groups: what they weigh, what zeroing them leaves for good, and the smaller network in their place."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pruned as networks
+import pytest
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.leaves import flat
+from mobilellm_jax.model import transformer
+from mobilellm_jax.model.config import parameter_count
+from mobilellm_jax.pruning import groups, one_shot
+from mobilellm_jax.pruning.compaction import compacted, taken
+from mobilellm_jax.training import optimizer
+from mobilellm_jax.training.objectives import next_token
+from mobilellm_jax.training.step import init_state, train_step
+
+ADAMW = functools.partial(optimizer.adamw, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)
+MUON = functools.partial(optimizer.muon, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)
+EACH = pytest.mark.parametrize("config", networks.NETWORKS.values(), ids=networks.NETWORKS)
+
+
+def pruned(config, seed=0, residual=True, heads=True):
+    """The network while it is pruned, its weights with dead groups, and what lives."""
+    live = networks.some_dead(config, seed, residual, heads)
+    config = dataclasses.replace(config, dead_channels=residual)
+    return config, groups.masked(networks.parameters(config), live), live
+
+
+def stepped(config, make_optimizer=ADAMW, microbatches=1):
+    return functools.partial(
+        train_step,
+        piece_bytes_V=jnp.ones(networks.VOCAB),
+        network=networks.network(config),
+        objective=next_token,
+        make_optimizer=make_optimizer,
+        schedule=optax.constant_schedule(1e-2),
+        sources=1,
+        microbatches=microbatches,
+    )
+
+
+def layout_of(config):
+    """Blocks that are applied in turns have to stay one stack."""
+    return "padded" if config.stacks[0].order == "reverse" else "stacks"
+
+
+@EACH
+def test_the_number_of_parameters_is_that_of_the_smaller_network(config):
+    whole = groups.everything(config)
+    assert groups.parameters(config, groups.counts(whole)) == parameter_count(config)
+    if layout_of(config) == "padded":
+        config = dataclasses.replace(
+            config, stacks=(dataclasses.replace(config.stacks[0], layers=1),)
+        )
+    live = networks.some_dead(config)
+    smaller = compacted(config, live).config
+    assert parameter_count(smaller) == groups.parameters(config, groups.counts(live))
+    assert parameter_count(smaller) < parameter_count(config)
+
+
+@EACH
+def test_the_size_of_a_group_is_what_a_network_without_it_is_smaller_by(config):
+    live = networks.some_dead(config)
+    number = groups.counts(live)
+    whole, sizes = groups.parameters(config, number), groups.sizes(config, number)
+    fewer = dataclasses.replace(number, residual_D=number.residual_D - 1)
+    assert whole - groups.parameters(config, fewer) == sizes.residual_D
+    for i in range(len(config.stacks)):
+        for field in groups.FIELDS.values():
+            changed = jax.tree.map(np.copy, number)
+            getattr(changed.stacks[i], field)[0] -= 1
+            size = getattr(sizes.stacks[i], field)[0]
+            assert whole - groups.parameters(config, changed) == size
+
+
+@pytest.mark.parametrize("make_optimizer", [ADAMW, MUON], ids=["adamw", "muon"])
+def test_what_is_dead_has_no_gradient_and_stays_zero(make_optimizer):
+    config = dataclasses.replace(networks.TWO, dead_channels=True)
+    live = networks.some_dead(config, heads=False)
+    step = jax.jit(stepped(config, make_optimizer))
+    state = init_state(networks.parameters(config), make_optimizer)
+    for seed in range(3):  # so that there are moments
+        state, _ = step(state, networks.rows(seed=seed))
+    only_weights = dataclasses.replace(state, params=groups.masked(state.params, live))
+    revived, _ = step(only_weights, networks.rows(seed=3))
+    assert dead_weights(revived.params, live).any()  # moments would bring them back
+    state = jax.jit(groups.masked)(state, live)
+    gradient = jax.grad(lambda p: next_token(p, networks.rows(), networks.network(config)).total)
+    assert not dead_weights(gradient(state.params), live).any()
+    for seed in range(20):
+        state, metrics = step(state, networks.rows(seed=seed))
+    assert not dead_weights(state.params, live).any() and metrics["gradient_norm"] > 0
+
+
+def dead_weights(tree, live):
+    """The weights of dead groups, in a row."""
+    ones = jax.tree.map(jnp.ones_like, tree)
+    dead = jax.tree.map(lambda x: x == 0, groups.masked(ones, live))
+    return np.concatenate(
+        [np.asarray(x[d]) for x, d in zip(*map(jax.tree.leaves, (tree, dead)), strict=True)]
+    )
+
+
+def test_moments_that_do_not_look_like_weights_are_refused():
+    params = networks.parameters(networks.PLAIN)
+    state = optax.adafactor(1e-3, min_dim_size_to_factor=4).init(params)
+    with pytest.raises(UserError, match="cannot be cut"):
+        groups.masked(state, groups.everything(networks.PLAIN))
+
+
+def test_a_dead_query_head_of_a_kv_head_that_lives_has_a_gradient():
+    """Its query is 0, so it attends to all alike and gives their mean: its `out` would come back."""
+    live = groups.everything(networks.PLAIN)
+    live.stacks[0].heads_LN[0, ::2] = False
+    params = groups.masked(networks.parameters(networks.PLAIN), live)
+    cost = lambda p: next_token(p, networks.rows(), networks.network(networks.PLAIN)).total  # noqa: E731
+    found = jax.grad(cost)(params)["stack_0"]["attention"]
+    assert (found["out"][0, ::2] != 0).any() and not (found["query"][0, :, ::2] != 0).any()
+
+
+def same_outputs(config, params, live, layout):
+    compact = compacted(config, live, layout=layout)
+    smaller = taken(params, compact, transformer.shapes(compact.config))
+    tokens = networks.rows()["tokens"][:, :-1]
+
+    def logits(params, config):
+        return transformer.logits(params, config, transformer.apply(params, config, tokens))
+
+    np.testing.assert_allclose(logits(smaller, compact.config), logits(params, config), atol=1e-5)
+
+
+@EACH
+@pytest.mark.parametrize("layout", ["stacks", "padded"])
+def test_the_smaller_network_is_the_same_one(config, layout):
+    """Outputs, and all that a training step makes of it, moments and all.
+
+    A step only where no query head is dead whose KV head lives: see the test below.
+    """
+    if layout == "stacks" and layout_of(config) == "padded":
+        with pytest.raises(UserError, match="applied in turns"):
+            compacted(config, networks.some_dead(config), layout=layout)
+        return
+    in_turns = layout_of(config) == "padded"
+    same_outputs(*pruned(config, heads=not in_turns), layout)
+    config, params, live = pruned(config, heads=False)
+    multiple = 8 if layout == "padded" else 1
+    compact = compacted(config, live, layout=layout, multiple=multiple)
+    assert compact.config.dead_channels == (layout == "padded" and config.width * 2 // 3 % 8 != 0)
+    smaller = taken(params, compact, transformer.shapes(compact.config))
+    state, small = init_state(params, ADAMW), init_state(smaller, ADAMW)
+    step, small_step = jax.jit(stepped(config)), jax.jit(stepped(compact.config))
+    for seed in range(2):
+        state, metrics = step(state, networks.rows(seed=seed))
+        small, of_small = small_step(small, networks.rows(seed=seed))
+        np.testing.assert_allclose(of_small["loss"], metrics["loss"], rtol=1e-5)
+    expected = taken(state, compact, jax.eval_shape(lambda: small))
+    for path, leaf in flat(expected).items():
+        np.testing.assert_allclose(flat(small)[path], leaf, atol=2e-5, err_msg=path)
+
+
+def test_widths_are_rounded_up_with_zeros():
+    config, params, live = pruned(networks.PLAIN, residual=False)
+    compact = compacted(config, live, multiple=8)
+    assert {s.mlp_width % 8 for s in compact.config.stacks} <= {
+        0,
+        networks.PLAIN.stacks[0].mlp_width % 8,
+    }
+    smaller = taken(params, compact, transformer.shapes(compact.config))
+    number = groups.parameters(config, groups.counts(live))
+    zeros = sum(int((leaf == 0).sum()) for leaf in jax.tree.leaves(smaller))
+    assert zeros == parameter_count(compact.config) - number > 0
+
+
+def test_the_record_says_where_everything_was():
+    config, params, live = pruned(networks.TWO)
+    compact = compacted(config, live)
+    smaller = taken(params, compact, transformer.shapes(compact.config))
+    record = compact.to_dict()
+    blocks = iter(record["blocks"])
+    residual = record["residual"]
+    for i, stack in enumerate(compact.config.stacks):
+        for layer in range(stack.layers):
+            was = next(blocks)
+            up_DF = params[f"stack_{was['stack']}"]["mlp"]["up"][was["layer"]]
+            found = smaller[f"stack_{i}"]["mlp"]["up"][layer]
+            np.testing.assert_array_equal(found, up_DF[np.ix_(residual, was["F"])])
+            out_NHD = params[f"stack_{was['stack']}"]["attention"]["out"][was["layer"]]
+            found = smaller[f"stack_{i}"]["attention"]["out"][layer]
+            np.testing.assert_array_equal(
+                found, out_NHD[np.array(was["N"])][:, :, np.array(residual)]
+            )
+    assert next(blocks, None) is None
+
+
+def test_one_program_serves_all_cuts():
+    before = one_shot.cut._cache_size()
+    for seed in range(3):
+        one_shot.cut(
+            jax.tree.map(jnp.copy, networks.parameters(networks.PLAIN)),
+            networks.some_dead(networks.PLAIN, seed),
+        )
+    assert one_shot.cut._cache_size() == before + 1
+
+
+def test_a_block_whose_groups_are_not_known_is_refused():
+    own = dataclasses.replace(networks.PLAIN, block="tests_block:Block")
+    with pytest.raises(UserError):
+        groups.everything(own)

@@ -1,0 +1,288 @@
+"""Strategies: targets are met, what is cut is what is worth least, and each does what its paper says."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pruned as networks
+import pytest
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.leaves import flat
+from mobilellm_jax.model import transformer
+from mobilellm_jax.model.config import Stack, parameter_count
+from mobilellm_jax.pruning import groups, one_shot
+from mobilellm_jax.pruning.compaction import compacted, taken
+from mobilellm_jax.pruning.flap import compensated, flap, standardised
+from mobilellm_jax.pruning.names import STRATEGIES
+from mobilellm_jax.pruning.slicegpt import folded, slicegpt, turned
+from mobilellm_jax.pruning.strategies import View, layerwise
+
+DEEP = dataclasses.replace(networks.PLAIN, stacks=(Stack(8, 6, 3, 40), Stack(2, 4, 2, 24)))
+COUNT = parameter_count(DEEP)
+
+
+def cut(config, strategy, target, rounds=5, seed=0):
+    params = jax.tree.map(jnp.copy, networks.parameters(config))
+    batches = lambda number: [networks.rows(seed=100 * seed + number)]  # noqa: E731
+    return one_shot.prune(params, networks.network(config), strategy, target, rounds, batches, seed)
+
+
+def view(config, measures=None, live=None, memory=None):
+    first = groups.everything(config)
+    return View(
+        config,
+        first if live is None else live,
+        groups.counts(first),
+        memory,
+        measures or networks.measures(config),
+    )
+
+
+@pytest.mark.parametrize("share", [0.9, 0.6])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_target_is_met_to_within_one_group(name, share):
+    strategy, target = STRATEGIES[name], int(COUNT * share)
+    if name == "llm_pruner":
+        strategy = functools.partial(strategy, protect=(1, 1))
+    found = cut(DEEP, strategy, target, rounds=4)
+    number = groups.parameters(found.config, groups.counts(found.live))
+    sizes = groups.sizes(found.config, groups.counts(found.live))
+    unit = sizes.residual_D if name == "slicegpt" else sizes.stacks[0].mlp_LF[0]
+    assert target - unit < number <= target
+    assert found.events[-1]["parameters"] == number
+    compact = compacted(found.config, found.live)
+    assert parameter_count(compact.config) == number
+    smaller = taken(found.params, compact, transformer.shapes(compact.config))
+    tokens = networks.rows()["tokens"][:, :-1]
+    close(logits(smaller, compact.config, tokens), logits(found.params, found.config, tokens), 1e-4)
+
+
+def logits(params, config, tokens):
+    return transformer.logits(params, config, transformer.apply(params, config, tokens))
+
+
+def close(found, wanted, share):
+    np.testing.assert_allclose(found, wanted, atol=share * float(np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_same_seed_cuts_the_same(name):
+    strategy = functools.partial(
+        STRATEGIES[name], **({"protect": (0, 0)} if name == "llm_pruner" else {})
+    )
+    one, two = (cut(DEEP, strategy, int(COUNT * 0.8), rounds=2) for _ in range(2))
+    assert one.events == two.events
+    other = cut(DEEP, strategy, int(COUNT * 0.8), rounds=2, seed=1)
+    assert name in ("magnitude", "slicegpt") or other.events != one.events
+
+
+def test_sparsity_of_layers_is_that_of_the_paper():
+    """Base minus amplitude times importance, of mean zero; widths follow from what is due in all."""
+    found = layerwise(
+        view(DEEP),
+        int(COUNT * 0.9),
+        score="taylor",
+        importance="cosine",
+        amplitude=0.05,
+        attention="none",
+    )
+    importance, sparsity = found.measured["importance"], np.array(found.measured["sparsity"])
+    assert abs(np.mean(importance)) < 1e-12 and np.abs(importance).max() == 1
+    base = sparsity + 0.05 * np.array(importance)
+    np.testing.assert_allclose(base, base[0], atol=1e-9)
+    number = groups.counts(found.live)
+    left = np.concatenate([s.mlp_LF for s in number.stacks])
+    first = np.array([40] * 8 + [24] * 2)
+    np.testing.assert_allclose(left, first * (1 - sparsity), atol=1.5)
+    assert all(
+        (s.kv_heads_LK == f.kv_heads).all() for s, f in zip(number.stacks, DEEP.stacks, strict=True)
+    )
+
+
+def test_no_layer_grows_back_and_amplitude_is_at_most_what_the_mean_allows():
+    before, found = np.zeros(10), None
+    live, memory = groups.everything(DEEP), None
+    for number in range(1, 6):
+        seen = view(DEEP, networks.measures(DEEP, seed=number), live, memory)
+        found = layerwise(seen, COUNT - COUNT // 20 * number, score="taylor", importance="cosine")
+        sparsity = np.array(found.measured["sparsity"])
+        assert (sparsity >= before).all()
+        for old, new in zip(jax.tree.leaves(live), jax.tree.leaves(found.live), strict=True):
+            assert not (new & ~old).any()
+        before, live, memory = sparsity, found.live, found.memory
+
+
+def test_heads_are_cut_although_no_layer_by_itself_is_due_one():
+    """3 KV heads, 10 %: rounded layer by layer nothing would ever be cut."""
+    found = layerwise(view(DEEP), int(COUNT * 0.9), score="magnitude")
+    sparsity = np.array(found.measured["sparsity"])
+    assert (sparsity * 3 < 0.5).all()
+    left = np.concatenate([s.kv_heads_LK for s in groups.counts(found.live).stacks])
+    first = np.array([3] * 8 + [2] * 2)
+    assert (first - left).sum() == int((first * sparsity).sum() + 1e-9) > 0
+
+
+def test_query_heads_go_from_every_kv_head_alike():
+    found = layerwise(view(DEEP), int(COUNT * 0.8), score="taylor", attention="heads")
+    gone = 0
+    for stack in found.live.stacks:
+        each = stack.heads_LN.reshape(*stack.kv_heads_LK.shape, -1).sum(-1)
+        assert stack.kv_heads_LK.all() and (each == each[:, :1]).all()
+        gone += int((~stack.heads_LN).sum())
+    assert gone
+
+
+@pytest.mark.parametrize("attention", ["kv_heads", "heads"])
+def test_what_goes_is_worth_least(attention):
+    measures = networks.measures(DEEP)
+    found = layerwise(view(DEEP, measures), int(COUNT * 0.7), score="taylor", attention=attention)
+    scores = measures.scores("taylor")
+    for live, score in zip(found.live.stacks, scores.stacks, strict=True):
+        for lives, worth in ((live.mlp_LF, score.mlp_LF), (live.kv_heads_LK, score.kv_heads_LK)):
+            for row, value in zip(lives, worth, strict=True):
+                assert row.all() or value[row].min() >= value[~row].max()
+
+
+def test_what_is_protected_stays():
+    found = STRATEGIES["llm_pruner"](view(DEEP), int(COUNT * 0.8))
+    left = np.concatenate([s.mlp_LF for s in groups.counts(found.live).stacks])
+    assert (left[:4] == 40).all() and (left[8:] == 24).all() and (left[4:8] < 40).all()
+
+
+def test_widths_are_multiples():
+    found = layerwise(view(DEEP), int(COUNT * 0.8), score="taylor", multiple=8)
+    assert all((s.mlp_LF % 8 == 0).all() for s in groups.counts(found.live).stacks)
+
+
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        (lambda: cut(DEEP, STRATEGIES["adapt"], COUNT), "nothing to prune"),
+        (lambda: cut(DEEP, STRATEGIES["adapt"], 0), "nothing to prune"),
+        (lambda: cut(DEEP, STRATEGIES["adapt"], 2000), "is below the"),
+        (lambda: cut(DEEP, STRATEGIES["llm_pruner"], COUNT // 2), "is below the"),
+        (lambda: cut(DEEP, flap, 2000), "is below the"),
+        (lambda: cut(DEEP, slicegpt, 200), "is below the"),
+        (lambda: layerwise(view(DEEP), COUNT // 2, score="taylr"), "is not one of taylor"),
+        (
+            lambda: layerwise(view(DEEP), COUNT // 2, score="taylor", attention="kv"),
+            "kv_heads, heads",
+        ),
+        (
+            lambda: layerwise(view(DEEP), COUNT // 2, score="taylor", importance="angle"),
+            "cosine, distance",
+        ),
+    ],
+)
+def test_bad_input(call, word):
+    with pytest.raises(UserError, match=word):
+        call()
+
+
+# --- FLAP
+
+
+def mean_given(config, params, kind, weight):
+    """What the first block's attention or MLP adds to the stream, averaged over tokens: [D]."""
+    measured = networks.measures(config, params).statistics
+    mean = np.asarray(measured["stack_0"][kind]["sum"][0]) / measured["tokens"]
+    of = params["stack_0"][kind]
+    given = np.tensordot(mean, np.asarray(of[weight][0]), mean.ndim)
+    bias = f"{weight}_bias"
+    return given + np.asarray(of[bias][0]) if bias in of else given
+
+
+@pytest.mark.parametrize("config", [networks.PLAIN, networks.TWO], ids=["plain", "biases"])
+@pytest.mark.parametrize(("kind", "weight"), [("attention", "out"), ("mlp", "down")])
+def test_biases_keep_what_was_given_on_average(config, kind, weight):
+    """Of the first block, whose input is the same; of its MLP if attention has lost nothing."""
+    live = groups.everything(config)
+    if kind == "attention":
+        live.stacks[0].kv_heads_LK[0, 1] = live.stacks[0].heads_LN[0, 2:4] = False
+    else:
+        live.stacks[0].mlp_LF[0, ::3] = False
+    params = networks.parameters(config)
+    statistics = networks.measures(config).statistics
+    biased = dataclasses.replace(config, out_bias=True)
+    made = compensated(params, config, statistics, groups.everything(config), live)
+    made = groups.masked(made, live)
+    before, after = (mean_given(*of, kind, weight) for of in ((config, params), (biased, made)))
+    lost = before - mean_given(config, groups.masked(params, live), kind, weight)
+    assert np.abs(lost).max() > 0.01 * np.abs(before).max()
+    close(after, before, 1e-4)
+
+
+def test_flap_sets_one_threshold_for_all():
+    found = flap(view(DEEP), int(COUNT * 0.9), bias=False)
+    kept, gone = [], []
+    statistics, tokens = (
+        networks.measures(DEEP).statistics,
+        networks.measures(DEEP).statistics["tokens"],
+    )
+    for i, live in enumerate(found.live.stacks):
+        of = statistics[f"stack_{i}"]["mlp"]
+        variance = of["square"] / tokens - (of["sum"] / tokens) ** 2
+        down = np.asarray(networks.parameters(DEEP)[f"stack_{i}"]["mlp"]["down"])
+        value = variance * (down**2).sum(-1)
+        value = (value - value.mean(-1, keepdims=True)) / value.std(-1, keepdims=True)
+        kept.append(value[live.mlp_LF])
+        gone.append(value[~live.mlp_LF])
+    kept, gone = np.sort(np.concatenate(kept)), np.sort(np.concatenate(gone))
+    assert len(gone) > 10
+    assert gone[-1] <= kept[0] + 1e-6 or (kept < gone[-1]).sum() <= len(found.live.stacks) * 8
+
+
+def test_standardised_values():
+    live = np.array([[True, True, True, False]])
+    found = standardised(np.array([[1.0, 2.0, 3.0, 99.0]]), live)[live]
+    np.testing.assert_allclose([found.mean(), found.std()], [0, 1], atol=1e-12)
+
+
+# --- SliceGPT
+
+
+def rotation(width, seed=0):
+    return jnp.asarray(
+        np.linalg.qr(np.random.default_rng(seed).normal(size=(width, width)))[0], jnp.float32
+    )
+
+
+@pytest.mark.parametrize("config", networks.NETWORKS.values(), ids=networks.NETWORKS)
+def test_a_turned_network_is_the_same_function(config):
+    params, tokens = networks.parameters(config), networks.rows()["tokens"][:, :-1]
+    untied = dataclasses.replace(config, tied=False)
+
+    before = logits(params, config, tokens)
+    close(logits(folded(params, config), untied, tokens), before, 1e-5)
+    made = turned(params, config, rotation(config.width))
+    close(logits(made, untied, tokens), before, 1e-4)
+    assert flat(made)["embedding"].shape == flat(params)["embedding"].shape
+    assert not np.allclose(made["embedding"], params["embedding"], atol=0.1)
+
+
+def test_a_stream_that_fills_a_part_of_its_channels_loses_nothing():
+    """Two thirds, turned out of sight: found and cut, and the network is the same function."""
+    config = dataclasses.replace(networks.TWO, norm_eps=1e-12)
+    width = config.width * 2 // 3
+    live = groups.everything(config)
+    narrow = groups.Groups(np.arange(config.width) < width, live.stacks)
+    params = turned(
+        groups.masked(networks.parameters(config), narrow), config, rotation(config.width)
+    )
+    found = slicegpt(view(config, networks.measures(config, params)), parameters_of(config, width))
+    assert found.live.residual_D.sum() == width
+    made = groups.masked(found.params, found.live)
+    compact = compacted(found.config, found.live)
+    smaller = taken(made, compact, transformer.shapes(compact.config))
+    assert compact.config.width == width and not compact.config.dead_channels
+    tokens = networks.rows()["tokens"][:, :-1]
+
+    close(logits(smaller, compact.config, tokens), logits(params, config, tokens), 1e-3)
+
+
+def parameters_of(config, width):
+    number = groups.counts(groups.everything(config))
+    return groups.parameters(config, dataclasses.replace(number, residual_D=np.asarray(width)))
