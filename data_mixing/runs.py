@@ -183,6 +183,10 @@ def set_up(
     one = ConfigDict(config.to_dict())
     one.mesh = ConfigDict(dict.fromkeys(AXES, 1))
     check(one, devices=1)
+    if one.pruning.target:
+        raise UserError(
+            "config.pruning.target is set, but runs that train together do not prune: set it to 0."
+        )
     _check(one, members, measure_every, group, keep, len(devices))
     plan = members[0].plan
     tokenizer = tokenizer_of(plan, plan.directory or members[0].name)

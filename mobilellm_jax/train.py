@@ -208,6 +208,10 @@ def train(
                     step, rows = step + 1, length.rows(step + 1)
                     if pending:
                         record(*pending)
+                    state, cut = run.pruned(step, state, batch)
+                    if cut:
+                        writer.write("cut", step, cut)
+                        progress.cut(step, cut)
                     pending = step, rows, metrics, {"data_wait_seconds": waited, "batch_crc32": crc}
                     evaluate_now = step % config.eval.every == 0 or step == length.steps
                     judge_now = judge and (

@@ -14,6 +14,7 @@ from mobilellm_jax.data.opening import open_mixture
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
+from mobilellm_jax.model.config import parameter_count
 from mobilellm_jax.prepare import prepare
 from mobilellm_jax.rows import document_table, open_run, skip, step_table, usage_table
 from mobilellm_jax.training.objectives import next_token
@@ -141,6 +142,18 @@ def test_a_step_with_a_teacher_is_replayed(prepared, trained, tmp_path):
     assert found.exact and found.begun_at == 4
     losses = np.array([(row.targets, row.targets * row.loss) for row in found.rows]).sum(0)
     assert losses[1] / losses[0] == pytest.approx(found.loss, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_step_behind_a_cut_is_replayed(prepared, tmp_path):
+    """The cut comes between the checkpoint and the step."""
+    config = tiny.config(prepared[0], 8)
+    config.pruning.target, config.pruning.cuts = int(parameter_count(tiny.MODEL) * 0.8), 4
+    runs.run(config, tmp_path / "run")
+    records = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "cut"] == [1, 2, 4, 6]
+    found = replay(config, tmp_path / "run", 8, tiny.one_device())
+    assert found.exact and found.begun_at == 4
 
 
 @pytest.mark.slow

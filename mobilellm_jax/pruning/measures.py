@@ -45,7 +45,7 @@ class Measures:
         elif name == "random":
             found = scores.random(config, jax.random.key(self._seed))
         else:
-            raise UserError(f"score={name!r} is not one of {', '.join(SCORES)}.")
+            raise unknown_score(name)
         return jax.device_get(found)
 
     def importance(self, measure: str) -> np.ndarray:
@@ -67,9 +67,9 @@ class Measures:
         """The weights that are measured."""
         return self._params
 
-    def loss(self, name: str) -> float:
-        """Mean loss in nats of the targets from which a score was taken."""
-        return self._of_gradients(name)[1]
+    def loss(self, name: str) -> float | None:
+        """Mean loss in nats of the targets from which a score was taken; None: it is recorded elsewhere."""
+        return self._of_gradients(name)[1] if name in scores.KINDS else None
 
     def _of_gradients(self, kind: str) -> tuple[Groups, float]:
         if kind not in self._gradients:
@@ -84,6 +84,11 @@ class Measures:
             for batch in self._batches
         ]
         return jax.tree.map(lambda *leaves: np.sum(leaves, 0), *parts)
+
+
+def unknown_score(name: str) -> UserError:
+    """That there is no such score."""
+    return UserError(f"score={name!r} is not one of {', '.join(SCORES)}.")
 
 
 @functools.partial(jax.jit, static_argnames=("network", "kind"))

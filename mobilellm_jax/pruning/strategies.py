@@ -14,6 +14,7 @@ Those of the papers are here and their settings are those of the papers; researc
 
 and, in files of their own,
 
+    efficient   EfficientLLM: all layers alike, of the kind of group that is worth least
     flap        FLAP: one threshold for all, and the mean of what goes as a bias
     slicegpt    SliceGPT with one rotation: a narrower residual stream
 """
@@ -29,7 +30,6 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.pruning.groups import Groups, StackGroups, blocks, counts, parameters, sizes
 from mobilellm_jax.pruning.measures import Measures
-from mobilellm_jax.pruning.scores import KINDS
 
 MOST = 0.99  # sparsity of a layer at most, as in the code of Adapt-Pruner
 ATTENTION = ("kv_heads", "heads", "none")
@@ -87,8 +87,8 @@ def layerwise(
       target: parameters.
       score: of groups within a layer, of `measures.SCORES`.
       importance: of layers, of `activations.IMPORTANCE`; "": all layers alike.
-      amplitude: by which importance moves a layer's sparsity in one cut; None: as large as base, the
-        largest at which no layer would grow back (0.02 in 50 cuts of 2 %, as published).
+      amplitude: by which importance moves a layer's sparsity in one cut; None: the mean sparsity that is
+        due in it, the largest at which no layer would grow back (0.02 in 50 cuts of 2 %, as published).
       attention: what attention loses: `kv_heads` with their query heads; `heads`, one query head of
         each KV head at a time; or `none`.
       protect: blocks at the beginning and at the end that lose nothing.
@@ -105,8 +105,13 @@ def layerwise(
         centred(view.measures.importance(importance)) if importance else np.zeros(layout.blocks)
     )
 
+    if amplitude is None:
+        all_gone = parameters(view.config, layout.counts(MOST * layout.free_B))
+        may_go = max(parameters(view.config, view.first) - all_gone, 1)
+        amplitude = MOST * (parameters(view.config, counts(view.live)) - target) / may_go
+
     def sparsity(base: float) -> np.ndarray:
-        change_B = base - (base if amplitude is None else amplitude) * important_B
+        change_B = base - amplitude * important_B
         return np.clip(old_B + np.maximum(change_B, 0.0), 0.0, MOST) * layout.free_B
 
     def parameters_at(base: float) -> int:
@@ -122,9 +127,10 @@ def layerwise(
         low, high = (middle, high) if parameters_at(middle) > target else (low, middle)
     sparsity_B = sparsity(high)
     number = layout.filled(layout.counts(sparsity_B), target)
-    scores, measured = view.measures.scores(score), {"sparsity": sparsity_B.tolist()}
-    if score in KINDS:
-        measured["loss"] = view.measures.loss(score)
+    scores = view.measures.scores(score)
+    measured: dict[str, Any] = {"sparsity": sparsity_B.tolist()}
+    if (loss := view.measures.loss(score)) is not None:
+        measured["loss"] = loss
     if importance:
         measured["importance"] = important_B.tolist()
     return Choice(best(view.live, scores, number), {"sparsity": sparsity_B}, measured)

@@ -23,7 +23,7 @@ FREE += ("readers", "workers", "max_skipped", "eval", "checkpoint", "log_every",
 INIT_STATES = ("weights", "all")
 
 # Arguments that the loop itself gives to such a function, before those of the configuration.
-GIVEN = {"objective": 3, "optimizer": 1, "schedule": 1}
+GIVEN = {"objective": 3, "optimizer": 1, "schedule": 1, "pruning.strategy": 2}
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 POSITIVE: tuple[str, ...] = ("row_length", "global_batch", "microbatches")
@@ -91,6 +91,16 @@ def base_config(model: ModelConfig) -> ConfigDict:
     c.schedule.peak = 2e-3  # learning rate after the warm-up
     c.schedule.warmup_steps = 1000  # from zero to the peak, linearly
     c.schedule.floor = 0.1  # share of the peak that is left at the last step
+
+    c.pruning = ConfigDict()  # inside of training (docs/pruning.md)
+    c.pruning.target = 0  # parameters that are left in the end; 0: nothing is pruned
+    c.pruning.begin = 1  # steps before the first cut
+    c.pruning.end = 0  # step before which the last cut comes; 0: that of the run
+    c.pruning.cuts = 20  # that many, each down by as many parameters
+    c.pruning.spacing = "even"  # of the cuts; growing: the steps that follow a cut grow linearly
+    c.pruning.score = "taylor"  # that the steps add up: taylor, taylor_slice or fisher
+    c.pruning.strategy = ConfigDict()
+    c.pruning.strategy.use = "mobilellm_jax.pruning.strategies:adapt"
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # devices over which rows are split; -1: what is left

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from tqdm import tqdm
 
@@ -76,6 +77,15 @@ class Progress:
         if self._shown:
             found = [f"{n} {v:.4f}" for n, v in values.items() if not n.startswith(STDERR)]
             tqdm.write(f"tasks at step {step:,}: {', '.join(found)}", file=sys.stdout)
+            sys.stdout.flush()
+
+    def cut(self, step: int, values: Mapping[str, Any]) -> None:
+        """Says that the network has become smaller."""
+        if self._shown:
+            tqdm.write(
+                f"cut after step {step:,}: {values['parameters']:,} parameters live",
+                file=sys.stdout,
+            )
             sys.stdout.flush()
 
     def close(self) -> None:

@@ -106,8 +106,10 @@ def replay(
         checkpoints.close()
         part = jax.process_index(), jax.process_count()
         parts = stream(run.mixture, run.length, begun_at, *part, prefetch=config.prefetch)
-        for _ in range(begun_at, step - 1):
-            state, _ = run.step(state, put_rows(next(parts), run.mesh))
+        for done in range(begun_at + 1, step):
+            rows = put_rows(next(parts), run.mesh)
+            state, _ = run.step(state, rows)
+            state, _ = run.pruned(done, state, rows)
         batch = next(parts)
         measured = _measure(run, state.params, batch)
         _, metrics = run.step(state, put_rows(batch, run.mesh))

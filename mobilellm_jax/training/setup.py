@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from mobilellm_jax.model.attention import choose
 from mobilellm_jax.model.config import ModelConfig, flops_per_token
 from mobilellm_jax.parallel.mesh import make_mesh
 from mobilellm_jax.parallel.sharding import batch_sharding, shardings
+from mobilellm_jax.pruning.while_training import Pruner, cut_state, pruner_of
 from mobilellm_jax.training.config import check, configured
 from mobilellm_jax.training.evaluation import evaluate
 from mobilellm_jax.training.length import Length, length_of, microbatches
@@ -48,7 +49,26 @@ class Programs:
     advance: Callable[..., Any]  # pure: state, batch, piece_bytes_V[, teacher] -> state, metrics
     fresh: Callable[[], TrainState]  # jitted `begin` with the seed's key; makes the state in place
     step: Any  # jitted `advance`; donates the state
+    pruner: Pruner | None  # None: nothing is pruned
+    cut: Callable[..., TrainState]  # `while_training.cut_state`, jitted; donates the state
     teacher: Teacher | None  # as `ShapeDtypeStruct`s; None: the objective learns from none
+
+    def pruned(
+        self, step: int, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, Mapping[str, Any] | None]:
+        """The state after the cut that is due after this step, and its record; None: none is due.
+
+        Args:
+          step: steps that are done.
+          state: given up.
+          batch: of the last of them.
+
+        Raises:
+          UserError: see `while_training.Pruner`.
+        """
+        if self.pruner is None or not self.pruner.due(step):
+            return state, None
+        return self.pruner.cut(state, batch, self.cut)
 
     def flops_per_token(self, length: int) -> int:
         """Model FLOPs to train on one token of a row of `length`, with the forward pass of a teacher."""
@@ -196,10 +216,13 @@ def programs(
     teacher = abstract_teacher(config, network, mesh)
     make_optimizer = configured(config.optimizer, "optimizer")
     schedule = configured(config.schedule, "schedule")(length.steps)
+    strategy = configured(config.pruning.strategy, "pruning.strategy")
+    pruner = pruner_of(config, network, length.steps, strategy)
 
     def begin(key: jax.Array) -> TrainState:
         params = transformer.init(model, key)
-        return init_state(params, make_optimizer, config.skip.window)
+        pruning = pruner.begin() if pruner else None
+        return init_state(params, make_optimizer, config.skip.window, pruning)
 
     def fresh() -> TrainState:
         return begin(jax.random.key(config.seed))
@@ -232,6 +255,7 @@ def programs(
             sources=sources,
             microbatches=microbatches(config, batch["tokens"].shape[0]),
             deviations=config.skip.deviations,
+            scored=config.pruning.score,
         )
 
     whole = NamedSharding(mesh, P())  # metrics, in every process
@@ -257,6 +281,8 @@ def programs(
             donate_argnums=0,
             out_shardings=(state_shardings, whole),
         ),
+        pruner=pruner,
+        cut=jax.jit(cut_state, donate_argnums=0, out_shardings=state_shardings),
         teacher=teacher,
     )
 

@@ -130,7 +130,10 @@ def begin(start: StoredModel, config: ConfigDict, run: "Setup") -> TrainState:
         return _continued(start, config, run)
     params = start.params(run.shardings.params, np.float32)
     fresh = functools.partial(
-        init_state, make_optimizer=run.make_optimizer, window=config.skip.window
+        init_state,
+        make_optimizer=run.make_optimizer,
+        window=config.skip.window,
+        pruning=run.pruner.begin() if run.pruner else None,
     )
     return jax.jit(fresh, out_shardings=run.shardings, donate_argnums=0)(params)
 

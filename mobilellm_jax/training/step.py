@@ -9,11 +9,24 @@ import jax.numpy as jnp
 import optax
 
 from mobilellm_jax.data.packing import token_ids
+from mobilellm_jax.pruning.groups import Groups, masked
+from mobilellm_jax.pruning.scores import attached, read
+from mobilellm_jax.pruning.scores import taps as taps_of
 from mobilellm_jax.training.objectives import Batch, Losses, Network
 from mobilellm_jax.training.outliers import Window, init_window, judge
 
 Objective = Callable[..., Losses]  # of parameters, batch, network[, teacher]
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pruning:
+    """What a run that prunes keeps beside its weights."""
+
+    live: Groups  # bool
+    scores: Groups  # float32, added up since the last cut
+    memory: Any  # of the strategy: float32 by name, or None
 
 
 @jax.tree_util.register_dataclass
@@ -27,13 +40,16 @@ class TrainState:
     skipped: jax.Array  # int32: non-finite steps so far
     skipped_in_row: jax.Array  # int32: those since the last finite step
     window: Window | None = None  # None: no step is compared with those before
+    pruning: Pruning | None = None  # None: nothing is pruned
 
 
-def init_state(params: Any, make_optimizer: MakeOptimizer, window: int = 0) -> TrainState:
+def init_state(
+    params: Any, make_optimizer: MakeOptimizer, window: int = 0, pruning: Pruning | None = None
+) -> TrainState:
     """Step 0 of a run that starts at `params` and compares its steps with the `window` before."""
     zero = jnp.zeros((), jnp.int32)
     opt_state = make_optimizer(0.0).init(params)
-    return TrainState(zero, params, opt_state, zero, zero, init_window(window))
+    return TrainState(zero, params, opt_state, zero, zero, init_window(window), pruning)
 
 
 def sums(
@@ -72,6 +88,7 @@ def train_step(
     sources: int,
     microbatches: int = 1,
     deviations: float = 0.0,
+    scored: str = "",
 ) -> tuple[TrainState, dict[str, Any]]:
     """One optimizer step.
 
@@ -90,20 +107,28 @@ def train_step(
       sources: number of sources.
       microbatches: parts of the batch computed one after another; gradients are added in float32.
       deviations: from which on a step stands out.
+      scored: kind of the scores of groups that are added up, where the state is one that is pruned; of
+        `pruning.scores.KINDS`. A score is that of each microbatch's mean loss per target.
 
     Returns:
       The next state, and metrics: scalars `loss` (per counted target), `gradient_norm`,
       `learning_rate`, `skipped`, `skipped_in_row`, with a window `outliers`, and the per-source
       sums of `sums`.
     """
+    pruning, model = state.pruning, network.model
+    taps = taps_of(model, scored) if pruning else {}
 
-    def loss_sum(params: Any, part: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        losses = objective(params, part, network)
+    def loss_sum(given: Any, part: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        params, taps = given
+        losses = objective(attached(params, taps) if taps else params, part, network)
         return losses.total, {"loss": losses.total, **sums(losses, part, piece_bytes_V, sources)}
 
-    gradient = jax.grad(loss_sum, has_aux=True)
+    def gradient(params: Any, part: Batch) -> Any:
+        (grads, of_taps), totals = jax.grad(loss_sum, has_aux=True)((params, taps), part)
+        return (grads, read(of_taps, model, scored) if taps else None), totals
+
     if microbatches == 1:
-        grads, totals = gradient(state.params, batch)
+        (grads, worth), totals = gradient(state.params, batch)
     else:
         # Part j takes rows j, j + k, j + 2k ...: rows stay on the device that holds them.
         parts = jax.tree.map(
@@ -115,12 +140,17 @@ def train_step(
 
         shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        (grads, totals), _ = jax.lax.scan(add, zeros, parts)
+        ((grads, worth), totals), _ = jax.lax.scan(add, zeros, parts)
 
     # A batch without any target has loss 0 and gradient 0.
     targets = jnp.maximum(totals["tokens"].sum(), 1.0)
     grads = jax.tree.map(lambda g: g / targets, grads)
     loss = totals.pop("loss") / targets
+    if pruning:
+        # A query head that is dead in a KV head that lives has a gradient (`pruning.compaction`).
+        grads = masked(grads, pruning.live)
+        scale = targets**2 if scored == "fisher" else targets
+        added = jax.tree.map(lambda s, w: s + w / scale, pruning.scores, worth)
     norm = optax.tree.norm(grads)
     learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
     with jax.named_scope("optimizer"):
@@ -145,6 +175,9 @@ def train_step(
         skipped=state.skipped + bad,
         skipped_in_row=(state.skipped_in_row + bad) * bad,
         window=window,
+        pruning=dataclasses.replace(pruning, scores=keep(added, pruning.scores))
+        if pruning
+        else None,
     )
     metrics = {
         "loss": loss,

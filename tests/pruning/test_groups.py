@@ -79,7 +79,11 @@ def test_the_size_of_a_group_is_what_a_network_without_it_is_smaller_by(config):
             assert whole - groups.parameters(config, changed) == size
 
 
-@pytest.mark.parametrize("make_optimizer", [ADAMW, MUON], ids=["adamw", "muon"])
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [ADAMW, pytest.param(MUON, marks=pytest.mark.slow)],
+    ids=["adamw", "muon"],
+)
 def test_what_is_dead_has_no_gradient_and_stays_zero(make_optimizer):
     config = dataclasses.replace(networks.TWO, dead_channels=True)
     live = networks.some_dead(config, heads=False)
@@ -135,13 +139,23 @@ def same_outputs(config, params, live, layout):
     np.testing.assert_allclose(logits(smaller, compact.config), logits(params, config), atol=1e-5)
 
 
-@EACH
-@pytest.mark.parametrize("layout", ["stacks", "padded"])
-def test_the_smaller_network_is_the_same_one(config, layout):
+QUICK = ("two stacks, biases", "stacks"), ("plain", "padded"), ("relu, reverse", "stacks")
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        pytest.param(name, layout, marks=[] if (name, layout) in QUICK else pytest.mark.slow)
+        for name in networks.NETWORKS
+        for layout in ("stacks", "padded")
+    ],
+)
+def test_the_smaller_network_is_the_same_one(name, layout):
     """Outputs, and all that a training step makes of it, moments and all.
 
-    A step only where no query head is dead whose KV head lives: see the test below.
+    A step only where no query head is dead whose KV head lives: see the test above.
     """
+    config = networks.NETWORKS[name]
     if layout == "stacks" and layout_of(config) == "padded":
         with pytest.raises(UserError, match="applied in turns"):
             compacted(config, networks.some_dead(config), layout=layout)

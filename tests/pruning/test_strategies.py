@@ -41,7 +41,7 @@ def view(config, measures=None, live=None, memory=None):
     )
 
 
-@pytest.mark.parametrize("share", [0.9, 0.6])
+@pytest.mark.parametrize("share", [0.6, pytest.param(0.9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_target_is_met_to_within_one_group(name, share):
     strategy, target = STRATEGIES[name], int(COUNT * share)
@@ -51,6 +51,11 @@ def test_the_target_is_met_to_within_one_group(name, share):
     number = groups.parameters(found.config, groups.counts(found.live))
     sizes = groups.sizes(found.config, groups.counts(found.live))
     unit = sizes.residual_D if name == "slicegpt" else sizes.stacks[0].mlp_LF[0]
+    if name == "efficient":  # the last unit may have been a KV head of every block
+        first = groups.counts(groups.everything(DEEP))
+        heads = [n.heads_LN // n.kv_heads_LK for n in first.stacks]
+        of = zip(groups.sizes(DEEP, first).stacks, heads, strict=True)
+        unit = sum((s.kv_heads_LK + h * s.heads_LN).sum() for s, h in of)
     assert target - unit < number <= target
     assert found.events[-1]["parameters"] == number
     compact = compacted(found.config, found.live)

@@ -1,0 +1,117 @@
+"""EfficientLLM (arXiv 2502.06663): the kind of group that is worth least loses one, in all layers at once.
+
+The network stays one of equal layers, so that its shape after a while is one that could have been
+chosen by hand; here the data choose it. The paper's formula is not published: kinds are compared by
+their saliency per parameter, the mean over layers of the least group's, because its figure shows the
+curves of all kinds lying on each other although their groups differ in size by a factor of a hundred.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.pruning.groups import Groups, StackGroups, counts, parameters, sizes
+from mobilellm_jax.pruning.strategies import Choice, View, below_all
+
+TYPES = ("kv_heads", "heads", "mlp", "residual")
+
+
+def efficient(
+    view: View, target: int, *, score: str = "taylor", types: Sequence[str] = TYPES, unit: int = 1
+) -> Choice:
+    """Removes units of the least kind, one after another, until the target is met.
+
+    A unit is, in every layer: `kv_heads`, a KV head with its query heads; `heads`, one query head of each
+    KV head; `mlp`, `unit` channels of the MLP. Of `residual` it is `unit` channels of the stream.
+
+    Args:
+      view: the network; its blocks have equal widths.
+      target: parameters.
+      score: of groups, of `measures.SCORES`.
+      types: kinds that may be cut.
+      unit: channels that go at once.
+
+    Raises:
+      UserError: a kind is not one of `TYPES`; the target is below what is left when all may go.
+    """
+    if unknown := set(types) - set(TYPES):
+        raise UserError(f"types={', '.join(unknown)}: choose of {', '.join(TYPES)}.")
+    live, order = view.live, []
+    if parameters(view.config, counts(live)) <= target:
+        return Choice(live)
+    scores, worth = view.measures.scores(score), {}
+    while parameters(view.config, number := counts(live)) > target:
+        worth = {kind: _worth(kind, live, scores, number, view, unit) for kind in types}
+        kind = min(worth, key=lambda k: worth[k])
+        if not np.isfinite(worth[kind]):
+            raise below_all(target, parameters(view.config, number))
+        live = without_least(kind, live, scores, unit)
+        order.append(kind)
+    finite = {kind: value for kind, value in worth.items() if np.isfinite(value)}
+    return Choice(live, None, {"types": order, "saliency": finite})
+
+
+def _worth(kind: str, live: Groups, scores: Groups, number: Groups, view: View, unit: int) -> float:
+    """Saliency per parameter of a kind's next unit; infinite where there is none to spare."""
+    size = sizes(view.config, number)
+    if kind == "residual":
+        if int(number.residual_D) <= unit:
+            return float("inf")
+        least = np.sort(scores.residual_D[live.residual_D])[:unit]
+        return float(least.mean() / size.residual_D)
+    found = []
+    for of, score, each, left in zip(
+        live.stacks, scores.stacks, size.stacks, number.stacks, strict=True
+    ):
+        if kind == "mlp":
+            if (left.mlp_LF <= unit).any():
+                return float("inf")
+            value_LF = np.sort(np.where(of.mlp_LF, score.mlp_LF, np.inf), -1)[:, :unit]
+            found.append(value_LF.mean(-1) / each.mlp_LF)
+        elif kind == "kv_heads":
+            if (left.kv_heads_LK <= 1).any():
+                return float("inf")
+            value_LK = np.where(of.kv_heads_LK, score.kv_heads_LK, np.inf)
+            heads = left.heads_LN // left.kv_heads_LK
+            found.append(value_LK.min(-1) / (each.kv_heads_LK + heads * each.heads_LN))
+        else:
+            if (left.heads_LN <= left.kv_heads_LK).any():
+                return float("inf")
+            lives_LKG, value_LKG = _by_kv_head(of, of.heads_LN), _by_kv_head(of, score.heads_LN)
+            least_LK = np.where(lives_LKG, value_LKG, np.inf).min(-1)
+            mean_L = np.where(of.kv_heads_LK, least_LK, 0).sum(-1) / left.kv_heads_LK
+            found.append(mean_L / each.heads_LN)
+    return float(np.concatenate(found).mean())
+
+
+def without_least(kind: str, live: Groups, scores: Groups, unit: int) -> Groups:
+    """What lives without the least unit of a kind; of equals the last goes."""
+    if kind == "residual":
+        return Groups(_fewer(live.residual_D, scores.residual_D, unit), live.stacks)
+    stacks = []
+    for of, score in zip(live.stacks, scores.stacks, strict=True):
+        mlp_LF, heads_LN, kv_heads_LK = of.mlp_LF, of.heads_LN, of.kv_heads_LK
+        if kind == "mlp":
+            mlp_LF = _fewer(mlp_LF, score.mlp_LF, unit)
+        elif kind == "kv_heads":
+            kv_heads_LK = _fewer(kv_heads_LK, score.kv_heads_LK, 1)
+            heads_LKG = _by_kv_head(of, heads_LN) & kv_heads_LK[..., None]
+            heads_LN = heads_LKG.reshape(heads_LN.shape)
+        else:
+            lives_LKG, value_LKG = _by_kv_head(of, heads_LN), _by_kv_head(of, score.heads_LN)
+            heads_LN = _fewer(lives_LKG, value_LKG, 1).reshape(heads_LN.shape)
+        stacks.append(StackGroups(mlp_LF, heads_LN, kv_heads_LK))
+    return Groups(live.residual_D, tuple(stacks))
+
+
+def _by_kv_head(of: StackGroups, heads_LN: Any) -> np.ndarray:
+    return np.asarray(heads_LN).reshape(*of.kv_heads_LK.shape, -1)
+
+
+def _fewer(live: np.ndarray, score: np.ndarray, unit: int) -> np.ndarray:
+    """Of the last axis, without the `unit` least of those that live."""
+    value = np.where(live, np.asarray(score, np.float64), -np.inf)
+    rank = np.argsort(np.argsort(-value, -1, kind="stable"), -1, kind="stable")
+    return live & (rank < live.sum(-1, keepdims=True) - unit)

@@ -1,0 +1,241 @@
+"""Pruning inside of training: when a run cuts, down to how many parameters, and the cut itself.
+
+The step adds up scores (`training.step`); between two steps, where the schedule says so, a strategy
+chooses by them, and the groups that die become zero in weights and moments. Shapes stay, so that one
+compiled step serves the run.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.config import ModelConfig, parameter_count
+from mobilellm_jax.pruning.groups import Groups, counts, everything, masked, of_widths, parameters
+from mobilellm_jax.pruning.measures import SCORES, Measures, unknown_score
+from mobilellm_jax.pruning.one_shot import removed
+from mobilellm_jax.pruning.scores import KINDS
+from mobilellm_jax.pruning.strategies import Choice, Strategy, View
+from mobilellm_jax.training.objectives import Batch, Network
+from mobilellm_jax.training.step import Pruning, TrainState
+
+SPACINGS = ("even", "growing")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """After which steps a run cuts, and how many parameters may then be left."""
+
+    steps: tuple[int, ...]  # rising
+    targets: tuple[int, ...]
+
+
+def schedule_of(config: ConfigDict, steps: int) -> Schedule:
+    """The cuts of a run of that many steps; none if it does not prune.
+
+    Cut k of N leaves `whole - (whole - target) * k / N` parameters. It comes, of the steps from `begin` to
+    `end`, after the share (k - 1) / N of them, or, if they grow, after k (k - 1) / (N (N + 1)): so the data
+    that follow a cut grow linearly (Adapt-Pruner's Adapt-Accel, its experiments' `linear`).
+
+    Raises:
+      UserError: the numbers make no schedule.
+    """
+    c = config.pruning
+    if not c.target:
+        return Schedule((), ())
+    whole, end = parameter_count(ModelConfig.from_dict(config.model)), c.end or steps
+    if not 0 < c.target < whole:
+        raise UserError(
+            f"config.pruning.target={c.target:,} must be positive and below the {whole:,} parameters that "
+            "the network has."
+        )
+    if c.spacing not in SPACINGS:
+        raise UserError(
+            f"config.pruning.spacing={c.spacing!r} is not one of {', '.join(SPACINGS)}."
+        )
+    if not 1 <= c.begin < end <= steps:
+        raise UserError(
+            f"config.pruning.begin={c.begin} and end={c.end} must be steps of the run, which has {steps:,}, "
+            "in this order; end=0 is its last."
+        )
+    cuts = np.arange(c.cuts, dtype=np.float64)  # k - 1
+    shares = cuts / c.cuts if c.spacing == "even" else cuts * (cuts + 1) / (c.cuts * (c.cuts + 1))
+    at = c.begin + np.floor(shares * (end - c.begin)).astype(int)
+    if c.cuts < 1 or len(set(at)) < len(at):
+        raise UserError(
+            f"config.pruning.cuts={c.cuts} do not fit, one after a step, into the steps from {c.begin} to "
+            f"{end}: lower it."
+        )
+    targets = [whole - (whole - c.target) * (k + 1) // c.cuts for k in range(c.cuts)]
+    return Schedule(tuple(at.tolist()), tuple(targets))
+
+
+class _Random(Measures):
+    """Stands in for measurements, to see where a schedule leads before anything is computed."""
+
+    def __init__(self, config: ModelConfig, where: str) -> None:
+        self._config, self._where, self._rng = config, where, np.random.default_rng(0)
+
+    def scores(self, name: str) -> Groups:
+        if name not in SCORES:
+            raise unknown_score(name)
+        return of_widths(self._config, lambda *shape: self._rng.random(shape))
+
+    def importance(self, measure: str) -> np.ndarray:
+        return self._rng.random(sum(stack.layers for stack in self._config.stacks))
+
+    def loss(self, name: str) -> float | None:
+        return None
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("params", "statistics", "residual_gram"):
+            raise UserError(
+                f"{self._where} changes weights by what it measures, which a run does not: prune in one "
+                "shot, python -m mobilellm_jax.prune."
+            )
+        return super().__getattribute__(name)
+
+
+class _Accumulated(Measures):
+    """What the steps since the last cut have added up; all else is measured on the last step's rows."""
+
+    def __init__(self, scored: str, found: Groups, *given: Any) -> None:
+        super().__init__(*given)
+        self._scored, self._found = scored, found
+
+    def scores(self, name: str) -> Groups:
+        return self._found if name == self._scored else super().scores(name)
+
+    def loss(self, name: str) -> float | None:
+        return None if name == self._scored else super().loss(name)
+
+
+def rehearsed(config: ModelConfig, strategy: Strategy, schedule: Schedule, where: str) -> Any:
+    """Goes through a schedule with random measurements; what the strategy remembers at its end.
+
+    Raises:
+      UserError: a target is out of the strategy's reach, or it does what a run cannot.
+    """
+    live, memory = everything(config), None
+    first, measures = counts(live), _Random(config, where)
+    for target in schedule.targets:
+        try:
+            choice = strategy(View(config, live, first, memory, measures), target)
+        except (
+            AttributeError
+        ) as error:  # it asks for weights or activations, which are not there yet
+            raise UserError(
+                f"{where} measures what only a trained network has ({error}), so it prunes in one shot: "
+                "python -m mobilellm_jax.prune."
+            ) from None
+        check(config, choice, where)
+        live, memory = choice.live, choice.memory
+    return memory
+
+
+def check(config: ModelConfig, choice: Choice, where: str) -> None:
+    """Raises `UserError` where a choice is none that a run can take."""
+    if choice.config is not None or choice.params is not None:
+        raise UserError(
+            f"{where} changes weights, which a run does not: prune in one shot, "
+            "python -m mobilellm_jax.prune."
+        )
+    if not choice.live.residual_D.all() and not config.dead_channels:
+        raise UserError(
+            f"{where} cuts channels of the residual stream: set config.model.dead_channels=True, so that "
+            "norms divide by those that live."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruner:
+    """What a run does between two steps."""
+
+    schedule: Schedule
+    strategy: Strategy
+    scored: str  # the score that the steps add up
+    memory: Any  # of the strategy: arrays as they are kept in the state
+    network: Network
+    seed: int
+    where: str
+
+    def due(self, step: int) -> bool:
+        """Whether there is a cut after this many steps."""
+        return step in self.schedule.steps
+
+    def begin(self) -> Pruning:
+        """Of step 0: all live, nothing is added up."""
+        model = self.network.model
+        live = jax.tree.map(jnp.asarray, everything(model))
+        zeros = of_widths(model, lambda *shape: jnp.zeros(shape, jnp.float32))
+        memory = jax.tree.map(lambda x: jnp.zeros(np.shape(x), jnp.float32), self.memory)
+        return Pruning(live, zeros, memory)
+
+    def cut(
+        self, state: TrainState, batch: Batch, apply: Callable[..., TrainState]
+    ) -> tuple[TrainState, Mapping[str, Any]]:
+        """The state after the cut that is due, and a record of it in plain values.
+
+        Args:
+          state: given up to it.
+          batch: of the step before.
+          apply: `cut_state`, compiled.
+
+        Raises:
+          UserError: the strategy chooses what cannot be.
+        """
+        step, model = int(state.step), self.network.model
+        assert state.pruning is not None
+        target = self.schedule.targets[self.schedule.steps.index(step)]
+        given = jax.device_get(state.pruning)
+        measures = _Accumulated(
+            self.scored, given.scores, state.params, self.network, [batch], self.seed + step
+        )
+        first = counts(everything(model))
+        choice = self.strategy(View(model, given.live, first, given.memory, measures), target)
+        check(model, choice, self.where)
+        state = apply(state, choice.live, choice.memory)
+        left = parameters(model, counts(choice.live))
+        gone = removed(given.live, choice.live)
+        event = {"target": target, "parameters": left, **choice.measured, "cut": gone}
+        return state, event
+
+
+def cut_state(state: TrainState, live: Groups, memory: Any) -> TrainState:
+    """A state in which what does not live is zero, in weights and moments, and scores begin anew."""
+    assert state.pruning is not None
+    zeros = jax.tree.map(jnp.zeros_like, state.pruning.scores)
+    memory = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), memory)
+    state = masked(state, live)
+    return dataclasses.replace(state, pruning=Pruning(live, zeros, memory))
+
+
+def pruner_of(
+    config: ConfigDict, network: Network, steps: int, strategy: Strategy
+) -> Pruner | None:
+    """The pruner of a run; None if it does not prune.
+
+    Args:
+      config: of the run.
+      network: its network.
+      steps: of the run.
+      strategy: as `config.pruning.strategy` names it.
+
+    Raises:
+      UserError: see `schedule_of` and `rehearsed`; or there is no such score.
+    """
+    schedule = schedule_of(config, steps)
+    if not schedule.steps:
+        return None
+    if config.pruning.score not in KINDS:
+        raise UserError(
+            f"config.pruning.score={config.pruning.score!r} is not one of {', '.join(KINDS)}."
+        )
+    where = f"config.pruning.strategy.use={config.pruning.strategy.use}"
+    memory = rehearsed(network.model, strategy, schedule, where)
+    return Pruner(schedule, strategy, config.pruning.score, memory, network, config.seed, where)

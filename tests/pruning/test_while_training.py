@@ -1,0 +1,283 @@
+"""Pruning inside of training: the cuts come when they should, are resumed bit for bit, and hold."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pruned as networks
+import pytest
+import runs
+import tiny
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.leaves import flat
+from mobilellm_jax.model.config import ModelConfig, parameter_count
+from mobilellm_jax.pruning import efficient, groups
+from mobilellm_jax.pruning.measures import Measures
+from mobilellm_jax.pruning.strategies import View
+from mobilellm_jax.pruning.while_training import schedule_of
+from mobilellm_jax.training.objectives import next_token
+from mobilellm_jax.training.setup import set_up
+from mobilellm_jax.training.step import Pruning, init_state, train_step
+
+WHOLE = parameter_count(tiny.MODEL)
+TARGET = int(WHOLE * 0.7)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    return tiny.corpus(tmp_path_factory.mktemp("data"))
+
+
+def config(plan, use="mobilellm_jax.pruning.strategies:adapt", **changes):
+    c = tiny.config(plan)
+    c.pruning.target, c.pruning.begin, c.pruning.cuts = TARGET, 2, 4
+    c.pruning.strategy.use = use
+    with c.unlocked():
+        c.update_from_flattened_dict(changes)
+    return c
+
+
+def efficiently(plan, **changes):
+    use = "mobilellm_jax.pruning.efficient:efficient"
+    changes = {"model.dead_channels": True, "pruning.cuts": 9, "pruning.begin": 1} | changes
+    return config(plan, use, **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(plan, tmp_path_factory):
+    """A run that prunes: its workdir, its last state."""
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, runs.run(config(plan), workdir)
+
+
+def test_cuts_come_when_they_are_due_and_meet_their_targets(whole):
+    workdir, state = whole
+    cuts = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    cuts = [record for record in cuts if record["kind"] == "cut"]
+    assert [record["step"] for record in cuts] == [2, 4, 7, 9]
+    for number, record in enumerate(cuts, 1):
+        assert record["target"] == WHOLE - (WHOLE - TARGET) * number // 4
+        assert record["target"] - 3 * tiny.MODEL.width < record["parameters"] <= record["target"]
+    live = jax.device_get(state.pruning.live)
+    assert groups.parameters(tiny.MODEL, groups.counts(live)) == cuts[-1]["parameters"]
+    gone = [index for record in cuts for index in record["cut"]["mlp"].get("0", [])]
+    assert sorted(gone) == np.flatnonzero(~live.stacks[0].mlp_LF[0]).tolist()
+
+
+def test_what_is_dead_stays_zero_to_the_end(whole):
+    state = whole[1]
+    live = jax.device_get(state.pruning.live)
+    for tree in (state.params, state.opt_state):
+        kept = flat(groups.masked(tree, live))
+        assert kept and all((leaf == flat(tree)[path]).all() for path, leaf in kept.items())
+    assert not live.stacks[0].mlp_LF.all()
+    assert (state.params["stack_0"]["mlp"]["up"] == 0).any()
+
+
+@pytest.mark.parametrize("stop", [4, pytest.param(6, marks=pytest.mark.slow)])
+def test_a_stopped_run_goes_on_bit_for_bit(plan, whole, tmp_path, stop):
+    """At a cut, and between two."""
+    runs.run(config(plan), tmp_path, stop_at=stop)
+    state = runs.run(config(plan), tmp_path)
+    assert runs.bits(state) == runs.bits(whole[1])
+
+
+def test_another_schedule_is_another_run(plan, whole):
+    with pytest.raises(UserError, match="belongs to another run .*pruning.target"):
+        runs.run(config(plan, **{"pruning.target": TARGET + 1}), whole[0])
+
+
+def test_one_program_serves_all_cuts(plan, tmp_path, monkeypatch):
+    made = []
+    from mobilellm_jax import train
+
+    def noted(*given):
+        made.append(set_up(*given))
+        return made[-1]
+
+    monkeypatch.setattr(train, "set_up", noted)
+    traces = []
+    monkeypatch.setattr(
+        "mobilellm_jax.training.step.attached",
+        lambda *given, f=train_attached(): traces.append(1) or f(*given),
+    )
+    runs.run(config(plan, steps=6, **{"pruning.cuts": 3, "pruning.begin": 1}), tmp_path)
+    assert len(made) == 1 and len(traces) == 1
+
+
+def train_attached():
+    from mobilellm_jax.training import step
+
+    return step.attached
+
+
+# --- Scores in the step
+
+
+def stepped(config, microbatches=1, scored="taylor"):
+    return functools.partial(
+        train_step,
+        piece_bytes_V=jnp.ones(networks.VOCAB),
+        network=networks.network(config),
+        objective=next_token,
+        make_optimizer=lambda rate: optax.sgd(rate),
+        schedule=optax.constant_schedule(0.0),
+        sources=1,
+        microbatches=microbatches,
+        scored=scored,
+    )
+
+
+def pruning_state(config, live=None):
+    zeros = groups.of_widths(config, lambda *shape: jnp.zeros(shape))
+    live = groups.everything(config) if live is None else live
+    pruning = Pruning(jax.tree.map(jnp.asarray, live), zeros, None)
+    return init_state(networks.parameters(config), optax.sgd, pruning=pruning)
+
+
+@pytest.mark.parametrize(
+    ("scored", "microbatches"),
+    [
+        ("taylor", 2),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in (("fisher", 2), ("fisher", 1))),
+    ],
+)
+def test_steps_add_up_the_scores_of_their_microbatches(scored, microbatches):
+    config, batch = networks.TWO, networks.rows(4)
+    state = pruning_state(config)
+    step = jax.jit(stepped(config, microbatches, scored))
+    for _ in range(2):
+        state, metrics = step(state, batch)
+    parts = [{k: x[i::microbatches] for k, x in batch.items()} for i in range(microbatches)]
+    params = networks.parameters(config)
+    wanted = Measures(params, networks.network(config), parts, 0).scores(scored)
+    scale = float(metrics["tokens"].sum()) ** (2 if scored == "fisher" else 1)
+    for a, b in zip(*map(jax.tree.leaves, (state.pruning.scores, wanted)), strict=True):
+        np.testing.assert_allclose(a, 2 * b / scale, rtol=1e-4)
+
+
+def test_dead_query_heads_stay_dead():
+    live = groups.everything(networks.PLAIN)
+    live.stacks[0].heads_LN[1, ::2] = False
+    state = pruning_state(networks.PLAIN, live)
+    state = dataclasses.replace(state, params=groups.masked(state.params, live))
+    step = functools.partial(stepped(networks.PLAIN), schedule=optax.constant_schedule(0.1))
+    state, _ = jax.jit(step)(state, networks.rows())
+    for path, leaf in flat(groups.masked(state.params, live)).items():
+        np.testing.assert_array_equal(leaf, flat(state.params)[path])
+
+
+@pytest.mark.slow
+def test_eight_devices_prune_like_one(plan, whole, tmp_path):
+    changes = {"mesh.data": 2, "mesh.fsdp": 4}
+    state = runs.run(config(plan, **changes), tmp_path, devices=jax.devices())
+    for a, b in zip(
+        *map(jax.tree.leaves, (state.pruning.live, whole[1].pruning.live)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    for path, leaf in flat(state.params).items():
+        np.testing.assert_allclose(leaf, flat(whole[1].params)[path], atol=2e-4, err_msg=path)
+
+
+# --- EfficientLLM
+
+
+def test_efficient_cuts_the_least_kind_in_all_layers(plan, tmp_path):
+    state = runs.run(efficiently(plan), tmp_path)
+    live = jax.device_get(state.pruning.live)
+    number = groups.counts(live)
+    for of in number.stacks:
+        for count in (of.mlp_LF, of.heads_LN, of.kv_heads_LK):
+            assert (count == count[0]).all()
+    records = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    cuts = [r for r in records if r["kind"] == "cut"]
+    assert len(cuts) == 9 and cuts[-1]["parameters"] <= TARGET
+    for record in cuts:
+        if "saliency" in record:
+            assert record["types"][-1] == min(record["saliency"], key=record["saliency"].get)
+
+
+def test_units_by_brute_force():
+    config = dataclasses.replace(networks.PLAIN, dead_channels=True)
+    live = groups.everything(config)
+    rng = np.random.default_rng(3)
+    scores = groups.of_widths(config, lambda *shape: rng.random(shape) + 0.1)
+
+    class Fixed:
+        def scores(self, name):
+            return scores
+
+    number = groups.counts(live)
+    size = groups.sizes(config, number)
+    stack, score = size.stacks[0], scores.stacks[0]
+    by_hand = {
+        "mlp": np.mean([row.min() / stack.mlp_LF[0] for row in score.mlp_LF]),
+        "residual": scores.residual_D.min() / size.residual_D,
+        "kv_heads": np.mean(
+            [r.min() / (stack.kv_heads_LK[0] + 2 * stack.heads_LN[0]) for r in score.kv_heads_LK]
+        ),
+        "heads": np.mean(
+            [
+                min(r[2 * k : 2 * k + 2]) / stack.heads_LN[0]
+                for r in score.heads_LN
+                for k in range(3)
+            ]
+        ),
+    }
+    whole = groups.parameters(config, number)
+    found = efficient.efficient(View(config, live, number, None, Fixed()), whole - 1)
+    for kind, value in by_hand.items():
+        np.testing.assert_allclose(found.measured["saliency"][kind], value)
+    (kind,) = found.measured["types"]
+    assert kind == min(by_hand, key=by_hand.get)
+
+
+# --- Schedules
+
+
+def test_growing_spacing_gives_each_cut_a_linearly_larger_share(plan):
+    c = config(
+        plan, steps=2101, **{"pruning.begin": 1, "pruning.cuts": 20, "pruning.spacing": "growing"}
+    )
+    found = schedule_of(c, 2101)
+    lengths = np.diff([*found.steps, 2101])
+    np.testing.assert_allclose(lengths, 2100 * 2 * np.arange(1, 21) / (20 * 21), atol=1)
+    assert found.targets[-1] == TARGET and len(found.steps) == 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"pruning.target": WHOLE}, "below the"),
+        ({"pruning.target": -5}, "must be positive"),
+        ({"pruning.target": 100}, "is below the"),
+        ({"pruning.spacing": "cubic"}, "even, growing"),
+        ({"pruning.begin": 12}, "must be steps of the run"),
+        ({"pruning.end": 50}, "must be steps of the run"),
+        ({"pruning.cuts": 50}, "do not fit"),
+        ({"pruning.cuts": 0}, "do not fit"),
+        ({"pruning.score": "magnitude"}, "taylor, taylor_slice, fisher"),
+        ({"pruning.strategy.use": "mobilellm_jax.pruning.flap:flap"}, "prune in one shot"),
+        ({"pruning.strategy.use": "mobilellm_jax.pruning.slicegpt:slicegpt"}, "prune in one shot"),
+        ({"pruning.strategy.use": "mobilellm_jax.pruning.strategies:adapted"}, "has no 'adapted'"),
+        ({"pruning.strategy.scores": "taylor"}, "not an argument of"),
+        ({"pruning.strategy.score": "taylr"}, "is not one of taylor"),
+        (
+            {"pruning.strategy.use": "mobilellm_jax.pruning.efficient:efficient"},
+            "dead_channels=True",
+        ),
+    ],
+)
+def test_bad_input_is_met_before_anything_is_computed(plan, tmp_path, changes, word):
+    with pytest.raises(UserError, match=word):
+        runs.run(config(plan, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_without_pruning_is_as_it_was():
+    assert ModelConfig.from_dict(tiny.MODEL.to_dict()) == tiny.MODEL
