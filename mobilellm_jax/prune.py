@@ -9,6 +9,10 @@ its import path, with settings behind a colon: `adapt:amplitude=0.02,attention=h
 
 The result is a checkpoint like any other: train on (`--config.init_from`), `evaluate`, `convert`. It
 carries which heads and channels of the source it kept, and what each round measured and cut.
+
+    python -m mobilellm_jax.prune --checkpoint=runs/pruned --out=models/pruned
+
+Without --target_params nothing more is cut: what a run with `config.pruning` has made zero is taken out.
 """
 
 import ast
@@ -40,6 +44,7 @@ from mobilellm_jax.parallel.mesh import local_mesh
 from mobilellm_jax.parallel.sharding import put_rows, shardings
 from mobilellm_jax.pruning import one_shot
 from mobilellm_jax.pruning.compaction import LAYOUTS, compacted, taken
+from mobilellm_jax.pruning.groups import living
 from mobilellm_jax.pruning.measures import batch_of
 from mobilellm_jax.pruning.names import STRATEGIES
 from mobilellm_jax.pruning.strategies import Strategy
@@ -181,6 +186,43 @@ def prune(
     return compact.config
 
 
+def take_out(
+    checkpoint: epath.PathLike, out: epath.PathLike, layout: str = "stacks", multiple: int = 1
+) -> ModelConfig:
+    """Writes a network without the heads and channels whose weights are all zero.
+
+    Args:
+      checkpoint: of a run that prunes.
+      out: the folder to make.
+      layout: see `prune`.
+      multiple: see `prune`.
+
+    Returns:
+      The smaller network.
+
+    Raises:
+      UserError: there is no such checkpoint, nothing in it is dead, or `out` holds something.
+    """
+    check_new_folder(out)
+    source = open_model(checkpoint)
+    params = source.params(dtype=np.float32)
+    live = living(params, source.model)
+    compact = compacted(source.model, live, layout=layout, multiple=multiple)
+    before, after = parameter_count(source.model), parameter_count(compact.config)
+    if before == after:
+        raise UserError(
+            f"nothing in {source.directory} is dead: say how many parameters are to be left, "
+            "--target_params, and by which rows, --plan."
+        )
+    smaller = jax.device_get(taken(params, compact, transformer.shapes(compact.config)))
+    record = {"source": source.identity, "kept": compact.to_dict()}
+    tokenizer = source.needed_tokenizer
+    write_model(flat(smaller), compact.config, tokenizer, {"pruning": record}, out)
+    print(table(source.model, compact.config))
+    print(f"{before:,} parameters are {after:,}: {out}")
+    return compact.config
+
+
 def parse(text: str) -> Strategy:
     """`adapt:amplitude=0.02,attention=heads` as a strategy: a name of ours, or an import path.
 
@@ -246,23 +288,26 @@ def _stored_length(plan: Plan) -> int:
 
 
 def main() -> None:
-    """Runs `prune` with the flags."""
+    """Runs `prune` with the flags, or `take_out` where there is no target."""
     args = flags.FLAGS
     keep_compiled()
+    if not args.target_params:
+        take_out(args.checkpoint, args.out, args.layout, args.multiple)
+        return
+    if not args.plan:
+        raise UserError("--plan is missing: the mixture.json by whose rows groups are scored.")
     prune(**{name: getattr(args, name) for name in inspect.signature(prune).parameters})
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", None, "Workdir, checkpoint or HF folder.", required=True)
-    flags.DEFINE_string(
-        "plan", None, "mixture.json by whose rows groups are scored.", required=True
-    )
+    flags.DEFINE_string("plan", "", "mixture.json by whose rows groups are scored.")
     flags.DEFINE_string(
         "strategy",
         "adapt",
         f"{', '.join(STRATEGIES)}, or an import path; settings behind a colon.",
     )
-    flags.DEFINE_string("target_params", None, "To be left: 125M, 125000000, 80%.", required=True)
+    flags.DEFINE_string("target_params", "", "To be left: 125M, 125000000, 80%; none: see above.")
     flags.DEFINE_string("out", None, "Folder to make.", required=True)
     flags.DEFINE_integer("rounds", 50, "Of cuts; all is measured anew before each.")
     flags.DEFINE_integer("rows", 16, "Rows that each round reads.")

@@ -108,7 +108,9 @@ def long_history(steps, names):
     measured = Series(np.arange(1, 201) * (steps // 200), heldout)
     starts = [{"kind": "start", "step": i * (steps // 300), **ORIGIN} for i in range(300)]
     tasks = Series(measured.steps_N[::10], {"ARC-e acc": rng.uniform(0, 1, 20)})
-    return History(starts, Series(np.arange(1, steps + 1), columns), measured, tasks, 0)
+    nothing = Series(np.array([], np.int64), {})
+    train = Series(np.arange(1, steps + 1), columns)
+    return History(starts, train, measured, tasks, nothing, 0)
 
 
 @pytest.fixture(scope="module")

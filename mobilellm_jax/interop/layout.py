@@ -280,6 +280,6 @@ def _obstacles(model: ModelConfig, family: Family) -> Iterator[str]:
     if model.out_bias not in family.out_bias:
         yield "what its attention and its MLPs give has biases"
     if model.dead_channels:
-        yield "channels of its residual stream are dead, as while it is being pruned"
+        yield "channels of its residual stream may be dead (take them out: python -m mobilellm_jax.prune)"
     if model.ls_kv not in family.ls_kvs and any(stack.repeats > 1 for stack in model.stacks):
         yield f"its shared blocks read the keys of their {model.ls_kv}"

@@ -50,7 +50,8 @@ def efficient(
         live = without_least(kind, live, scores, unit)
         order.append(kind)
     finite = {kind: value for kind, value in worth.items() if np.isfinite(value)}
-    return Choice(live, None, {"types": order, "saliency": finite})
+    saliency = {f"saliency/{kind}": value for kind, value in finite.items()}
+    return Choice(live, None, {"types": order, **saliency})
 
 
 def _worth(kind: str, live: Groups, scores: Groups, number: Groups, view: View, unit: int) -> float:

@@ -161,6 +161,18 @@ def added(sums: Groups, more: Mapping[str, Any], stack: int | None) -> Groups:
     return Groups(residual, tuple(stacks))
 
 
+def living(params: Any, config: ModelConfig) -> Groups:
+    """Which groups have a weight that is not zero: bool, numpy.
+
+    Of the residual stream all, unless the network is one whose channels may be dead.
+    """
+    sizes_of = reduced(jax.tree.map(jnp.abs, params), config)
+    found = jax.tree.map(lambda x: np.asarray(x) > 0, sizes_of)
+    if not config.dead_channels:
+        found = dataclasses.replace(found, residual_D=np.ones_like(found.residual_D))
+    return found
+
+
 def masked(tree: Any, live: Groups) -> Any:
     """A pytree whose paths end in those of parameters, zero where a group does not live.
 

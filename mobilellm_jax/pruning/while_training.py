@@ -203,7 +203,19 @@ class Pruner:
         left = parameters(model, counts(choice.live))
         gone = removed(given.live, choice.live)
         event = {"target": target, "parameters": left, **choice.measured, "cut": gone}
-        return state, event
+        return state, event | widths(choice.live)
+
+
+def widths(live: Groups) -> dict[str, float]:
+    """What lives, as numbers for curves: the share of each kind, and of each block how many."""
+    number, found = counts(live), {"live/residual": float(live.residual_D.mean())}
+    for field in dataclasses.fields(live.stacks[0]):
+        kind = field.name.rsplit("_", 1)[0]
+        whole = np.concatenate([getattr(of, field.name).ravel() for of in live.stacks])
+        found[f"live/{kind}"] = float(whole.mean())
+        by_block = np.concatenate([getattr(of, field.name) for of in number.stacks])
+        found |= {f"{kind}/{block}": int(n) for block, n in enumerate(by_block)}
+    return found
 
 
 def cut_state(state: TrainState, live: Groups, memory: Any) -> TrainState:

@@ -42,12 +42,13 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """All that `metrics*.jsonl` tell: program starts, steps, held-out measurements, tasks."""
+    """All that `metrics*.jsonl` tell: program starts, steps, held-out measurements, tasks, cuts."""
 
     starts: list[dict[str, Any]]
     train: Series
     heldout: Series
     tasks: Series
+    cuts: Series
     torn: int  # lines that are no JSON object: a process was killed while it wrote them
 
     @property
@@ -82,7 +83,7 @@ def read_history(workdir: epath.PathLike) -> History:
             "name the directory that was given to training as --workdir."
         )
     starts: dict[int, dict[str, Any]] = {}
-    kinds = {kind: _Columns() for kind in ("train", "heldout", "tasks")}
+    kinds = {kind: _Columns() for kind in ("train", "heldout", "tasks", "cut")}
     torn = 0
     for path in paths:
         with path.open("rb") as lines:
@@ -94,10 +95,10 @@ def read_history(workdir: epath.PathLike) -> History:
                     starts[record["step"]] = record
                 elif record["kind"] in kinds:
                     kinds[record["kind"]].add(record)
-    train, heldout, tasks = (columns.series() for columns in kinds.values())
+    train, heldout, tasks, cuts = (columns.series() for columns in kinds.values())
     if not len(train):
         raise UserError(f"no training step is recorded in {workdir} yet: wait for the first one.")
-    return History([starts[step] for step in sorted(starts)], train, heldout, tasks, torn)
+    return History([starts[step] for step in sorted(starts)], train, heldout, tasks, cuts, torn)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -192,7 +192,7 @@ def _charts(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The charts as the template draws them, and the numbers that the page's script reads."""
     history, train = facts.history, facts.history.train
-    series = train, history.heldout, history.tasks
+    series = train, history.heldout, history.tasks, history.cuts
     ends = [int(s.steps_N[i]) for s in series if len(s) for i in (0, -1)]
     domain = (min(ends), max(ends))
     tokens_N = history.tokens_so_far()
@@ -225,6 +225,15 @@ def _charts(
         for i, name in enumerate(_task_names(history))
     ]
     judged = sparse(history.tasks, len(figures))
+    kinds = {name: history.cuts.per_source(name) for name in ("live", "saliency", "mlp", "heads")}
+    pruned = sparse(history.cuts, sum(map(len, kinds.values())))
+
+    def of_cuts(title: str, name: str, unit: str, scale: float = 1) -> dict[str, Any] | None:
+        lines = [
+            Line(which.replace("_", " "), scale * values_N, **_colour(i))
+            for i, (which, values_N) in enumerate(kinds[name].items())
+        ]
+        return curves.chart(title, lines, pruned, unit, exact=True)
 
     def one(
         name: str, title: str, unit: str = "", scale: float = 1, **how: bool
@@ -243,15 +252,21 @@ def _charts(
         one("mfu", "Model FLOPs utilisation", "% of the peak", 100, from_zero=True),
         curves.chart("Tasks", figures, judged, exact=True, wide=True),
         curves.chart("RankMe", rank, beside, "of the output embedding", exact=True),
+        of_cuts("What lives", "live", "% of each kind", 100),
+        of_cuts("Saliency", "saliency", "per parameter, of the least unit of each kind"),
+        of_cuts("MLP widths", "mlp", "channels of each block"),
+        of_cuts("Query heads", "heads", "of each block"),
     ]
     drawn = [chart for chart in charts if chart]
     axes = {"Held-out": "heldout", "RankMe": "heldout", "Tasks": "tasks"}
+    axes |= dict.fromkeys(("What lives", "Saliency", "MLP widths", "Query heads"), "cuts")
     numbers = {
         "domain": domain,
         "axes": {
             "train": along.numbers(),
             "heldout": beside.numbers(),
             "tasks": judged.numbers(),
+            "cuts": pruned.numbers(),
         },
         "marks": curves.marks(along, history.resumes, history.skipped),
         "charts": [
