@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import tiny
 
 from mobilellm_jax.data.opening import open_mixture
@@ -18,6 +19,8 @@ from mobilellm_jax.decoding.decoder import ready
 from mobilellm_jax.decoding.sampling import GREEDY
 from mobilellm_jax.decoding.text import generate
 from mobilellm_jax.model import transformer
+from mobilellm_jax.model.config import parameter_count
+from mobilellm_jax.prune import prune, take_out
 from mobilellm_jax.train import train
 from mobilellm_jax.training.checkpoint import load_model
 
@@ -65,11 +68,30 @@ def run(user_config, tmp_path_factory):
 
 def test_the_document_shows_one_of_each():
     assert set(examples()) == {
-        f"my_{name}.py" for name in ("config", *"block objective optimizer schedule".split())
+        f"my_{name}.py"
+        for name in ("config", *"block objective optimizer schedule strategy".split())
     }
     shown = examples()["my_config.py"]
     for name in ("block", "objective", "optimizer", "schedule"):
         assert f'"my_{name}:' in shown
+
+
+def test_the_strategy_prunes(user_config, tmp_path):
+    """In one shot and inside of training, down to widths that are as equal as can be."""
+    target = int(0.8 * parameter_count(tiny.MODEL))
+    config = tiny.config(user_config.plan, STEPS)
+    config.pruning.target, config.pruning.cuts = target, 2
+    config.pruning.strategy.use = "my_strategy:widest_first"
+    runs.run(config, tmp_path / "run")
+    taken = take_out(tmp_path / "run", tmp_path / "in training")
+    runs.run(tiny.config(user_config.plan, 4), tmp_path / "whole")
+    shot = {"target_params": str(target), "rounds": 2, "rows": 8, "row_length": tiny.ROW}
+    strategy = "my_strategy:widest_first:score=fisher"
+    cut = prune(tmp_path / "whole", user_config.plan, strategy, out=tmp_path / "shot", **shot)
+    for model in (taken, cut):
+        assert target - 3 * tiny.MODEL.width < parameter_count(model) <= target
+        widths = [stack.mlp_width for stack in model.stacks]
+        assert max(widths) - min(widths) <= 1
 
 
 def test_the_schedule_is_followed(run, user_config):
