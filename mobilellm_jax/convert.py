@@ -8,7 +8,8 @@ r"""Takes networks in and out: between checkpoints of ours and the files of othe
 MobileLLM); --from says which of them it must be. --to is one of
 
     checkpoint  a checkpoint of ours, for every program here (the default for a Hugging Face folder)
-    hf          a folder that transformers loads without code of ours; shared blocks are unrolled
+    hf          a folder that transformers loads without code of ours; shared blocks are unrolled, and
+                blocks of different widths filled up with zeros
     hf-shared   a folder with the few lines of PyTorch that keep shared blocks once
     gguf        a file for llama.cpp and the programs built on it
     torch       a folder for the code published with MobileLLM
@@ -27,10 +28,11 @@ from mobilellm_jax import cli
 from mobilellm_jax.data.embedded import topics
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.interop import gguf, huggingface, inspection, official_torch, stored
+from mobilellm_jax.interop.padding import padded, widest
 from mobilellm_jax.interop.perplexity import perplexity
 from mobilellm_jax.interop.stored import StoredModel
 from mobilellm_jax.leaves import DTYPES
-from mobilellm_jax.model.config import LS_KVS
+from mobilellm_jax.model.config import LS_KVS, parameter_count
 
 SAMPLE = 30_000  # characters of Python's help topics: four windows, minutes for 125M on a CPU
 
@@ -70,7 +72,15 @@ def convert(
     Raises:
       UserError: the format cannot express the network or its tokenizer, or something is in the way.
     """
-    arguments = source.leaves, source.model, source.needed_tokenizer, out
+    leaves, model = source.leaves, source.model
+    if to in ("hf", "gguf") and (wide := widest(model)) != model:
+        leaves, model = padded(leaves, model)
+        there, here = parameter_count(source.model), parameter_count(wide)
+        print(
+            f"note: its blocks differ in their widths, and {to} has one for all: filled up with zeros, "
+            f"{there:,} parameters are {here:,}; hf-shared keeps their own."
+        )
+    arguments = leaves, model, source.needed_tokenizer, out
     if to == "checkpoint":
         stored.write_checkpoint(source, out, dtype)
     elif to == "gguf":

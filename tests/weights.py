@@ -166,7 +166,13 @@ def stock(family, **config):
     """A model of transformers with random weights."""
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    names = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "llama4_text": "Llama4"}
+    names = {
+        "llama": "Llama",
+        "mistral": "Mistral",
+        "qwen2": "Qwen2",
+        "qwen3": "Qwen3",
+        "llama4_text": "Llama4",
+    }
     text = "Text" if family == "llama4_text" else ""
     made = getattr(transformers, f"{names[family]}{text}Config")(**config)
     model = getattr(transformers, f"{names[family]}ForCausalLM")(made)

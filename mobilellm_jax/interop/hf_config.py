@@ -17,6 +17,7 @@ FORMAT = 1
 
 ARCHITECTURES = {
     "llama": ("LlamaForCausalLM",),
+    "mistral": ("MistralForCausalLM",),
     "qwen2": ("Qwen2ForCausalLM",),
     "qwen3": ("Qwen3ForCausalLM",),
     "llama4_text": ("Llama4ForCausalLM",),
@@ -63,7 +64,7 @@ def write(model: ModelConfig, family: str) -> dict[str, Any]:
     if family == "llama" and model.width % stack.heads:
         raise UserError(
             f"transformers wants the width of a llama to be a multiple of its heads, and "
-            f"{model.width} is none of {stack.heads}: hf-shared has no such rule."
+            f"{model.width} is none of {stack.heads}: mistral and hf-shared have no such rule."
         )
     rope: dict[str, Any] = {"rope_type": "default"}
     if scaling := model.rope_scaling:
@@ -104,6 +105,8 @@ def write(model: ModelConfig, family: str) -> dict[str, Any]:
     match family:
         case "llama":
             config |= {"attention_bias": False, "mlp_bias": False}
+        case "mistral":
+            config |= {"sliding_window": None}
         case "qwen2":
             config |= {"use_sliding_window": False}
         case "qwen3":
@@ -154,6 +157,10 @@ class _Keys:
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise UserError(f"{self.where}: {key} is {value!r}, and must be a number.")
         return float(value)
+
+    def lacks(self, key: str) -> bool:
+        """Whether a key is not there; null is."""
+        return key not in self._left
 
     def must_be(self, key: str, *accepted: Any) -> None:
         """Refuses a value that would change the computation; the first is what missing means."""
@@ -277,6 +284,10 @@ def _read_model(keys: _Keys, family: str, ls_kv: str) -> ModelConfig:
     keys.must_be("mlp_bias", False)
     keys.must_be("quantization_config", None)
     match family:
+        case "mistral":
+            if keys.lacks("sliding_window") and max_length > 4096:  # what a missing one means
+                raise keys.refused("sliding_window", 4096)
+            keys.must_be("sliding_window", None)
         case "qwen2" | "qwen3":
             keys.must_be("use_sliding_window", False)
             keys.ignore("sliding_window", "max_window_layers")

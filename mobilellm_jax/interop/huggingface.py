@@ -27,7 +27,7 @@ from mobilellm_jax.interop.model_card import model_card
 from mobilellm_jax.leaves import DTYPES, Leaves, Whole
 from mobilellm_jax.model.config import ModelConfig
 
-EXPORTS = ("llama", "qwen2", "qwen3", "llama4_text", "hf_shared")
+EXPORTS = ("llama", "mistral", "qwen2", "qwen3", "llama4_text", "hf_shared")
 
 WriteWeights = Callable[[epath.Path, Leaves], list[str]]  # a folder and tensors to names of files
 

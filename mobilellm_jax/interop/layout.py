@@ -159,6 +159,7 @@ def _block(heads: Kind = HEADS, mlp: str = "mlp") -> tuple[Row, ...]:
 _LLAMA = Family("llama", _TOP, _block())
 _FAMILIES = (
     _LLAMA,
+    dataclasses.replace(_LLAMA, name="mistral"),
     dataclasses.replace(_LLAMA, name="qwen2", qkv_bias=(True,)),
     dataclasses.replace(
         _LLAMA,
@@ -246,7 +247,11 @@ def default_family(model: ModelConfig) -> str:
     """The stock architecture of Hugging Face that a network is exported as unless another is named."""
     if model.qk_norm != "none":
         return "qwen3"
-    return "qwen2" if model.qkv_bias else "llama"
+    if model.qkv_bias:
+        return "qwen2"
+    # transformers wants the heads of a llama to divide its width; of a mistral it does not, and computes
+    # the same.
+    return "mistral" if model.width % model.stacks[0].heads else "llama"
 
 
 def check(model: ModelConfig, family: Family) -> None:

@@ -228,7 +228,7 @@ def test_nothing_needs_torch_or_transformers():
             r"its block is .*Attention\.",
         ),
         ({"block": "mobilellm_jax.model.transformer:Attention"}, "hf_shared", "its block is"),
-        ({"width": 50}, None, "50 is none of 4: hf-shared"),
+        ({"width": 50}, "llama", "50 is none of 4: mistral and hf-shared"),
         ({"vocab_size": V - 1}, None, f"{V} pieces and the model {V - 1}"),
         ({}, "gpt2", "family='gpt2' is not one of llama"),
     ],

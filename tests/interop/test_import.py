@@ -65,6 +65,13 @@ FOREIGN = {
         {"rope_parameters": None, "rope_scaling": ROPE3, "rope_theta": 500.0},
         NETWORKS["Llama 3.1's RoPE"],
     ),
+    "mistral": (
+        "mistral",
+        {"head_dim": 12, "num_attention_heads": 6, "num_key_value_heads": 2, "sliding_window": None}
+        | {"hidden_size": 40, "tie_word_embeddings": False},
+        {},
+        changed(width=40, tied=False, stacks=(dataclasses.replace(SMALL.stacks[0], heads=6),)),
+    ),
     "qwen2": ("qwen2", {"head_dim": 16, "tie_word_embeddings": False}, {}, NETWORKS["biases"]),
     "qwen2, tied": ("qwen2", {}, {}, changed(qkv_bias=True)),
     "qwen3": (

@@ -113,6 +113,7 @@ def test_a_value_of_the_wrong_kind_is_refused_as_well(changes):
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window"),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window"),
         ("llama", {"sliding_window": 8}, "sliding_window"),
+        ("mistral", {"sliding_window": 8}, "sliding_window"),
         ("qwen3", {"head_dim": None}, "head_dim"),  # it means 128 there
         ("llama4_text", {"head_dim": None}, "head_dim"),
         ("llama4_text", {"intermediate_size_mlp": None}, "intermediate_size_mlp"),
@@ -191,7 +192,7 @@ def test_defaults_are_those_of_transformers():
     assert model.norm_eps == config.rms_norm_eps == 1e-5
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "mistral", "llama4", "hf_shared", None])
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "llama4", "hf_shared", None])
 def test_an_unknown_architecture_is_refused(model_type):
     found = raw("llama") | {"model_type": model_type}
     with pytest.raises(UserError, match="is an architecture that this program does not know"):

@@ -1,0 +1,116 @@
+"""Networks whose blocks differ in their widths: in formats that have one width for all, exactly."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import runs
+import tiny
+from weights import SMALL, assert_equal, load_stock, ours, random_leaves, random_tokens, theirs
+
+from mobilellm_jax.interop.padding import padded, widest
+from mobilellm_jax.interop.stored import open_model
+from mobilellm_jax.leaves import flat
+from mobilellm_jax.model import transformer
+from mobilellm_jax.model.config import Stack, parameter_count
+from mobilellm_jax.prune import take_out
+from mobilellm_jax.training.checkpoint import write_model
+
+STACKS = (Stack(2, 6, 3, 20), Stack(1, 2, 2, 12), Stack(1, 3, 1, 28))
+PRUNED = dataclasses.replace(SMALL, stacks=STACKS)  # heads of the widest: 3 KV heads of 3 each
+NETWORKS = {
+    "llama": dataclasses.replace(PRUNED, width=54),
+    "mistral": PRUNED,
+    "qwen2": dataclasses.replace(PRUNED, qkv_bias=True),
+    "qwen3": dataclasses.replace(PRUNED, qk_norm="unit"),
+}
+
+
+def checkpoint(model, folder):
+    leaves = random_leaves(model)
+    write_model(leaves, model, tiny.tokenizer(), {}, folder)
+    return leaves
+
+
+def converted(source, out, *more):
+    ended = runs.program("mobilellm_jax.convert", f"--checkpoint={source}", f"--out={out}", *more)
+    assert ended.status == 0, ended.err
+    return ended
+
+
+@pytest.mark.parametrize("family", NETWORKS)
+def test_hugging_face_computes_the_same(family, tmp_path):
+    model = NETWORKS[family]
+    leaves = checkpoint(model, tmp_path / "ours")
+    ended = converted(tmp_path / "ours", tmp_path / "hf", "--to=hf")
+    wide = widest(model)
+    assert f"{parameter_count(model):,} parameters are {parameter_count(wide):,}" in ended.out
+    loaded = load_stock(tmp_path / "hf")
+    assert loaded.config.model_type == family and loaded.config.intermediate_size == 28
+    tokens_BT = random_tokens(model)
+    all_ours, all_theirs = ours(model, leaves, tokens_BT), theirs(loaded, wide, family, tokens_BT)
+    np.testing.assert_allclose(all_theirs[0], all_ours[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("family", NETWORKS)
+def test_what_was_filled_up_is_found_again(family, tmp_path):
+    """Imported and with the zeros taken out it is the network that it was, bit for bit."""
+    model = NETWORKS[family]
+    leaves = checkpoint(model, tmp_path / "ours")
+    converted(tmp_path / "ours", tmp_path / "hf", "--to=hf")
+    take_out(tmp_path / "hf", tmp_path / "again")
+    again = open_model(tmp_path / "again")
+    widths = [(s.layers, s.heads, s.kv_heads, s.mlp_width) for s in again.model.stacks]
+    assert widths == [(s.layers, s.heads, s.kv_heads, s.mlp_width) for s in STACKS]
+    for path, leaf in leaves.items():
+        np.testing.assert_array_equal(again.leaves[path][:], leaf, err_msg=path)
+
+
+def test_shared_folders_keep_the_widths(tmp_path):
+    model = NETWORKS["llama"]
+    leaves = checkpoint(model, tmp_path / "ours")
+    converted(tmp_path / "ours", tmp_path / "hf", "--to=hf-shared")
+    found = open_model(tmp_path / "hf")
+    assert found.model == model
+    for path, leaf in leaves.items():
+        np.testing.assert_array_equal(found.leaves[path][:], leaf)
+
+
+def test_gguf_has_the_widths_of_the_widest(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model = dataclasses.replace(PRUNED, head_dim=16)
+    checkpoint(model, tmp_path / "ours")
+    converted(tmp_path / "ours", tmp_path / "net.gguf", "--to=gguf", "--quantization=f32")
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "net.gguf").tensors}
+    for layer in range(4):
+        assert tuple(tensors[f"blk.{layer}.ffn_up.weight"].data.shape) == (28, model.width)
+        assert tuple(tensors[f"blk.{layer}.attn_q.weight"].data.shape) == (9 * 16, model.width)
+    up = tensors["blk.2.ffn_up.weight"].data  # the stack of 12 channels
+    assert up[:12].all() and not up[12:].any()
+
+
+def test_slices_are_those_of_the_whole():
+    model = NETWORKS["qwen2"]
+    leaves, wide = padded(random_leaves(model), model)
+    for path, shape in flat(transformer.shapes(wide)).items():
+        whole = leaves[path][:]
+        assert whole.shape == leaves[path].shape == shape.shape
+        if path.startswith("stack_"):
+            np.testing.assert_array_equal(leaves[path][0], whole[0])
+            np.testing.assert_array_equal(leaves[path][0:1], whole[0:1])
+            np.testing.assert_array_equal(leaves[path][0, 1:3], whole[0, 1:3])
+            np.testing.assert_array_equal(leaves[path][:, 1:3], whole[:, 1:3])
+    tokens = random_tokens(model)
+    both = [
+        jax.jit(transformer.apply, static_argnums=1)(_nested(of), m, tokens)
+        for of, m in ((random_leaves(model), model), (leaves, wide))
+    ]
+    np.testing.assert_allclose(both[0], both[1], atol=1e-5)
+    assert assert_equal
+
+
+def _nested(leaves):
+    from mobilellm_jax.leaves import nested
+
+    return nested({path: np.asarray(leaf[:]) for path, leaf in leaves.items()})
