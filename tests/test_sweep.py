@@ -80,6 +80,7 @@ def swept(tmp_path_factory):
     return file, directory / "out", sweep(file, directory / "out", only, f"--parallel={PARALLEL}")
 
 
+@pytest.mark.slow
 def test_an_outcome_is_what_the_run_recorded_at_its_last_step(swept):
     file, workdir, _ = swept
     found = {(r["row"], r["seed"]): r for r in results(workdir) if "row" in r}
@@ -95,6 +96,7 @@ def test_an_outcome_is_what_the_run_recorded_at_its_last_step(swept):
         assert outcome["tokens"] == 6 * 16 * tiny.ROW
 
 
+@pytest.mark.slow
 def test_a_seed_changes_weights_and_order_and_rows_of_a_seed_see_the_same(swept):
     _, workdir, _ = swept
     seen = {name: runs.rows_seen(workdir / name) for name in ("low-s0", "high-s0", "low-s1")}
@@ -103,6 +105,7 @@ def test_a_seed_changes_weights_and_order_and_rows_of_a_seed_see_the_same(swept)
     assert loss["low-s0"] == loss["high-s0"] != loss["low-s1"]
 
 
+@pytest.mark.slow
 def test_a_failing_cell_stops_no_other_and_is_told(swept):
     _, workdir, ended = swept
     assert ended.status == 1
@@ -111,6 +114,7 @@ def test_a_failing_cell_stops_no_other_and_is_told(swept):
     assert [r["cell"] for r in results(workdir) if "error" in r] == ["broken-s1"]
 
 
+@pytest.mark.slow
 def test_cells_at_once_have_equal_shares_of_the_cores(swept):
     _, workdir, _ = swept
     share = len(os.sched_getaffinity(0)) // PARALLEL
@@ -118,6 +122,7 @@ def test_cells_at_once_have_equal_shares_of_the_cores(swept):
     assert f"{share} CPU thread" in (workdir / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_what_is_complete_is_not_run_again(swept):
     file, workdir, _ = swept
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.name == "metrics.jsonl"}
@@ -129,6 +134,7 @@ def test_what_is_complete_is_not_run_again(swept):
     assert (workdir / "table.md").read_text() == table
 
 
+@pytest.mark.slow
 def test_the_tables_say_what_the_cells_gave(swept):
     _, workdir, ended = swept
     bits = {(r["row"], r["seed"]): r["bits_per_byte"] for r in results(workdir) if "row" in r}
@@ -147,6 +153,7 @@ def test_the_tables_say_what_the_cells_gave(swept):
     assert sum(e.get("class") == "seed" for e in drawn.iter()) == 4
 
 
+@pytest.mark.slow
 def test_another_configuration_is_refused_with_the_sentence_of_training(swept):
     file, workdir, _ = swept
     ended = sweep(sweep_file(file.parent, peak=3e-2), workdir, "--cells=high-s0")

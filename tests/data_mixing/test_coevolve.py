@@ -88,6 +88,7 @@ def documents(out, number):
     return pyarrow.parquet.read_table(out / f"round-{number}" / "documents.parquet").to_pylist()
 
 
+@pytest.mark.slow
 def test_what_harms_loses_much_more_than_what_helps(ran):
     for one in ran[0]:
         share = {name: of.kept_tokens / of.tokens for name, of in one.sources.items()}
@@ -96,6 +97,7 @@ def test_what_harms_loses_much_more_than_what_helps(ran):
         assert benefit["noise"] == min(benefit.values())
 
 
+@pytest.mark.slow
 def test_a_stage_has_just_the_documents_that_help_of_the_raw_sources(given, ran):
     _, out = ran
     raw = {s.name: given[0].plan.resolve(s.path) for s in given[0].plan.sources}
@@ -120,6 +122,7 @@ def test_a_stage_has_just_the_documents_that_help_of_the_raw_sources(given, ran)
     assert kept[1] - kept[0]  # of the raw sources, not of what was kept before
 
 
+@pytest.mark.slow
 def test_benefits_are_of_whole_documents_on_the_scale_of_the_first_round(ran):
     rounds, out = ran
     scale = None
@@ -145,6 +148,7 @@ def test_benefits_are_of_whole_documents_on_the_scale_of_the_first_round(ran):
         assert one.distribution.share == pytest.approx(kept / sum(t for _, t in sums.values()))
 
 
+@pytest.mark.slow
 def test_weights_are_mean_benefits_of_what_is_kept(ran):
     rounds, out = ran
     for one in rounds:
@@ -159,6 +163,7 @@ def test_weights_are_mean_benefits_of_what_is_kept(ran):
         assert plan.provenance["round"] == one.number
 
 
+@pytest.mark.slow
 def test_each_round_is_scored_by_what_the_one_before_has_trained(given, ran):
     rounds, out = ran
     first, second = rounds
@@ -176,6 +181,7 @@ def test_each_round_is_scored_by_what_the_one_before_has_trained(given, ran):
     assert len({runs.bits(m.params)["['embedding']"] for m in losses}) == 3
 
 
+@pytest.mark.slow
 def test_held_out_losses_are_those_of_the_training_objective(given, ran):
     rounds, _ = ran
     assert rounds[0].after == rounds[1].before
@@ -195,6 +201,7 @@ def test_held_out_losses_are_those_of_the_training_objective(given, ran):
             assert told[capability] == pytest.approx(float(nats) / count, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_everything_is_told(ran):
     rounds, out = ran
     told = json.loads((out / "rounds.json").read_text())
@@ -300,6 +307,7 @@ def keep(given, ran, kept_M, out, **changes):
     return found, said.getvalue()
 
 
+@pytest.mark.slow
 def test_a_source_without_a_survivor_is_left_out_and_told(given, ran, tmp_path):
     found = ran[0][0].found
     kept_M = (found.benefit_M > 0) & (found.source_M != "noise")
@@ -309,6 +317,7 @@ def test_a_source_without_a_survivor_is_left_out_and_told(given, ran, tmp_path):
     assert this.sources["noise"].weight == 0
 
 
+@pytest.mark.slow
 def test_a_source_with_too_little_for_a_row_is_left_out_and_told(given, ran, tmp_path):
     found, config = ran[0][0].found, tiny.config("", STEPS)
     config.row_length = 2 * tiny.ROW
@@ -324,6 +333,7 @@ def test_a_source_with_too_little_for_a_row_is_left_out_and_told(given, ran, tmp
         keep(given, ran, kept_M & (found.source_M == "sums"), tmp_path / "less", config=config)
 
 
+@pytest.mark.slow
 def test_caps_on_epochs_are_obeyed(given, ran, tmp_path):
     kept_M = ran[0][0].found.benefit_M > 0
     free, _ = keep(given, ran, kept_M, tmp_path / "free")
@@ -339,6 +349,7 @@ def test_caps_on_epochs_are_obeyed(given, ran, tmp_path):
 # What is refused.
 
 
+@pytest.mark.slow
 def test_bad_input(given, ran, tmp_path):
     found, _ = given
     with pytest.raises(UserError, match="--metric=loss is none of datainf, dot"):

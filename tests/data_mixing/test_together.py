@@ -93,10 +93,8 @@ def check_as_solo(folder, solo):
             np.testing.assert_allclose(leaf, expected[path], rtol=1e-5, atol=1e-5, err_msg=path)
 
 
-@pytest.mark.parametrize(
-    ("group", "devices"),
-    [(1, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3, 1), (4, 4)))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("group", "devices"), [(1, 1), (3, 1), (4, 4)])
 def test_each_member_is_its_solo_run(group, devices, config, members, probes, solo, pair, tmp_path):
     found = run(config, members, probes, tmp_path / "runs", devices, group=group, keep=1)
     check_as_solo(tmp_path / "runs", solo)
@@ -107,11 +105,13 @@ def test_each_member_is_its_solo_run(group, devices, config, members, probes, so
             np.testing.assert_allclose(nll_MN, other, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_members_differ(solo):
     first, second, third = (member["embedding"] for member in solo.values())
     assert np.abs(first - second).max() > 1e-3 and np.abs(first - third).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_measured_losses_are_those_of_the_checkpoints(pair, members, probes, config, solo):
     folder, found = pair
     check_as_solo(folder, solo)
@@ -202,6 +202,7 @@ def dying(function, call):
     return wrapped
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused(pair, config, members, probes):
     folder, _ = pair
     other = config.copy_and_resolve_references()

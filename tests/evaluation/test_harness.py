@@ -248,6 +248,7 @@ def test_a_continuation_longer_than_the_context_is_refused():
     assert Likelihood(-1.0, True) == Likelihood(-1.0, True)
 
 
+@pytest.mark.slow
 def test_devices_share_the_texts():
     """What four devices score and draw is what one does."""
     name = "shared, untied"

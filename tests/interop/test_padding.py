@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import runs
 import tiny
-from weights import SMALL, assert_equal, load_stock, ours, random_leaves, random_tokens, theirs
+from weights import SMALL, load_stock, ours, random_leaves, random_tokens, theirs
 
 from mobilellm_jax.interop.padding import padded, widest
 from mobilellm_jax.interop.stored import open_model
@@ -53,7 +53,9 @@ def test_hugging_face_computes_the_same(family, tmp_path):
     np.testing.assert_allclose(all_theirs[0], all_ours[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("family", NETWORKS)
+@pytest.mark.parametrize(
+    "family", [f if f == "qwen2" else pytest.param(f, marks=pytest.mark.slow) for f in NETWORKS]
+)
 def test_what_was_filled_up_is_found_again(family, tmp_path):
     """Imported and with the zeros taken out it is the network that it was, bit for bit."""
     model = NETWORKS[family]
@@ -107,7 +109,6 @@ def test_slices_are_those_of_the_whole():
         for of, m in ((random_leaves(model), model), (leaves, wide))
     ]
     np.testing.assert_allclose(both[0], both[1], atol=1e-5)
-    assert assert_equal
 
 
 def _nested(leaves):

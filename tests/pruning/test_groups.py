@@ -133,6 +133,7 @@ def same_outputs(config, params, live, layout):
     smaller = taken(params, compact, transformer.shapes(compact.config))
     tokens = networks.rows()["tokens"][:, :-1]
 
+    @functools.partial(jax.jit, static_argnums=1)
     def logits(params, config):
         return transformer.logits(params, config, transformer.apply(params, config, tokens))
 

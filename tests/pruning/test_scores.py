@@ -16,6 +16,14 @@ from mobilellm_jax.parallel.sharding import put_rows, shardings
 from mobilellm_jax.pruning import activations, groups, measures
 from mobilellm_jax.training.objectives import next_token
 
+QUICK = "two stacks, biases", "shared"
+EACH = pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(c, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name, c in networks.NETWORKS.items()
+    ],
+)
 ONCE = {name: c for name, c in networks.NETWORKS.items() if all(s.repeats == 1 for s in c.stacks)}
 
 
@@ -90,8 +98,8 @@ def with_factors(config, params, factors):
     return out
 
 
-@pytest.mark.parametrize("kind", ["taylor_slice", "fisher"])
-@pytest.mark.parametrize("config", networks.NETWORKS.values(), ids=networks.NETWORKS)
+@pytest.mark.parametrize("kind", ["taylor_slice", pytest.param("fisher", marks=pytest.mark.slow)])
+@EACH
 def test_a_slice_is_the_derivative_by_a_factor_on_the_group(config, kind):
     params, batch = networks.parameters(config), networks.rows()
     ones = groups.of_widths(config, lambda *shape: jnp.ones(shape))
@@ -110,7 +118,9 @@ def test_a_slice_is_the_derivative_by_a_factor_on_the_group(config, kind):
             np.testing.assert_allclose(getattr(a, field) / scale, wanted / scale, atol=1e-5)
 
 
-@pytest.mark.parametrize("execution", [{"remat": "full"}, {"unroll": 2}], ids=str)
+@pytest.mark.parametrize(
+    "execution", [{"remat": "full"}, pytest.param({"unroll": 2}, marks=pytest.mark.slow)], ids=str
+)
 def test_how_a_network_is_run_changes_no_score(execution):
     network = networks.network(networks.TWO, **execution)
     params = networks.parameters(networks.TWO)
@@ -121,7 +131,13 @@ def test_how_a_network_is_run_changes_no_score(execution):
             np.testing.assert_allclose(a, b, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["taylor", "fisher", "activation", "magnitude"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "taylor",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("fisher", "activation", "magnitude")),
+    ],
+)
 def test_eight_devices_score_like_one(name):
     config = networks.TWO
     mesh = make_mesh({"data": 2, "fsdp": 4}, jax.devices())
@@ -150,7 +166,7 @@ def test_batches_add_up():
     np.testing.assert_allclose(whole.importance("cosine"), both.importance("cosine"), rtol=1e-5)
 
 
-@pytest.mark.parametrize("config", networks.NETWORKS.values(), ids=networks.NETWORKS)
+@EACH
 def test_statistics_are_those_of_the_activations(config):
     """Against the same network walked through block by block with every activation at hand."""
     params, batch = networks.parameters(config), networks.rows()
