@@ -16,7 +16,7 @@ math_gsm8k_train as .jsonl.gz of {"id", "text"}. The network is that of
 
 After every stage: bits per byte of the held-out rows of each source and of the answers in held-out
 conversations, GSM8K's test problems and dialogues that call functions. Each step is a program of the
-project, printed before it runs; started again it goes on. OUT gets results.md and curves.html.
+project, printed before it runs; started again it goes on. OUT gets results.md, curves.html and curves.svg.
 """
 
 import dataclasses
@@ -249,6 +249,18 @@ def curves(out: Path, stages: list[str]) -> list[str]:
     return parts
 
 
+def one_picture(drawings: list[str]) -> str:
+    """Drawings one below the other, as one SVG file."""
+    heights = [float(re.search(r'viewBox="0 0 900 ([\d.]+)"', d)[1]) for d in drawings]
+    above = np.cumsum([0, *heights])
+    parts = [
+        drawing.replace("<svg ", f'<svg y="{y:g}" height="{height:g}" ', 1)
+        for drawing, y, height in zip(drawings, above[:-1], heights, strict=True)
+    ]
+    size = f'viewBox="0 0 900 {above[-1]:g}" width="900" height="{above[-1]:g}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg>\n'
+
+
 def main(_: list[str]) -> None:
     args, out = flags.FLAGS, Path(flags.FLAGS.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -268,10 +280,10 @@ def main(_: list[str]) -> None:
     table = aligned(cells, "<" + ">" * len(judged))
     shares = ", ".join(f"{n} {share:.1%}" for n, share in found_weights(out).items())
     (out / "results.md").write_text(f"```\n{table}\n```\n\nmixture by influence: {shares}\n")
-    page = drawing.page(
-        "The recipe in small", [drawing.preformatted(table), *curves(out, list(judged))]
-    )
+    drawn = curves(out, list(judged))
+    page = drawing.page("The recipe in small", [drawing.preformatted(table), *drawn])
     (out / "curves.html").write_text(page)
+    (out / "curves.svg").write_text(one_picture(drawn))
     print(f"\n{table}\n\nmixture by influence: {shares}\n{out / 'curves.html'}")
 
 

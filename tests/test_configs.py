@@ -14,6 +14,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, flops_per_token, parameter_count
 from mobilellm_jax.model.presets import COMPARED, PRESETS, preset
+from mobilellm_jax.pruning.while_training import rehearsed, schedule_of
 from mobilellm_jax.sweeps.description import load_sweep
 from mobilellm_jax.training.config import check, configured, differences
 from mobilellm_jax.training.length import length_of
@@ -339,3 +340,24 @@ def test_distillation():
     steps = {name: config.steps for name, config in sweep.rows.items()}
     assert steps["labels-flops"] == round(2.193 * steps["labels"]) == round(2.193 * steps["kd"])
     whole(made.get_config("teacher"))
+
+
+@pytest.mark.parametrize("run", ["350m", "600m", "1b", "qwen-0.5b", "deepseek", "small"])
+def test_adapt_pruner(run):
+    """Sources and targets as the authors count them, and every cut within reach of the strategy."""
+    config = module("adapt_pruner").get_config(run if run != "small" else "small,pruned")
+    whole(config)
+    published = {"350m": SIZES["350m"], "qwen-0.5b": 494_032_768, "deepseek": 1_777_088_000}
+    published |= {"600m": SIZES["600m"], "1b": SIZES["1b"]}
+    assert parameters(config) == published.get(run, parameters(config))
+    schedule = schedule_of(config, config.steps)
+    strategy = configured(config.pruning.strategy, "pruning.strategy")
+    rehearsed(ModelConfig.from_dict(config.model), strategy, schedule, "")
+    cut = parameters(config) - np.array([parameters(config), *schedule.targets])
+    if run != "small":  # "about 5 % at a time": 3 to 5 of the source
+        assert (np.diff(cut) / parameters(config) < 0.05).all()
+
+
+def test_adapt_pruner_says_what_there_is():
+    with pytest.raises(UserError, match="350m, 600m, 1b"):
+        module("adapt_pruner").get_config("125m")

@@ -76,6 +76,7 @@ def test_the_document_shows_one_of_each():
         assert f'"my_{name}:' in shown
 
 
+@pytest.mark.slow
 def test_the_strategy_prunes(user_config, tmp_path):
     """In one shot and inside of training, down to widths that are as equal as can be."""
     target = int(0.8 * parameter_count(tiny.MODEL))

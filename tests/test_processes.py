@@ -174,6 +174,7 @@ def refusals(commands):
     return [one.err.splitlines()[-1] for one in ended]
 
 
+@pytest.mark.slow
 def test_processes_with_different_configurations_are_refused_before_they_compile(plan, tmp_path):
     config = config_file(tmp_path, plan)
     same = [f"--config={config}", f"--workdir={tmp_path / 'run'}"]

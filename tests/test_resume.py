@@ -116,6 +116,7 @@ def test_a_signal_saves_and_leaves_and_the_next_start_goes_on(plan, tmp_path, nu
     assert rows_seen(tmp_path / "run") == rows_seen(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_program_tells_that_a_signal_stopped_it(plan, tmp_path):
     config = config_file(
         tmp_path, plan, steps=100_000, eval__every=100_000, checkpoint__every=50_000

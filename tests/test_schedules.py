@@ -243,6 +243,7 @@ def test_a_ramp_and_tokens_on_the_command_line(plan, tmp_path):
 # --- Traces ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_trace_of_chosen_steps_changes_no_bit(plan, tmp_path):
     plain = run(tiny.config(plan), tmp_path / "plain", stop_at=6)
     config = tiny.config(plan)

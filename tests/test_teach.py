@@ -140,6 +140,7 @@ def test_a_student_learns_from_it_as_from_the_teacher(plan, teacher, write, tmp_
     assert online[-1] < 0.5 * online[0]
 
 
+@pytest.mark.slow
 def test_a_few_tokens_teach_as_well(plan, written, tmp_path):
     config = student(plan, written)
     config.microbatches = 2

@@ -124,22 +124,17 @@ def rehearsed(config: ModelConfig, strategy: Strategy, schedule: Schedule, where
     live, memory = everything(config), None
     first, measures = counts(live), _Random(config, where)
     for target in schedule.targets:
-        try:
-            choice = strategy(View(config, live, first, memory, measures), target)
-        except (
-            AttributeError
-        ) as error:  # it asks for weights or activations, which are not there yet
-            raise UserError(
-                f"{where} measures what only a trained network has ({error}), so it prunes in one shot: "
-                "python -m mobilellm_jax.prune."
-            ) from None
-        check(config, choice, where)
+        choice = strategy(View(config, live, first, memory, measures), target)
+        check(config, live, choice, where)
         live, memory = choice.live, choice.memory
     return memory
 
 
-def check(config: ModelConfig, choice: Choice, where: str) -> None:
-    """Raises `UserError` where a choice is none that a run can take."""
+def check(config: ModelConfig, live: Groups, choice: Choice, where: str) -> None:
+    """Raises `UserError` where a choice is none that a run can take, given what lives."""
+    pairs = zip(jax.tree.leaves(live), jax.tree.leaves(choice.live), strict=True)
+    if any((new & ~old).any() for old, new in pairs):
+        raise UserError(f"{where} lets groups live that are dead, whose weights are zero.")
     if choice.config is not None or choice.params is not None:
         raise UserError(
             f"{where} changes weights, which a run does not: prune in one shot, "
@@ -198,7 +193,7 @@ class Pruner:
         )
         first = counts(everything(model))
         choice = self.strategy(View(model, given.live, first, given.memory, measures), target)
-        check(model, choice, self.where)
+        check(model, given.live, choice, self.where)
         state = apply(state, choice.live, choice.memory)
         left = parameters(model, counts(choice.live))
         gone = removed(given.live, choice.live)

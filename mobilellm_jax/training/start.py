@@ -8,7 +8,7 @@ long run at any checkpoint that is kept.
 import dataclasses
 import functools
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # what a run is set up with loads far more than a start needs
     from mobilellm_jax.training.setup import Setup
 
 # What a run may change of the network at whose weights it starts.
-MAY_CHANGE = ("max_length", "rope_theta", "rope_scaling", "init_std")
+MAY_CHANGE = ("max_length", "rope_theta", "rope_scaling", "init_std", "dead_channels")
 
 
 def open_start(config: ConfigDict, run: "Setup") -> StoredModel:
@@ -129,6 +129,8 @@ def begin(start: StoredModel, config: ConfigDict, run: "Setup") -> TrainState:
     if config.init_state == "all":
         return _continued(start, config, run)
     params = start.params(run.shardings.params, np.float32)
+    if run.model.dead_channels and not start.model.dead_channels:
+        _check_scales(params, config)
     fresh = functools.partial(
         init_state,
         make_optimizer=run.make_optimizer,
@@ -136,6 +138,17 @@ def begin(start: StoredModel, config: ConfigDict, run: "Setup") -> TrainState:
         pruning=run.pruner.begin() if run.pruner else None,
     )
     return jax.jit(fresh, out_shardings=run.shardings, donate_argnums=0)(params)
+
+
+def _check_scales(params: Any, config: ConfigDict) -> None:
+    """A norm scale of 0 says that a channel is dead, so at the start there must be none."""
+    for path, leaf in flat(params).items():
+        if path.endswith("norm/scale") and bool((leaf == 0).any()):
+            raise UserError(
+                f"config.init_from={config.init_from}: {path} has a scale of exactly 0, by which "
+                "config.model.dead_channels=True takes a channel for dead: set it to False, or prune in "
+                "one shot."
+            )
 
 
 def _continued(start: StoredModel, config: ConfigDict, run: "Setup") -> TrainState:
@@ -177,6 +190,13 @@ def check_state(start: StoredModel, config: ConfigDict, run: "Setup") -> None:
                 f"{where}: config.optimizer.{key} is {old!r} there and {new!r} here; keep it, or set "
                 "config.init_state=weights."
             )
+    old, new = (bool(c.get("pruning", {}).get("target")) for c in (there, config.to_dict()))
+    if old != new:
+        raise UserError(
+            f"{where}: that run {'prunes' if old else 'does not prune'} and this one "
+            f"{'does' if new else 'does not'}; set config.pruning.target as it was there, or "
+            "config.init_state=weights."
+        )
     if start.step >= run.length.steps:
         raise UserError(
             f"{where}: that is step {start.step:,} and this run ends at step {run.length.steps:,}; a run "

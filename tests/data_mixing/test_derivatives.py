@@ -122,7 +122,7 @@ def test_slopes_and_datainf_equal_gradients_of_single_rows(model, layers):
 @pytest.mark.parametrize(
     "model, layers, chunks",
     [
-        (TIED, "embedding+output", 2),
+        pytest.param(TIED, "embedding+output", 2, marks=pytest.mark.slow),
         (UNTIED, "embedding", 1),
         pytest.param(UNTIED, "output", 4, marks=pytest.mark.slow),
         pytest.param(UNTIED, "embedding+output", 1, marks=pytest.mark.slow),

@@ -285,6 +285,7 @@ def test_capabilities_on_the_command_line():
             parse_capabilities(given)
 
 
+@pytest.mark.slow
 def test_the_whole_program_with_networks(data, tmp_path, monkeypatch):
     checkpoint.write_model(
         random_leaves(tiny.MODEL), tiny.MODEL, tiny.tokenizer(), {}, tmp_path / "network"

@@ -219,7 +219,13 @@ def mean_given(config, params, kind, weight):
     return given + np.asarray(of[bias][0]) if bias in of else given
 
 
-@pytest.mark.parametrize("config", [networks.PLAIN, networks.TWO], ids=["plain", "biases"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(networks.PLAIN, id="plain"),
+        pytest.param(networks.TWO, id="biases", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(("kind", "weight"), [("attention", "out"), ("mlp", "down")])
 def test_biases_keep_what_was_given_on_average(config, kind, weight):
     """Of the first block, whose input is the same; of its MLP if attention has lost nothing."""

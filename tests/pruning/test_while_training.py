@@ -20,6 +20,7 @@ from mobilellm_jax.pruning import efficient, groups
 from mobilellm_jax.pruning.measures import Measures
 from mobilellm_jax.pruning.strategies import View
 from mobilellm_jax.pruning.while_training import schedule_of
+from mobilellm_jax.training.checkpoint import load_model, write_model
 from mobilellm_jax.training.objectives import next_token
 from mobilellm_jax.training.setup import set_up
 from mobilellm_jax.training.step import Pruning, init_state, train_step
@@ -116,6 +117,20 @@ def train_attached():
     return step.attached
 
 
+def test_a_fork_goes_on_pruning_or_says_why_not(plan, whole, tmp_path):
+    forked = {"init_from": f"{whole[0]}@4", "init_state": "all", "schedule.peak": 0.0}
+    state = runs.run(config(plan, **forked), tmp_path / "fork")
+    before = load_model(whole[0] / "checkpoints" / "4").params
+    live = jax.device_get(state.pruning.live)
+    for path, leaf in flat(groups.masked(before, live)).items():  # no rate: only the cuts act
+        np.testing.assert_array_equal(flat(state.params)[path], leaf)
+    for target, there in ((0, whole[0]), (TARGET, tmp_path / "plain")):
+        runs.run(tiny.config(plan, 8), tmp_path / "plain")
+        with pytest.raises(UserError, match="prune"):
+            changes = {"init_from": f"{there}@4", "init_state": "all", "pruning.target": target}
+            runs.run(config(plan, **changes), tmp_path / f"refused{target}")
+
+
 # --- Scores in the step
 
 
@@ -201,6 +216,26 @@ def test_efficient_cuts_the_least_kind_in_all_layers(plan, tmp_path):
         worth = {k.partition("/")[2]: v for k, v in record.items() if k.startswith("saliency/")}
         assert not worth or record["types"][-1] == min(worth, key=worth.get)
     assert any("types" in record for record in cuts)
+
+
+def test_a_network_that_was_trained_without_begins_to_prune_its_stream(plan, tmp_path):
+    runs.run(tiny.config(plan, 4), tmp_path / "before")
+    changes = {"init_from": str(tmp_path / "before"), "pruning.target": int(0.9 * WHOLE)}
+    changes |= {"pruning.strategy.types": ("residual",), "steps": 6, "pruning.cuts": 2}
+    state = runs.run(efficiently(plan, **changes), tmp_path / "after")
+    live = np.asarray(state.pruning.live.residual_D)
+    assert not live.all()
+    assert not np.asarray(state.params["final_norm"]["scale"])[~live].any()
+
+
+def test_a_scale_of_zero_is_refused_where_it_would_mean_death(plan, tmp_path):
+    runs.run(tiny.config(plan, 4), tmp_path / "before")
+    loaded = load_model(tmp_path / "before")
+    leaves = dict(flat(jax.device_get(loaded.params)))
+    leaves["final_norm/scale"] = np.where(np.arange(tiny.MODEL.width) == 3, 0, 1).astype(np.float32)
+    write_model(leaves, loaded.model, loaded.tokenizer, {}, tmp_path / "zero")
+    with pytest.raises(UserError, match="final_norm/scale has a scale of exactly 0"):
+        runs.run(efficiently(plan, init_from=str(tmp_path / "zero")), tmp_path / "after")
 
 
 def test_units_by_brute_force():

@@ -239,6 +239,7 @@ def test_a_student_comes_nearer_to_its_teacher(plan, taught_by, tmp_path, capsys
     assert teacher["path"] == str(taught_by)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "devices"),
     [
@@ -258,6 +259,7 @@ def test_microbatches_and_devices_change_nothing(plan, taught_by, tmp_path, chan
     np.testing.assert_allclose(other, one, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_with_nothing_left_to_do_reads_no_teacher(plan, taught_by, tmp_path, monkeypatch):
     config = distilling(plan, taught_by, steps=4)
     runs.run(config, tmp_path / "run")

@@ -149,6 +149,7 @@ def test_without_a_spike_the_guard_changes_no_bit(config_of, tmp_path):
     assert bits((off.params, off.opt_state)) == bits((on.params, on.opt_state))
 
 
+@pytest.mark.slow
 def test_a_resume_goes_on_with_the_same_window(config_of, guarded, tmp_path):
     for stop_at in (SPIKE - 1, SPIKE, None):
         resumed = run(config_of("40"), tmp_path / "run", stop_at)
