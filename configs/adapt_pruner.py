@@ -10,9 +10,9 @@ r"""Adapt-Pruner's interleaved runs (arXiv 2502.03460): a network shrinks in sma
 
 60,268 steps of 128 rows of 1,024 tokens, nine sets of instructions; the steps that follow a cut grow
 linearly. Targets are those of the authors' scripts; their 376.1M and 143.1M of the first line count the
-tied embedding, 30.72M, twice. Their code begins the moments anew after each cut and re-scores fifty times within one
-without training; here moments are kept and scores come from the steps in between. Rows are packed,
-theirs are padded. Hardware of the paper: 4 GPUs.
+tied embedding, 30.72M, twice. Their code begins the moments anew after each cut and re-scores fifty
+times within one without training; here moments are kept and scores come from the steps in between.
+Rows are packed, theirs are padded. Hardware of the paper: 4 GPUs.
 
     python -m mobilellm_jax.prepare --chat=... --tokenizer=models/MobileLLM-350M --row_length=1024 \
       --out=data/instructions
