@@ -65,8 +65,10 @@ def prune(
         measures = Measures(params, network, batches(number), seed + number)
         view = View(network.model, live, first, memory, measures)
         choice = strategy(view, aim)
-        if choice.config is not None:
-            network = dataclasses.replace(network, model=choice.config)
+        config = choice.config or network.model
+        if not choice.live.residual_D.all():  # norms divide by the channels that live
+            config = dataclasses.replace(config, dead_channels=True)
+        network = dataclasses.replace(network, model=config)
         gone, live, memory = removed(live, choice.live), choice.live, choice.memory
         params = cut(params if choice.params is None else choice.params, live)
         left = parameters(network.model, counts(live))

@@ -68,8 +68,8 @@ def test_the_target_is_met_to_within_one_group(name, share):
 @pytest.mark.parametrize(
     "name",
     [
-        "slicegpt",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("adapt", "flap", "efficient")),
+        "efficient",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("adapt", "flap", "slicegpt")),
     ],
 )
 def test_what_is_left_is_the_network_that_was_cut(name):
