@@ -73,9 +73,9 @@ def convert(
       UserError: the format cannot express the network or its tokenizer, or something is in the way.
     """
     leaves, model = source.leaves, source.model
-    if to in ("hf", "gguf") and (wide := widest(model)) != model:
+    if to in ("hf", "gguf") and widest(model) != model:
         leaves, model = padded(leaves, model)
-        there, here = parameter_count(source.model), parameter_count(wide)
+        there, here = parameter_count(source.model), parameter_count(model)
         print(
             f"note: its blocks differ in their widths, and {to} has one for all: filled up with zeros, "
             f"{there:,} parameters are {here:,}; hf-shared keeps their own."

@@ -35,7 +35,7 @@ from mobilellm_jax.decoding.decoder import execution_on
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import check_new_folder
 from mobilellm_jax.imports import import_path
-from mobilellm_jax.interop.stored import open_model
+from mobilellm_jax.interop.stored import StoredModel, open_model
 from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, parameter_count
@@ -43,7 +43,7 @@ from mobilellm_jax.parallel.compiled import keep_compiled
 from mobilellm_jax.parallel.mesh import local_mesh
 from mobilellm_jax.parallel.sharding import put_rows, shardings
 from mobilellm_jax.pruning import one_shot
-from mobilellm_jax.pruning.compaction import LAYOUTS, compacted, taken
+from mobilellm_jax.pruning.compaction import LAYOUTS, Compact, compacted, taken
 from mobilellm_jax.pruning.groups import living
 from mobilellm_jax.pruning.measures import batch_of
 from mobilellm_jax.pruning.names import STRATEGIES
@@ -162,7 +162,6 @@ def prune(
         smaller = taken(pruned.params, compact, transformer.shapes(compact.config))
         after = measured(smaller, Network(compact.config, network.execution, bos, eos, loss_chunks))
         record = {
-            "source": source.identity,
             "strategy": strategy,
             "target": target,
             "rounds": rounds,
@@ -172,12 +171,9 @@ def prune(
             "plan": loaded.hash,
             "heldout_before": before,
             "heldout_after": after,
-            "kept": compact.to_dict(),
             "events": pruned.events,
         }
-        leaves = flat(jax.device_get(smaller))
-        write_model(leaves, compact.config, tokenizer, {"pruning": record}, out)
-    print(table(model, compact.config))
+        _write(source, smaller, compact, record, out)
     for key in before:
         print(f"{key}: {before[key]:.4f} before, {after[key]:.4f} after")
     left, live = parameter_count(compact.config), pruned.events[-1]["parameters"]
@@ -214,13 +210,20 @@ def take_out(
             f"nothing in {source.directory} is dead: say how many parameters are to be left, "
             "--target_params, and by which rows, --plan."
         )
-    smaller = jax.device_get(taken(params, compact, transformer.shapes(compact.config)))
-    record = {"source": source.identity, "kept": compact.to_dict()}
-    tokenizer = source.needed_tokenizer
-    write_model(flat(smaller), compact.config, tokenizer, {"pruning": record}, out)
-    print(table(source.model, compact.config))
+    smaller = taken(params, compact, transformer.shapes(compact.config))
+    _write(source, smaller, compact, {}, out)
     print(f"{before:,} parameters are {after:,}: {out}")
     return compact.config
+
+
+def _write(
+    source: StoredModel, smaller: Any, compact: Compact, record: dict[str, Any], out: epath.PathLike
+) -> None:
+    """Writes the smaller network with a record of how it came about, and shows its stacks."""
+    record = {"source": source.identity, **record, "kept": compact.to_dict()}
+    leaves, tokenizer = flat(jax.device_get(smaller)), source.needed_tokenizer
+    write_model(leaves, compact.config, tokenizer, {"pruning": record}, out)
+    print(table(source.model, compact.config))
 
 
 def parse(text: str) -> Strategy:

@@ -11,7 +11,6 @@ is `ls_kv="first_pass"`.)
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -26,6 +25,7 @@ from mobilellm_jax.model.attention import KERNELS, of_rows, rope, rope_frequenci
 from mobilellm_jax.model.axes import axes_of
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.model.embedding import look_up
+from mobilellm_jax.model.notes import GRAMS, STATISTICS, gram, moments, movement, note
 from mobilellm_jax.model.plain import attention, cached_attention, visible
 from mobilellm_jax.model.taps import TAPS, tapped
 from mobilellm_jax.parallel.sharding import batch_sharded
@@ -33,7 +33,6 @@ from mobilellm_jax.parallel.sharding import batch_sharded
 Params = dict[str, Any]
 Cache = dict[str, Any]  # per stack: {"key", "value"}, each [B, A * K, S, H], in order of execution
 
-STATISTICS, GRAMS = "statistics", "grams"  # collections of what blocks note
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -156,33 +155,6 @@ def _with_bias(module: nn.Module, config: ModelConfig, name: str, y_BTD: jax.Arr
     return y_BTD + _with_tap(module, name, bias_D).astype(y_BTD.dtype)
 
 
-def _note(module: nn.Module, **sums: Callable[[], jax.Array]) -> None:
-    """Adds to the statistics that `statistics` gives, where it asks for them."""
-    for name, value in sums.items():
-        collection = GRAMS if name == "gram" else STATISTICS
-        if module.is_mutable_collection(collection):
-            module.sow(collection, name, value(), jnp.add, lambda: jnp.zeros(()))
-
-
-def _moments(x: jax.Array) -> dict[str, Callable[[], jax.Array]]:
-    """Sum and sum of squares over rows and tokens, float32, of [B, T, ...]."""
-    return {
-        "sum": lambda: x.astype(jnp.float32).sum((0, 1)),
-        "square": lambda: jnp.square(x.astype(jnp.float32)).sum((0, 1)),
-    }
-
-
-def _gram(x_BTD: jax.Array) -> Callable[[], jax.Array]:
-    """Sum over rows and tokens of x x^T, each x scaled to a mean square of 1; float32 [D, D]."""
-
-    def value() -> jax.Array:
-        y = x_BTD.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.maximum(jnp.mean(y * y, -1, keepdims=True), 1e-30))
-        return jnp.einsum("BTD,BTE->DE", y, y, precision=jax.lax.Precision.HIGHEST)
-
-    return value
-
-
 class Attention(nn.Module):
     """Grouped-query self-attention with RoPE and, if the network has it, QK-norm."""
 
@@ -235,7 +207,7 @@ class Attention(nn.Module):
             y_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, context.visible_BTS)
         else:
             y_BTNH = cached_attention(q_BTNH, k_RSH, v_RSH, context.visible_BTS)
-        _note(self, **_moments(y_BTNH))
+        note(self, **moments(y_BTNH))
         out_NHD = matrix("out", s.heads, c.head_dim, c.width)
         # Over N and H in this order: einsum's would be H, N, for which XLA copies the weights.
         y_BTD = jnp.tensordot(y_BTNH, out_NHD, 2)
@@ -274,7 +246,7 @@ class MLP(nn.Module):
             hidden_BTF = _gated(gate_BTF, up_BTF)
         else:
             hidden_BTF = nn.relu(jnp.einsum("BTD,DF->BTF", x_BTD, matrix("up", width, hidden)))
-        _note(self, **_moments(hidden_BTF))
+        note(self, **moments(hidden_BTF))
         y_BTD = jnp.einsum("BTF,FD->BTD", hidden_BTF, matrix("down", hidden, width))
         return _with_bias(self, self.config, "down_bias", y_BTD)
 
@@ -293,25 +265,14 @@ class Block(nn.Module):
         c, given_BTD = self.config, x_BTD
         norm = functools.partial(RMSNorm, c.norm_eps, dead=c.dead_channels)
         y_BTD = norm(name="attention_norm")(x_BTD)
-        _note(self, read=_moments(y_BTD)["square"], gram=_gram(x_BTD))
+        note(self, read=moments(y_BTD)["square"], gram=gram(x_BTD))
         y_BTD, cache = Attention(c, self.stack, name="attention")(y_BTD, context, cache)
         x_BTD = x_BTD + y_BTD
         y_BTD = norm(name="mlp_norm")(x_BTD)
-        _note(self, read=_moments(y_BTD)["square"], gram=_gram(x_BTD))
+        note(self, read=moments(y_BTD)["square"], gram=gram(x_BTD))
         x_BTD = x_BTD + MLP(c, self.stack, name="mlp")(y_BTD)
-        _note(self, **_movement(given_BTD, x_BTD))
+        note(self, **movement(given_BTD, x_BTD))
         return x_BTD, cache
-
-
-def _movement(x_BTD: jax.Array, y_BTD: jax.Array) -> dict[str, Callable[[], jax.Array]]:
-    """Sums over tokens: of the cosine between what enters and leaves a block, and of the distance."""
-    x, y = x_BTD.astype(jnp.float32), y_BTD.astype(jnp.float32)
-
-    def cosine() -> jax.Array:
-        norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
-        return (jnp.sum(x * y, axis=-1) / jnp.maximum(norms, 1e-30)).sum()
-
-    return {"cosine": cosine, "distance": lambda: jnp.linalg.norm(y - x, axis=-1).sum()}
 
 
 class Transformer(nn.Module):

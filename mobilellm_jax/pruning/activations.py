@@ -15,6 +15,7 @@ import numpy as np
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.notes import GRAMS, STATISTICS
 from mobilellm_jax.pruning.groups import Groups, StackGroups
 from mobilellm_jax.pruning.scores import with_heads
 from mobilellm_jax.training.objectives import Batch, Network, split_rows
@@ -31,25 +32,23 @@ def statistics(params: Any, batch: Batch, network: Network) -> dict[str, Any]:
     Returns:
       By stack as `transformer.statistics` has them, and under "tokens" how many tokens they are of.
     """
-    rows = split_rows(batch["tokens"], network.bos_id, network.eos_id)
-    found = transformer.statistics(
-        params, network.model, rows.inputs_BT, rows.segment_ids_BT, network.execution
-    )
-    return {**found, "tokens": jnp.asarray(rows.inputs_BT.size, jnp.float32)}
+    found, tokens = _noted(params, batch, network, STATISTICS)
+    return {**found, "tokens": jnp.asarray(tokens, jnp.float32)}
 
 
 def residual_gram(params: Any, batch: Batch, network: Network) -> jax.Array:
     """The sum of x x^T over tokens and over all that norms of blocks read, float32 [D, D]."""
-    rows = split_rows(batch["tokens"], network.bos_id, network.eos_id)
-    found = transformer.statistics(
-        params,
-        network.model,
-        rows.inputs_BT,
-        rows.segment_ids_BT,
-        network.execution,
-        transformer.GRAMS,
-    )
+    found, _ = _noted(params, batch, network, GRAMS)
     return sum((x.sum(0) for x in jax.tree.leaves(found)), jnp.zeros(()))
+
+
+def _noted(
+    params: Any, batch: Batch, network: Network, collection: str
+) -> tuple[dict[str, Any], int]:
+    """What `transformer.statistics` gives of a batch, and of how many tokens."""
+    rows = split_rows(batch["tokens"], network.bos_id, network.eos_id)
+    given = network.model, rows.inputs_BT, rows.segment_ids_BT, network.execution, collection
+    return transformer.statistics(params, *given), rows.inputs_BT.size
 
 
 def activation(found: Mapping[str, Any], config: ModelConfig) -> Groups:

@@ -87,7 +87,7 @@ def compacted(
     kept_D = _filled(live.residual_D, _rounded(live.residual_D.sum(), multiple))
     runs: list[tuple[Stack, tuple[Block, ...]]] = []
     for i, (stack, of) in enumerate(zip(config.stacks, live.stacks, strict=True)):
-        heads_LKG = of.heads_LN.reshape(*of.kv_heads_LK.shape, -1)
+        heads_LKG = of.heads_LKG
         mlp_L = _rounded(of.mlp_LF.sum(-1), multiple)
         kv_L, each_L = of.kv_heads_LK.sum(-1), heads_LKG.sum(-1).max(-1)
         if layout == "padded":

@@ -7,13 +7,12 @@ curves of all kinds lying on each other although their groups differ in size by 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.pruning.groups import Groups, StackGroups, counts, parameters, sizes
-from mobilellm_jax.pruning.strategies import Choice, View, below_all
+from mobilellm_jax.pruning.strategies import Choice, View, below_all, highest
 
 TYPES = ("kv_heads", "heads", "mlp", "residual")
 
@@ -43,7 +42,8 @@ def efficient(
         return Choice(live)
     scores, worth = view.measures.scores(score), {}
     while parameters(view.config, number := counts(live)) > target:
-        worth = {kind: _worth(kind, live, scores, number, view, unit) for kind in types}
+        size = sizes(view.config, number)
+        worth = {kind: _worth(kind, live, scores, number, size, unit) for kind in types}
         kind = min(worth, key=lambda k: worth[k])
         if not np.isfinite(worth[kind]):
             raise below_all(target, parameters(view.config, number))
@@ -54,9 +54,10 @@ def efficient(
     return Choice(live, None, {"types": order, **saliency})
 
 
-def _worth(kind: str, live: Groups, scores: Groups, number: Groups, view: View, unit: int) -> float:
+def _worth(
+    kind: str, live: Groups, scores: Groups, number: Groups, size: Groups, unit: int
+) -> float:
     """Saliency per parameter of a kind's next unit; infinite where there is none to spare."""
-    size = sizes(view.config, number)
     if kind == "residual":
         if int(number.residual_D) <= unit:
             return float("inf")
@@ -80,8 +81,7 @@ def _worth(kind: str, live: Groups, scores: Groups, number: Groups, view: View, 
         else:
             if (left.heads_LN <= left.kv_heads_LK).any():
                 return float("inf")
-            lives_LKG, value_LKG = _by_kv_head(of, of.heads_LN), _by_kv_head(of, score.heads_LN)
-            least_LK = np.where(lives_LKG, value_LKG, np.inf).min(-1)
+            least_LK = np.where(of.heads_LKG, score.heads_LKG, np.inf).min(-1)
             mean_L = np.where(of.kv_heads_LK, least_LK, 0).sum(-1) / left.kv_heads_LK
             found.append(mean_L / each.heads_LN)
     return float(np.concatenate(found).mean())
@@ -98,21 +98,13 @@ def without_least(kind: str, live: Groups, scores: Groups, unit: int) -> Groups:
             mlp_LF = _fewer(mlp_LF, score.mlp_LF, unit)
         elif kind == "kv_heads":
             kv_heads_LK = _fewer(kv_heads_LK, score.kv_heads_LK, 1)
-            heads_LKG = _by_kv_head(of, heads_LN) & kv_heads_LK[..., None]
-            heads_LN = heads_LKG.reshape(heads_LN.shape)
+            heads_LN = (of.heads_LKG & kv_heads_LK[..., None]).reshape(heads_LN.shape)
         else:
-            lives_LKG, value_LKG = _by_kv_head(of, heads_LN), _by_kv_head(of, score.heads_LN)
-            heads_LN = _fewer(lives_LKG, value_LKG, 1).reshape(heads_LN.shape)
+            heads_LN = _fewer(of.heads_LKG, score.heads_LKG, 1).reshape(heads_LN.shape)
         stacks.append(StackGroups(mlp_LF, heads_LN, kv_heads_LK))
     return Groups(live.residual_D, tuple(stacks))
 
 
-def _by_kv_head(of: StackGroups, heads_LN: Any) -> np.ndarray:
-    return np.asarray(heads_LN).reshape(*of.kv_heads_LK.shape, -1)
-
-
 def _fewer(live: np.ndarray, score: np.ndarray, unit: int) -> np.ndarray:
     """Of the last axis, without the `unit` least of those that live."""
-    value = np.where(live, np.asarray(score, np.float64), -np.inf)
-    rank = np.argsort(np.argsort(-value, -1, kind="stable"), -1, kind="stable")
-    return live & (rank < live.sum(-1, keepdims=True) - unit)
+    return highest(live, score, live.sum(-1) - unit)

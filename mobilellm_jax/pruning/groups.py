@@ -38,6 +38,16 @@ class StackGroups:
     heads_LN: Any
     kv_heads_LK: Any
 
+    @property
+    def heads_LKG(self) -> Any:
+        """The query heads by the KV head that they read."""
+        return self.heads_LN.reshape(*self.kv_heads_LK.shape, -1)
+
+    @property
+    def kinds(self) -> dict[str, Any]:
+        """The arrays by name: `mlp`, `heads`, `kv_heads`."""
+        return {"mlp": self.mlp_LF, "heads": self.heads_LN, "kv_heads": self.kv_heads_LK}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Measures:
         return self._gradients[kind]
 
     def _sum(self, program: Any) -> Any:
-        """What a program gives for all batches together, float64 or as it is."""
+        """What a program gives for all batches together, numpy."""
         parts = [
             jax.device_get(program(self._params, batch, network=self._network))
             for batch in self._batches

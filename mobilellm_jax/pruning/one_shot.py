@@ -60,8 +60,7 @@ def prune(
             "nothing to prune."
         )
     memory, events = None, []
-    for number in range(rounds):
-        aim = whole - (whole - target) * (number + 1) // rounds
+    for number, aim in enumerate(aims(whole, target, rounds)):
         measures = Measures(params, network, batches(number), seed + number)
         view = View(network.model, live, first, memory, measures)
         choice = strategy(view, aim)
@@ -78,6 +77,11 @@ def prune(
     return Pruned(params, network.model, live, events)
 
 
+def aims(whole: int, target: int, cuts: int) -> list[int]:
+    """The parameters that are left after each of so many cuts, all equally large."""
+    return [whole - (whole - target) * (cut + 1) // cuts for cut in range(cuts)]
+
+
 def removed(before: Groups, after: Groups) -> dict[str, Any]:
     """Which groups died between two states, as plain indices: by kind, and of blocks by their number."""
     found: dict[str, Any] = {}
@@ -85,10 +89,9 @@ def removed(before: Groups, after: Groups) -> dict[str, Any]:
     if len(residual):
         found["residual"] = residual.tolist()
     for number, (stack, layer) in enumerate(blocks(before)):
-        for field in dataclasses.fields(before.stacks[stack]):
-            old, new = (getattr(g.stacks[stack], field.name)[layer] for g in (before, after))
-            if len(gone := np.flatnonzero(old & ~new)):
-                kind = field.name.rsplit("_", 1)[0]
+        for kind, old in before.stacks[stack].kinds.items():
+            new = after.stacks[stack].kinds[kind]
+            if len(gone := np.flatnonzero(old[layer] & ~new[layer])):
                 found.setdefault(kind, {})[str(number)] = gone.tolist()
     return found
 

@@ -15,6 +15,8 @@ From gradients (`KINDS`), of the summed loss of each microbatch, by `model.taps`
 A shared block is scored at each of its applications, and a tied embedding for both its uses at once.
 """
 
+import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -102,7 +104,7 @@ def magnitude(params: Any, config: ModelConfig) -> Groups:
 
 def random(config: ModelConfig, key: jax.Array) -> Groups:
     """Uniform in [0, 1), of a KV head as of any other group."""
-    count = iter(range(1 << 30))
+    count = itertools.count()
     return of_widths(
         config, lambda *shape: jax.random.uniform(jax.random.fold_in(key, next(count)), shape)
     )
@@ -112,8 +114,6 @@ def with_heads(groups: Groups) -> Groups:
     """Each KV head's value plus those of the query heads that read it."""
 
     def of(stack: StackGroups) -> StackGroups:
-        layers, kv_heads = stack.kv_heads_LK.shape
-        heads_LK = stack.heads_LN.reshape(layers, kv_heads, -1).sum(-1)
-        return StackGroups(stack.mlp_LF, stack.heads_LN, stack.kv_heads_LK + heads_LK)
+        return dataclasses.replace(stack, kv_heads_LK=stack.kv_heads_LK + stack.heads_LKG.sum(-1))
 
     return Groups(groups.residual_D, tuple(map(of, groups.stacks)))

@@ -164,19 +164,16 @@ def best(live: Groups, scores: Groups, number: Groups) -> Groups:
     """
     stacks = []
     for of, score, stay in zip(live.stacks, scores.stacks, number.stacks, strict=True):
-        layers, kv_heads = of.kv_heads_LK.shape
-        mlp_LF = _highest(of.mlp_LF, score.mlp_LF, stay.mlp_LF)
-        kv_heads_LK = _highest(of.kv_heads_LK, score.kv_heads_LK, stay.kv_heads_LK)
-        heads_LKG = of.heads_LN.reshape(layers, kv_heads, -1) & kv_heads_LK[..., None]
-        each_LK = np.broadcast_to((stay.heads_LN // stay.kv_heads_LK)[:, None], (layers, kv_heads))
-        score_LKG = np.asarray(score.heads_LN).reshape(heads_LKG.shape)
-        heads_LKG = _highest(heads_LKG, score_LKG, each_LK)
-        stacks.append(StackGroups(mlp_LF, heads_LKG.reshape(layers, -1), kv_heads_LK))
-    residual_D = _highest(live.residual_D, scores.residual_D, number.residual_D)
+        mlp_LF = highest(of.mlp_LF, score.mlp_LF, stay.mlp_LF)
+        kv_heads_LK = highest(of.kv_heads_LK, score.kv_heads_LK, stay.kv_heads_LK)
+        each_L1 = (stay.heads_LN // stay.kv_heads_LK)[:, None]
+        heads_LKG = highest(of.heads_LKG & kv_heads_LK[..., None], score.heads_LKG, each_L1)
+        stacks.append(StackGroups(mlp_LF, heads_LKG.reshape(of.heads_LN.shape), kv_heads_LK))
+    residual_D = highest(live.residual_D, scores.residual_D, number.residual_D)
     return Groups(residual_D, tuple(stacks))
 
 
-def _highest(live: np.ndarray, score: np.ndarray, number: np.ndarray) -> np.ndarray:
+def highest(live: np.ndarray, score: np.ndarray, number: np.ndarray) -> np.ndarray:
     """Of the last axis, those of the highest score that live, `number` of them."""
     order = np.argsort(np.where(live, -np.asarray(score, np.float64), np.inf), -1, kind="stable")
     rank = np.argsort(order, -1, kind="stable")
@@ -188,7 +185,7 @@ class _Layout:
 
     def __init__(self, view: View, attention: str, protect: tuple[int, ...], multiple: int) -> None:
         self._view, self._multiple = view, multiple
-        self._kind = attention
+        self._now, self._kind = counts(view.live), attention
         self.blocks = len(list(blocks(view.live)))
         first, last = protect
         at_B = np.arange(self.blocks)
@@ -196,7 +193,7 @@ class _Layout:
 
     def counts(self, sparsity_B: np.ndarray) -> Groups:
         """How many groups are left at a sparsity of each block."""
-        first, now = self._view.first, counts(self._view.live)
+        first, now = self._view.first, self._now
         mlp_B = self._left(first, now, "mlp_LF", sparsity_B, self._multiple)
         kv_B, heads_B = _by_block(now, "kv_heads_LK"), _by_block(now, "heads_LN")
         if self._kind == "kv_heads":
@@ -217,19 +214,16 @@ class _Layout:
 
     def filled(self, number: Groups, target: int) -> Groups:
         """Gives MLPs back what still fits below the target, so that it is met to within one channel."""
-        config, now = self._view.config, counts(self._view.live)
+        config, now = self._view.config, self._now
         spare = target - parameters(config, number)
         size = np.concatenate([np.asarray(s.mlp_LF) for s in sizes(config, number).stacks])
         mlp_B, most_B = _by_block(number, "mlp_LF"), _by_block(now, "mlp_LF")
         first_B = _by_block(self._view.first, "mlp_LF")
         while True:
-            room_B = (mlp_B + self._multiple <= most_B) & (size * self._multiple <= spare)
-            if not room_B.any():
+            fits_B = (mlp_B + self._multiple <= most_B) & (size * self._multiple <= spare)
+            if not (fits_B & self.free_B).any():
                 break
-            share_B = np.where(room_B & self.free_B, mlp_B / first_B, np.inf)
-            at = int(np.argmin(share_B))
-            if not np.isfinite(share_B[at]):
-                break
+            at = int(np.argmin(np.where(fits_B & self.free_B, mlp_B / first_B, np.inf)))
             mlp_B[at] += self._multiple
             spare -= int(size[at]) * self._multiple
         heads_B, kv_B = (_by_block(number, field) for field in ("heads_LN", "kv_heads_LK"))

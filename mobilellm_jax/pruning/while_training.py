@@ -18,7 +18,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig, parameter_count
 from mobilellm_jax.pruning.groups import Groups, counts, everything, masked, of_widths, parameters
 from mobilellm_jax.pruning.measures import SCORES, Measures, unknown_score
-from mobilellm_jax.pruning.one_shot import removed
+from mobilellm_jax.pruning.one_shot import aims, removed
 from mobilellm_jax.pruning.scores import KINDS
 from mobilellm_jax.pruning.strategies import Choice, Strategy, View
 from mobilellm_jax.training.objectives import Batch, Network
@@ -71,8 +71,7 @@ def schedule_of(config: ConfigDict, steps: int) -> Schedule:
             f"config.pruning.cuts={c.cuts} do not fit, one after a step, into the steps from {c.begin} to "
             f"{end}: lower it."
         )
-    targets = [whole - (whole - c.target) * (k + 1) // c.cuts for k in range(c.cuts)]
-    return Schedule(tuple(at.tolist()), tuple(targets))
+    return Schedule(tuple(at.tolist()), tuple(aims(whole, c.target, c.cuts)))
 
 
 class _Random(Measures):
@@ -155,6 +154,7 @@ class Pruner:
     strategy: Strategy
     scored: str  # the score that the steps add up
     memory: Any  # of the strategy: arrays as they are kept in the state
+    first: Groups  # how many groups there are when the run begins
     network: Network
     seed: int
     where: str
@@ -191,8 +191,8 @@ class Pruner:
         measures = _Accumulated(
             self.scored, given.scores, state.params, self.network, [batch], self.seed + step
         )
-        first = counts(everything(model))
-        choice = self.strategy(View(model, given.live, first, given.memory, measures), target)
+        view = View(model, given.live, self.first, given.memory, measures)
+        choice = self.strategy(view, target)
         check(model, given.live, choice, self.where)
         state = apply(state, choice.live, choice.memory)
         left = parameters(model, counts(choice.live))
@@ -204,11 +204,10 @@ class Pruner:
 def widths(live: Groups) -> dict[str, float]:
     """What lives, as numbers for curves: the share of each kind, and of each block how many."""
     number, found = counts(live), {"live/residual": float(live.residual_D.mean())}
-    for field in dataclasses.fields(live.stacks[0]):
-        kind = field.name.rsplit("_", 1)[0]
-        whole = np.concatenate([getattr(of, field.name).ravel() for of in live.stacks])
+    for kind in live.stacks[0].kinds:
+        whole = np.concatenate([of.kinds[kind].ravel() for of in live.stacks])
         found[f"live/{kind}"] = float(whole.mean())
-        by_block = np.concatenate([getattr(of, field.name) for of in number.stacks])
+        by_block = np.concatenate([of.kinds[kind] for of in number.stacks])
         found |= {f"{kind}/{block}": int(n) for block, n in enumerate(by_block)}
     return found
 
@@ -245,4 +244,6 @@ def pruner_of(
         )
     where = f"config.pruning.strategy.use={config.pruning.strategy.use}"
     memory = rehearsed(network.model, strategy, schedule, where)
-    return Pruner(schedule, strategy, config.pruning.score, memory, network, config.seed, where)
+    first = counts(everything(network.model))
+    score = config.pruning.score
+    return Pruner(schedule, strategy, score, memory, first, network, config.seed, where)
