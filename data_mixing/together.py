@@ -149,7 +149,7 @@ def _train_group(runs: Runs, number: int, progress: "_Progress", signals: Signal
     checkpoints = Checkpoints(
         folder, runs.config.checkpoint.every, runs.config.checkpoint.keep, keep_every=0
     )
-    resumed = checkpoints.resume(abstract, lambda meta: None)
+    resumed = checkpoints.resume(lambda meta: abstract)
     if resumed is None:
         state, step = begin_all(keys_R, **static), 0
     else:

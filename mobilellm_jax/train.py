@@ -10,7 +10,7 @@ same command (launch/README.md).
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ from mobilellm_jax.training.progress import Progress
 from mobilellm_jax.training.provenance import changes, provenance
 from mobilellm_jax.training.replay import replay, report
 from mobilellm_jax.training.saving import Checkpoints
-from mobilellm_jax.training.setup import set_up
+from mobilellm_jax.training.setup import Setup, set_up
 from mobilellm_jax.training.signals import Signals
 from mobilellm_jax.training.start import begin, open_start
 from mobilellm_jax.training.step import TrainState
@@ -72,13 +72,7 @@ def train(
     began, leads = began or time.time(), distributed.leads()
     run = set_up(config, devices or jax.devices())
     origin = provenance(run.devices)
-    judge = None
-    if config.eval.tasks:
-        from mobilellm_jax.evaluation import while_training  # needs the extra [eval]
-
-        judge = while_training.judge(
-            config.eval, run.model, run.tokenizer, config.execution.dtype, run.mesh
-        )
+    judge = _judge(config, run)
     with jax.set_mesh(run.mesh):
         steps_saved = saved_steps(epath.Path(workdir) / FOLDER)
         distributed.check_same(
@@ -88,18 +82,23 @@ def train(
         )
         source = None
         if config.init_from and not steps_saved:
-            source = open_start(config, run)
+            source, run = open_start(config, run)
 
         # All is checked: from here on the workdir is this run's.
         workdir = claim(workdir, config)
 
         # --- The state: restored, or made in place
         clock = Goodput(workdir, began, writes=leads)
-        checkpoints = Checkpoints(workdir, **config.checkpoint)
+        always = run.pruner.schedule.compactions if run.pruner else ()
+        checkpoints = Checkpoints(workdir, **config.checkpoint, always=always)
         clock.lap("start")
-        resumed = checkpoints.resume(
-            run.abstract, lambda meta: check_same_run(meta, config, run.plan, checkpoints.directory)
-        )
+        beginning = run
+
+        def expected(meta: Mapping[str, Any]) -> TrainState:
+            check_same_run(meta, config, run.plan, checkpoints.directory)
+            return beginning.at(meta).abstract
+
+        resumed = checkpoints.resume(expected)
         if resumed is None and source:
             state, origin["init_from"] = begin(source, config, run), source.identity
             taken = "the weights" if config.init_state == "weights" else "weights, moments and step"
@@ -108,6 +107,7 @@ def train(
             state = run.fresh()
         else:
             state, meta = resumed
+            run = beginning.at(meta)
             for change in changes(meta, origin):
                 print(f"resume: {change}; the result may differ in its last bits.")
             origin |= {key: value for key, value in meta.items() if key == "init_from"}
@@ -163,10 +163,11 @@ def train(
             clock.record(step)
             writer.write("goodput", step, clock.values())
             writer.sync()
-            how(state, {"step": step, "rows": rows, **described}, run.tokenizer)
+            meta = {"step": step, "rows": rows, **described, **run.describe()}
+            how(state, meta, run.tokenizer)
             clock.lap("save")
 
-        def record(step: int, rows: int, metrics: Any, host: dict[str, float]) -> None:
+        def record(step: int, rows: int, metrics: Any, host: dict[str, float], ran: Setup) -> None:
             """Fetches and writes a step's metrics; called one step late, so that the device never waits."""
             metrics = jax.device_get(metrics)
             clock.stepped(step)
@@ -177,6 +178,7 @@ def train(
             values["failed_saves"] = checkpoints.failed
             values |= consumed(run.mixture, rows)
             if peak:
+                flops = ran.flops_per_token(config.row_length)
                 values["mfu"] = speed * flops / (peak * len(run.devices))
             writer.write("train", step, values)
             if not metrics["tokens"].any():
@@ -190,7 +192,7 @@ def train(
                     f"{checkpoints.directory} are from before."
                 )
 
-        step, pending = start, None
+        step, pending, compiling = start, None, True
         part = jax.process_index(), jax.process_count()
         ahead = {key: config[key] for key in ("prefetch", "readers", "workers")}
         batches = _prefetched(stream(run.mixture, length, start, *part, **ahead), run.mesh)
@@ -203,16 +205,24 @@ def train(
                     if step > start and not (pending and not pending[2]["loss"].is_ready()):
                         clock.lap("data")  # the devices were waiting for it
                     state, metrics = profiler.call(step + 1, run.step, state, batch)
-                    if step == start:
+                    if compiling:
                         clock.lap("compile")
+                        compiling = False
                     step, rows = step + 1, length.rows(step + 1)
                     if pending:
                         record(*pending)
-                    state, cut = run.pruned(step, state, batch)
+                    ran = run
+                    run, state, cut = run.pruned(step, state, batch)
                     if cut:
                         writer.write("cut", step, cut)
                         progress.cut(step, cut)
-                    pending = step, rows, metrics, {"data_wait_seconds": waited, "batch_crc32": crc}
+                        if run is not ran:
+                            judge, compiling = _judge(config, run), True
+                            facts = overview.compaction(run.model, cut["parameters"])
+                            writer.write("compaction", step, facts)
+                            progress.compaction(step, facts)
+                    host = {"data_wait_seconds": waited, "batch_crc32": crc}
+                    pending = step, rows, metrics, host, ran
                     evaluate_now = step % config.eval.every == 0 or step == length.steps
                     judge_now = judge and (
                         step % config.eval.tasks_every == 0 or step == length.steps
@@ -259,6 +269,17 @@ def train(
             f"done: step {step:,}, {rows:,} rows; checkpoint in {checkpoints.directory / str(step)}"
         )
     return state
+
+
+def _judge(config: ConfigDict, run: Setup) -> Callable[[Any], dict[str, float]] | None:
+    """What measures a run's weights on tasks; None: there are none."""
+    if not config.eval.tasks:
+        return None
+    from mobilellm_jax.evaluation import while_training  # needs the extra [eval]
+
+    return while_training.judge(
+        config.eval, run.model, run.tokenizer, config.execution.dtype, run.mesh
+    )
 
 
 def _prefetched(

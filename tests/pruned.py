@@ -6,9 +6,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny
 
 from mobilellm_jax.model import transformer
-from mobilellm_jax.model.config import ModelConfig, Stack
+from mobilellm_jax.model.config import ModelConfig, Stack, parameter_count
 from mobilellm_jax.model.transformer import Execution
 from mobilellm_jax.pruning.groups import everything
 from mobilellm_jax.pruning.measures import Measures
@@ -76,3 +77,25 @@ def some_dead(config, seed=0, residual=True, heads=True):
                 heads_LKG[layer, head, rng.permutation(heads_LKG.shape[-1])[:gone]] = False
             heads_LKG[layer] &= stack.kv_heads_LK[layer][:, None]
     return live
+
+
+# --- Runs that prune `tiny.MODEL`
+
+WHOLE = parameter_count(tiny.MODEL)
+TARGET = int(WHOLE * 0.7)
+
+
+def config(plan, use="mobilellm_jax.pruning.strategies:adapt", **changes):
+    """Four cuts, after steps 2, 4, 7 and 9."""
+    c = tiny.config(plan)
+    c.pruning.target, c.pruning.begin, c.pruning.cuts = TARGET, 2, 4
+    c.pruning.strategy.use = use
+    with c.unlocked():
+        c.update_from_flattened_dict(changes)
+    return c
+
+
+def efficiently(plan, **changes):
+    use = "mobilellm_jax.pruning.efficient:efficient"
+    changes = {"model.dead_channels": True, "pruning.cuts": 9, "pruning.begin": 1} | changes
+    return config(plan, use, **changes)

@@ -157,6 +157,20 @@ def test_a_step_behind_a_cut_is_replayed(prepared, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_step_behind_a_compaction_is_replayed(prepared, tmp_path):
+    """From its checkpoint, and through it, where that is gone."""
+    config = tiny.config(prepared[0], 8)
+    whole = parameter_count(tiny.MODEL)
+    config.pruning.target, config.pruning.cuts = int(whole * 0.8), 4
+    config.pruning.compact_at = (whole - (whole - int(whole * 0.8)) * 3 // 4,)
+    runs.run(config, tmp_path / "run")
+    for begun_at in (4, 0):
+        found = replay(config, tmp_path / "run", 6, tiny.one_device())
+        assert found.exact and found.begun_at == begun_at
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "4", ignore_errors=True)
+
+
+@pytest.mark.slow
 def test_a_step_of_a_ramp_is_replayed_with_its_own_rows(prepared, tmp_path):
     config = tiny.config(prepared[0], STEPS)
     config.batch_ramp = ((4, 20 * tiny.ROW), (8, 60 * tiny.ROW))  # 5 steps, 5 steps, 2 of 16 rows

@@ -6,14 +6,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-STATISTICS, GRAMS = "statistics", "grams"  # collections; see `transformer.statistics`
+# Collections; see `transformer.statistics`.
+STATISTICS, GRAMS, INPUTS = "statistics", "grams", "inputs"
 
 
-def note(module: nn.Module, **sums: Callable[[], jax.Array]) -> None:
-    """Adds to the statistics that `statistics` gives, where it asks for them."""
-    for name, value in sums.items():
-        collection = GRAMS if name == "gram" else STATISTICS
-        if module.is_mutable_collection(collection):
+def note(module: nn.Module, collection: str, **sums: Callable[[], jax.Array]) -> None:
+    """Adds to what `statistics` gives of a collection, where it asks for that."""
+    if module.is_mutable_collection(collection):
+        for name, value in sums.items():
             module.sow(collection, name, value(), jnp.add, lambda: jnp.zeros(()))
 
 
@@ -32,6 +32,16 @@ def gram(x_BTD: jax.Array) -> Callable[[], jax.Array]:
         y = x_BTD.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.maximum(jnp.mean(y * y, -1, keepdims=True), 1e-30))
         return jnp.einsum("BTD,BTE->DE", y, y, precision=jax.lax.Precision.HIGHEST)
+
+    return value
+
+
+def products(x: jax.Array) -> Callable[[], jax.Array]:
+    """Sum over rows and tokens of x x^T, float32 [X, X] where x is [B, T, ...] of X numbers."""
+
+    def value() -> jax.Array:
+        x_BTX = x.astype(jnp.float32).reshape(*x.shape[:2], -1)
+        return jnp.einsum("BTX,BTY->XY", x_BTX, x_BTX, precision=jax.lax.Precision.HIGHEST)
 
     return value
 

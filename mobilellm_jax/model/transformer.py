@@ -25,7 +25,16 @@ from mobilellm_jax.model.attention import KERNELS, of_rows, rope, rope_frequenci
 from mobilellm_jax.model.axes import axes_of
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.model.embedding import look_up
-from mobilellm_jax.model.notes import GRAMS, STATISTICS, gram, moments, movement, note
+from mobilellm_jax.model.notes import (
+    GRAMS,
+    INPUTS,
+    STATISTICS,
+    gram,
+    moments,
+    movement,
+    note,
+    products,
+)
 from mobilellm_jax.model.plain import attention, cached_attention, visible
 from mobilellm_jax.model.taps import TAPS, tapped
 from mobilellm_jax.parallel.sharding import batch_sharded
@@ -207,7 +216,8 @@ class Attention(nn.Module):
             y_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, context.visible_BTS)
         else:
             y_BTNH = cached_attention(q_BTNH, k_RSH, v_RSH, context.visible_BTS)
-        note(self, **moments(y_BTNH))
+        note(self, STATISTICS, **moments(y_BTNH))
+        note(self, INPUTS, of_out=products(y_BTNH))
         out_NHD = matrix("out", s.heads, c.head_dim, c.width)
         # Over N and H in this order: einsum's would be H, N, for which XLA copies the weights.
         y_BTD = jnp.tensordot(y_BTNH, out_NHD, 2)
@@ -246,7 +256,8 @@ class MLP(nn.Module):
             hidden_BTF = _gated(gate_BTF, up_BTF)
         else:
             hidden_BTF = nn.relu(jnp.einsum("BTD,DF->BTF", x_BTD, matrix("up", width, hidden)))
-        note(self, **moments(hidden_BTF))
+        note(self, STATISTICS, **moments(hidden_BTF))
+        note(self, INPUTS, of_down=products(hidden_BTF))
         y_BTD = jnp.einsum("BTF,FD->BTD", hidden_BTF, matrix("down", hidden, width))
         return _with_bias(self, self.config, "down_bias", y_BTD)
 
@@ -265,14 +276,20 @@ class Block(nn.Module):
         c, given_BTD = self.config, x_BTD
         norm = functools.partial(RMSNorm, c.norm_eps, dead=c.dead_channels)
         y_BTD = norm(name="attention_norm")(x_BTD)
-        note(self, read=moments(y_BTD)["square"], gram=gram(x_BTD))
+        self._note("of_attention", x_BTD, y_BTD)
         y_BTD, cache = Attention(c, self.stack, name="attention")(y_BTD, context, cache)
         x_BTD = x_BTD + y_BTD
         y_BTD = norm(name="mlp_norm")(x_BTD)
-        note(self, read=moments(y_BTD)["square"], gram=gram(x_BTD))
+        self._note("of_mlp", x_BTD, y_BTD)
         x_BTD = x_BTD + MLP(c, self.stack, name="mlp")(y_BTD)
-        note(self, **movement(given_BTD, x_BTD))
+        note(self, STATISTICS, **movement(given_BTD, x_BTD))
         return x_BTD, cache
+
+    def _note(self, name: str, x_BTD: jax.Array, y_BTD: jax.Array) -> None:
+        """Of what a norm reads and gives."""
+        note(self, STATISTICS, read=moments(y_BTD)["square"])
+        note(self, GRAMS, gram=gram(x_BTD))
+        note(self, INPUTS, **{name: products(y_BTD)})
 
 
 class Transformer(nn.Module):
@@ -298,6 +315,7 @@ class Transformer(nn.Module):
             cache = None if caches is None else caches[name]
             x_BTD, new_caches[name] = self._run(name, stack, x_BTD, context, cache)
         hidden_BTD = RMSNorm(c.norm_eps, dead=c.dead_channels, name="final_norm")(x_BTD)
+        note(self, INPUTS, of_head=products(hidden_BTD))
         return hidden_BTD, None if caches is None else new_caches
 
     def _run(
@@ -334,7 +352,7 @@ class Transformer(nn.Module):
         for walk in range(walks):
             scan = nn.scan(
                 layer,
-                variable_axes={"params": 0, TAPS: 0, STATISTICS: 0, GRAMS: 0},
+                variable_axes={"params": 0, TAPS: 0, STATISTICS: 0, GRAMS: 0, INPUTS: 0},
                 split_rngs={"params": True},
                 length=stack.layers,
                 reverse=stack.backwards(walk),
@@ -398,11 +416,13 @@ def statistics(
       tokens_BT: int token ids.
       segment_ids_BT: see `apply`.
       execution: see `apply`.
-      collection: `STATISTICS` or `GRAMS`.
+      collection: `STATISTICS`, `GRAMS` or `INPUTS`.
 
     Returns:
       By stack, float32. Of `GRAMS`: `gram` [L, D, D], the sum of x x^T of what both norms of a block
-      read, each x scaled to a mean square of 1. Of `STATISTICS`: `cosine` and `distance` [L] between what
+      read, each x scaled to a mean square of 1. Of `INPUTS`: sums of x x^T of what enters products,
+      `of_attention` and `of_mlp` [L, D, D], `attention/of_out` [L, NH, NH], `mlp/of_down` [L, F, F], and
+      outside of the stacks `of_head` [D, D]. Of `STATISTICS`: `cosine` and `distance` [L] between what
       enters and leaves a block; `read` [L, D], squares of what its norms give; `attention` and `mlp`, each
       `sum` and `square` of what enters `out` [L, N, H] and `down` [L, F].
     """

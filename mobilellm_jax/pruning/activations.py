@@ -5,7 +5,7 @@ squares of what enters `out` and `down`, the sums of squares of what their norms
 change their input. No activation is kept.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.model.notes import GRAMS, STATISTICS
+from mobilellm_jax.model.notes import GRAMS, INPUTS, STATISTICS
 from mobilellm_jax.pruning.groups import Groups, StackGroups
 from mobilellm_jax.pruning.scores import with_heads
 from mobilellm_jax.training.objectives import Batch, Network, split_rows
@@ -40,6 +41,21 @@ def residual_gram(params: Any, batch: Batch, network: Network) -> jax.Array:
     """The sum of x x^T over tokens and over all that norms of blocks read, float32 [D, D]."""
     found, _ = _noted(params, batch, network, GRAMS)
     return sum((x.sum(0) for x in jax.tree.leaves(found)), jnp.zeros(()))
+
+
+def inputs(
+    params: Any, batch: Batch, network: Network, names: Sequence[str]
+) -> dict[str, jax.Array]:
+    """The sums of x x^T over tokens of what enters products, by path, float32 [L, X, X] or [X, X].
+
+    Args:
+      params: the weights.
+      batch: rows.
+      network: how they are run.
+      names: which, as `second_order.needed` gives them.
+    """
+    found = flat(_noted(params, batch, network, INPUTS)[0])
+    return {name: found[name] for name in names}
 
 
 def _noted(

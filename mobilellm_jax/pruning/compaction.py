@@ -20,9 +20,10 @@ from mobilellm_jax.leaves import flat
 from mobilellm_jax.model.axes import axes_of
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.parallel.sharding import path_name
-from mobilellm_jax.pruning.groups import Groups, named
+from mobilellm_jax.pruning.groups import FIELDS, Groups, StackGroups, named
 
 LAYOUTS = ("stacks", "padded")
+KINDS = {"F": "mlp", "N": "heads", "K": "kv_heads"}  # as `StackGroups.kinds` has them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,30 @@ class Compact:
     kept_D: np.ndarray  # channels of the residual stream
     stacks: tuple[tuple[Block, ...], ...]
 
+    def after(self, first: "Compact") -> "Compact":
+        """Both, one after the other: where everything was before the first."""
+
+        def of(block: Block) -> Block:
+            then = first.stacks[block.stack][block.layer]
+            kept = {axis: then.kept[axis][now] for axis, now in block.kept.items()}
+            return Block(then.stack, then.layer, kept)
+
+        stacks = tuple(tuple(map(of, run)) for run in self.stacks)
+        return Compact(self.config, first.kept_D[self.kept_D], stacks)
+
+    def groups(self, of: Groups) -> Groups:
+        """What there was for each group, in the smaller network: arrays of JAX."""
+
+        def stack(run: tuple[Block, ...]) -> StackGroups:
+            return StackGroups(
+                **{
+                    field: jnp.stack([of.of(axis, b.stack)[b.layer][b.kept[axis]] for b in run])
+                    for axis, field in FIELDS.items()
+                }
+            )
+
+        return Groups(of.residual_D[self.kept_D], tuple(map(stack, self.stacks)))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint's description: for each block where it was and what it keeps."""
         return {
@@ -57,6 +82,45 @@ class Compact:
                 for b in itertools.chain.from_iterable(self.stacks)
             ],
         }
+
+    def named(self, removed: Mapping[str, Any]) -> dict[str, Any]:
+        """Indices of groups of the smaller network (`one_shot.removed`) as they were numbered before."""
+        blocks, found = [*itertools.chain.from_iterable(self.stacks)], dict(removed)
+        if "residual" in found:
+            found["residual"] = self.kept_D[found["residual"]].tolist()
+        for axis, kind in KINDS.items():
+            if kind in found:
+                of = {
+                    number: blocks[int(number)].kept[axis][at] for number, at in found[kind].items()
+                }
+                found[kind] = {number: indices.tolist() for number, indices in of.items()}
+        return found
+
+    @classmethod
+    def from_dict(cls, config: ModelConfig, raw: Mapping[str, Any]) -> "Compact":
+        """The inverse of `to_dict`, given the smaller network."""
+        blocks = (
+            Block(b["stack"], b["layer"], {axis: np.asarray(b[axis], int) for axis in FIELDS})
+            for b in raw["blocks"]
+        )
+        stacks = tuple(tuple(itertools.islice(blocks, s.layers)) for s in config.stacks)
+        return cls(config, np.asarray(raw["residual"], int), stacks)
+
+
+def uncut(config: ModelConfig) -> Compact:
+    """The network itself, in which everything is where it was."""
+    stacks = (
+        tuple(
+            Block(
+                i,
+                layer,
+                {"F": np.arange(s.mlp_width), "N": np.arange(s.heads), "K": np.arange(s.kv_heads)},
+            )
+            for layer in range(s.layers)
+        )
+        for i, s in enumerate(config.stacks)
+    )
+    return Compact(config, np.arange(config.width), tuple(stacks))
 
 
 def compacted(

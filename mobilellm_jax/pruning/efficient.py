@@ -12,13 +12,19 @@ import numpy as np
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.pruning.groups import Groups, StackGroups, counts, parameters, sizes
-from mobilellm_jax.pruning.strategies import Choice, View, below_all, highest
+from mobilellm_jax.pruning.strategies import Choice, View, below_all, highest, made_up
 
 TYPES = ("kv_heads", "heads", "mlp", "residual")
 
 
 def efficient(
-    view: View, target: int, *, score: str = "taylor", types: Sequence[str] = TYPES, unit: int = 1
+    view: View,
+    target: int,
+    *,
+    score: str = "taylor",
+    types: Sequence[str] = TYPES,
+    unit: int = 1,
+    update: bool = False,
 ) -> Choice:
     """Removes units of the least kind, one after another, until the target is met.
 
@@ -31,6 +37,8 @@ def efficient(
       score: of groups, of `measures.SCORES`.
       types: kinds that may be cut.
       unit: channels that go at once.
+      update: whether what is left is moved to make up for what goes: the paper's variant B
+        (`pruning.second_order`).
 
     Raises:
       UserError: a kind is not one of `TYPES`; the target is below what is left when all may go.
@@ -51,7 +59,8 @@ def efficient(
         order.append(kind)
     finite = {kind: value for kind, value in worth.items() if np.isfinite(value)}
     saliency = {f"saliency/{kind}": value for kind, value in finite.items()}
-    return Choice(live, None, {"types": order, **saliency})
+    change = made_up(view, live) if update else None
+    return Choice(live, None, {"types": order, **saliency}, change)
 
 
 def _worth(

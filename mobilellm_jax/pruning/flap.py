@@ -47,10 +47,11 @@ def flap(view: View, target: int, *, bias: bool = True) -> Choice:
         tuple(StackGroups(mlp_LF, heads_LN, kv_LK) for mlp_LF, heads_LN, kv_LK in worth),
     )
     live = best(view.live, scores, number)
-    params = (
-        compensated(view.measures.params, view.config, found, view.live, live) if bias else None
-    )
-    return Choice(live, None, {}, params, config)
+
+    def update(params: Any) -> Any:
+        return compensated(params, view.config, found, view.live, live)
+
+    return Choice(live, None, {}, update if bias else None, config)
 
 
 def _worth(found: Statistics, view: View, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

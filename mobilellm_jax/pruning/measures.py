@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mobilellm_jax.errors import UserError
@@ -62,6 +63,14 @@ class Measures:
         """See `activations.residual_gram`."""
         return self._sum(_residual_gram)
 
+    def inputs(self, names: Sequence[str]) -> Mapping[str, jax.Array]:
+        """See `activations.inputs`; as large as the widest layers squared, they stay on the devices."""
+        parts = (
+            _inputs(self._params, batch, network=self._network, names=tuple(names))
+            for batch in self._batches
+        )
+        return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts)
+
     @property
     def params(self) -> Any:
         """The weights that are measured."""
@@ -110,6 +119,13 @@ def _statistics(params: Any, batch: Batch, *, network: Network) -> Any:
 @functools.partial(jax.jit, static_argnames="network")
 def _residual_gram(params: Any, batch: Batch, *, network: Network) -> jax.Array:
     return activations.residual_gram(params, batch, network)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "names"))
+def _inputs(
+    params: Any, batch: Batch, *, network: Network, names: tuple[str, ...]
+) -> dict[str, jax.Array]:
+    return activations.inputs(params, batch, network, names)
 
 
 @functools.partial(jax.jit, static_argnames="network")

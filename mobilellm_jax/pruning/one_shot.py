@@ -69,7 +69,7 @@ def prune(
             config = dataclasses.replace(config, dead_channels=True)
         network = dataclasses.replace(network, model=config)
         gone, live, memory = removed(live, choice.live), choice.live, choice.memory
-        params = cut(params if choice.params is None else choice.params, live)
+        params = cut(choice.update(params) if choice.update else params, live)
         left = parameters(network.model, counts(live))
         event = {"round": number, "target": aim, "parameters": left, **choice.measured, "cut": gone}
         events.append(event)

@@ -47,17 +47,19 @@ def slicegpt(view: View, target: int, *, multiple: int = 1) -> Choice:
     gram_DD = np.asarray(view.measures.residual_gram, np.float64)
     gram_DD = gram_DD + DAMPING * np.trace(gram_DD) / len(gram_DD) * np.diag(view.live.residual_D)
     _, vectors_DE = np.linalg.eigh(gram_DD)
-    params = turned(
-        view.measures.params, view.config, jnp.asarray(vectors_DE[:, ::-1], jnp.float32)
-    )
+    rotation_DE = jnp.asarray(vectors_DE[:, ::-1], jnp.float32)
     live_D = np.arange(config.width) < width
     # Norms will divide by the root of the mean square of the channels that are left. What was cut is small,
     # so that this mean is larger than the old one by the ratio of the widths, which goes into the scales.
     scale = np.sqrt(int(number.residual_D) / width)
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf * scale if _is_stream_norm(path) else leaf, params
-    )
-    return Choice(Groups(live_D, view.live.stacks), None, {}, params, config)
+
+    def update(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf * scale if _is_stream_norm(path) else leaf,
+            turned(params, view.config, rotation_DE),
+        )
+
+    return Choice(Groups(live_D, view.live.stacks), None, {}, update, config)
 
 
 def turned(params: Any, config: ModelConfig, rotation_DE: jax.Array) -> Any:

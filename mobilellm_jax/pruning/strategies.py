@@ -28,6 +28,7 @@ import numpy as np
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.pruning import second_order
 from mobilellm_jax.pruning.groups import Groups, StackGroups, blocks, counts, parameters, sizes
 from mobilellm_jax.pruning.measures import Measures
 
@@ -58,7 +59,8 @@ class Choice:
     measured: dict[str, Any] = dataclasses.field(
         default_factory=dict
     )  # plain values for the record
-    params: Any = None  # weights that were changed before the dead ones become zero; None: none
+    # Changes the weights before the dead ones become zero, called when the choice is taken; None: none.
+    update: Callable[[Any], Any] | None = None
     config: ModelConfig | None = None  # of the network that they make; None: the same
 
 
@@ -75,6 +77,7 @@ def layerwise(
     attention: str = "kv_heads",
     protect: Sequence[int] = (0, 0),
     multiple: int = 1,
+    update: bool = False,
 ) -> Choice:
     """Every layer has a sparsity, and loses of each kind the groups that are worth least.
 
@@ -93,6 +96,7 @@ def layerwise(
         each KV head at a time; or `none`.
       protect: blocks at the beginning and at the end that lose nothing.
       multiple: by how many channels an MLP shrinks.
+      update: whether what is left is moved to make up for what goes (`pruning.second_order`).
 
     Raises:
       UserError: a setting is not one; the target is below what is protected.
@@ -133,7 +137,18 @@ def layerwise(
         measured["loss"] = loss
     if importance:
         measured["importance"] = important_B.tolist()
-    return Choice(best(view.live, scores, number), {"sparsity": sparsity_B}, measured)
+    live = best(view.live, scores, number)
+    return Choice(live, {"sparsity": sparsity_B}, measured, made_up(view, live) if update else None)
+
+
+def made_up(view: View, live: Groups) -> Callable[[Any], Any] | None:
+    """The local second-order update for a cut that leaves these groups alive; None: nothing is cut."""
+    names = second_order.needed(view.config, view.live, live)
+    if not names:
+        return None
+    return lambda params: second_order.compensated(
+        params, view.config, view.measures.inputs(names), view.live, live
+    )
 
 
 def below_all(target: int, least: int) -> UserError:

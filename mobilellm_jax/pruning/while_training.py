@@ -2,11 +2,12 @@
 
 The step adds up scores (`training.step`); between two steps, where the schedule says so, a strategy
 chooses by them, and the groups that die become zero in weights and moments. Shapes stay, so that one
-compiled step serves the run.
+compiled step serves all cuts, until the run compacts: then what is dead is taken out of the state, and
+another step is compiled for the smaller network.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,17 @@ from ml_collections import ConfigDict
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig, parameter_count
-from mobilellm_jax.pruning.groups import Groups, counts, everything, masked, of_widths, parameters
+from mobilellm_jax.pruning.compaction import LAYOUTS, Compact, compacted, taken, uncut
+from mobilellm_jax.pruning.groups import (
+    FIELDS,
+    Groups,
+    StackGroups,
+    counts,
+    everything,
+    masked,
+    of_widths,
+    parameters,
+)
 from mobilellm_jax.pruning.measures import SCORES, Measures, unknown_score
 from mobilellm_jax.pruning.one_shot import aims, removed
 from mobilellm_jax.pruning.scores import KINDS
@@ -33,6 +44,7 @@ class Schedule:
 
     steps: tuple[int, ...]  # rising
     targets: tuple[int, ...]
+    compactions: tuple[int, ...] = ()  # of the steps, those after whose cut it compacts
 
 
 def schedule_of(config: ConfigDict, steps: int) -> Schedule:
@@ -40,7 +52,8 @@ def schedule_of(config: ConfigDict, steps: int) -> Schedule:
 
     Cut k of N leaves `whole - (whole - target) * k / N` parameters. It comes, of the steps from `begin` to
     `end`, after the share (k - 1) / N of them, or, if they grow, after k (k - 1) / (N (N + 1)): so the data
-    that follow a cut grow linearly (Adapt-Pruner's Adapt-Accel, its experiments' `linear`).
+    that follow a cut grow linearly (Adapt-Pruner's Adapt-Accel, its experiments' `linear`). The first cut
+    that comes to a size of `compact_at` or below stops there and is followed by a compaction.
 
     Raises:
       UserError: the numbers make no schedule.
@@ -71,7 +84,25 @@ def schedule_of(config: ConfigDict, steps: int) -> Schedule:
             f"config.pruning.cuts={c.cuts} do not fit, one after a step, into the steps from {c.begin} to "
             f"{end}: lower it."
         )
-    return Schedule(tuple(at.tolist()), tuple(aims(whole, c.target, c.cuts)))
+    steps_of_cuts, targets = at.tolist(), aims(whole, c.target, c.cuts)
+    sizes = tuple(c.compact_at)
+    if list(sizes) != sorted({*sizes}, reverse=True) or any(
+        not c.target <= s < whole for s in sizes
+    ):
+        raise UserError(
+            f"config.pruning.compact_at={sizes} must be falling numbers of parameters, below the "
+            f"{whole:,} of the network and not below config.pruning.target={c.target:,}."
+        )
+    reached = [next(k for k, target in enumerate(targets) if target <= size) for size in sizes]
+    if len(set(reached)) < len(reached):
+        raise UserError(
+            f"config.pruning.compact_at={sizes}: two of these sizes are passed in one cut; raise "
+            f"config.pruning.cuts={c.cuts}."
+        )
+    for k, size in zip(reached, sizes, strict=True):
+        targets[k] = size
+    compactions = tuple(steps_of_cuts[k] for k in reached)
+    return Schedule(tuple(steps_of_cuts), tuple(targets), compactions)
 
 
 class _Random(Measures):
@@ -94,8 +125,8 @@ class _Random(Measures):
     def __getattribute__(self, name: str) -> Any:
         if name in ("params", "statistics", "residual_gram"):
             raise UserError(
-                f"{self._where} changes weights by what it measures, which a run does not: prune in one "
-                "shot, python -m mobilellm_jax.prune."
+                f"{self._where} chooses by weights or activations that a run does not measure: prune in "
+                "one shot, python -m mobilellm_jax.prune."
             )
         return super().__getattribute__(name)
 
@@ -114,7 +145,13 @@ class _Accumulated(Measures):
         return None if name == self._scored else super().loss(name)
 
 
-def rehearsed(config: ModelConfig, strategy: Strategy, schedule: Schedule, where: str) -> Any:
+def rehearsed(
+    config: ModelConfig,
+    strategy: Strategy,
+    schedule: Schedule,
+    where: str,
+    smaller: Callable[[ModelConfig, Groups], Compact],
+) -> Any:
     """Goes through a schedule with random measurements; what the strategy remembers at its end.
 
     Raises:
@@ -122,11 +159,31 @@ def rehearsed(config: ModelConfig, strategy: Strategy, schedule: Schedule, where
     """
     live, memory = everything(config), None
     first, measures = counts(live), _Random(config, where)
-    for target in schedule.targets:
+    for step, target in zip(schedule.steps, schedule.targets, strict=True):
         choice = strategy(View(config, live, first, memory, measures), target)
         check(config, live, choice, where)
         live, memory = choice.live, choice.memory
+        if step in schedule.compactions:
+            compact = smaller(config, live)
+            config, live = compact.config, jax.device_get(compact.groups(live))
+            first, measures = restacked(first, config), _Random(config, where)
     return memory
+
+
+def restacked(number: Groups, config: ModelConfig) -> Groups:
+    """How many groups each block has, by the stacks of a network of the same blocks."""
+    ends = np.cumsum([stack.layers for stack in config.stacks])[:-1]
+    parts = {
+        field: np.split(
+            np.concatenate([np.asarray(getattr(of, field)) for of in number.stacks]), ends
+        )
+        for field in FIELDS.values()
+    }
+    stacks = (
+        StackGroups(**{field: of[i] for field, of in parts.items()})
+        for i in range(len(config.stacks))
+    )
+    return Groups(number.residual_D, tuple(stacks))
 
 
 def check(config: ModelConfig, live: Groups, choice: Choice, where: str) -> None:
@@ -134,9 +191,9 @@ def check(config: ModelConfig, live: Groups, choice: Choice, where: str) -> None
     pairs = zip(jax.tree.leaves(live), jax.tree.leaves(choice.live), strict=True)
     if any((new & ~old).any() for old, new in pairs):
         raise UserError(f"{where} lets groups live that are dead, whose weights are zero.")
-    if choice.config is not None or choice.params is not None:
+    if choice.config not in (None, config):
         raise UserError(
-            f"{where} changes weights, which a run does not: prune in one shot, "
+            f"{where} makes a network of another kind, which a run does not: prune in one shot, "
             "python -m mobilellm_jax.prune."
         )
     if not choice.live.residual_D.all() and not config.dead_channels:
@@ -154,14 +211,33 @@ class Pruner:
     strategy: Strategy
     scored: str  # the score that the steps add up
     memory: Any  # of the strategy: arrays as they are kept in the state
-    first: Groups  # how many groups there are when the run begins
-    network: Network
+    first: Groups  # how many groups there are when the run begins, by the stacks of `network`
+    network: Network  # as it is now
+    compact: Compact  # which groups of the network at the beginning it still has
+    smaller: Callable[[ModelConfig, Groups], Compact]  # how it is compacted
     seed: int
     where: str
 
     def due(self, step: int) -> bool:
         """Whether there is a cut after this many steps."""
         return step in self.schedule.steps
+
+    def at(self, compact: Compact) -> "Pruner":
+        """The same in a network that this one is compacted to, or was at another time of the run."""
+        network = dataclasses.replace(self.network, model=compact.config)
+        first = restacked(self.first, compact.config)
+        return dataclasses.replace(self, network=network, compact=compact, first=first)
+
+    def compaction(self, step: int, live: Groups) -> Compact | None:
+        """The smaller network in this one, if the run compacts after this step.
+
+        Args:
+          step: steps that are done.
+          live: bool, numpy.
+        """
+        if step not in self.schedule.compactions:
+            return None
+        return self.smaller(self.network.model, live)
 
     def begin(self) -> Pruning:
         """Of step 0: all live, nothing is added up."""
@@ -172,13 +248,13 @@ class Pruner:
         return Pruning(live, zeros, memory)
 
     def cut(
-        self, state: TrainState, batch: Batch, apply: Callable[..., TrainState]
+        self, state: TrainState, batches: Sequence[Batch], apply: Callable[..., TrainState]
     ) -> tuple[TrainState, Mapping[str, Any]]:
         """The state after the cut that is due, and a record of it in plain values.
 
         Args:
           state: given up to it.
-          batch: of the step before.
+          batches: the rows of the step before, as many at once as may be.
           apply: `cut_state`, compiled.
 
         Raises:
@@ -189,26 +265,35 @@ class Pruner:
         target = self.schedule.targets[self.schedule.steps.index(step)]
         given = jax.device_get(state.pruning)
         measures = _Accumulated(
-            self.scored, given.scores, state.params, self.network, [batch], self.seed + step
+            self.scored, given.scores, state.params, self.network, batches, self.seed + step
         )
         view = View(model, given.live, self.first, given.memory, measures)
         choice = self.strategy(view, target)
         check(model, given.live, choice, self.where)
+        if choice.update:
+            state = dataclasses.replace(state, params=choice.update(state.params))
         state = apply(state, choice.live, choice.memory)
         left = parameters(model, counts(choice.live))
-        gone = removed(given.live, choice.live)
+        gone = self.compact.named(removed(given.live, choice.live))
         event = {"target": target, "parameters": left, **choice.measured, "cut": gone}
-        return state, event | widths(choice.live)
+        return state, event | widths(choice.live, self.first)
 
 
-def widths(live: Groups) -> dict[str, float]:
-    """What lives, as numbers for curves: the share of each kind, and of each block how many."""
-    number, found = counts(live), {"live/residual": float(live.residual_D.mean())}
+def widths(live: Groups, first: Groups) -> dict[str, float]:
+    """What lives, as numbers for curves: the share of each kind, and of each block how many.
+
+    Args:
+      live: bool, numpy.
+      first: how many groups there were at first; shares are of these.
+    """
+    number = counts(live)
+    found = {"live/residual": float(number.residual_D / first.residual_D)}
     for kind in live.stacks[0].kinds:
-        whole = np.concatenate([of.kinds[kind].ravel() for of in live.stacks])
-        found[f"live/{kind}"] = float(whole.mean())
-        by_block = np.concatenate([of.kinds[kind] for of in number.stacks])
-        found |= {f"{kind}/{block}": int(n) for block, n in enumerate(by_block)}
+        now_B, then_B = (
+            np.concatenate([s.kinds[kind] for s in of.stacks]) for of in (number, first)
+        )
+        found[f"live/{kind}"] = float(now_B.sum() / then_B.sum())
+        found |= {f"{kind}/{block}": int(n) for block, n in enumerate(now_B)}
     return found
 
 
@@ -219,6 +304,22 @@ def cut_state(state: TrainState, live: Groups, memory: Any) -> TrainState:
     memory = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), memory)
     state = masked(state, live)
     return dataclasses.replace(state, pruning=Pruning(live, zeros, memory))
+
+
+def carried(state: TrainState, compact: Compact, shapes: TrainState) -> TrainState:
+    """The state of the smaller network: weights and moments without what is dead.
+
+    Args:
+      state: in which scores have just begun anew, as after a cut.
+      compact: the smaller network in that of the state.
+      shapes: the result, as `ShapeDtypeStruct`s.
+    """
+    assert state.pruning is not None and shapes.pruning is not None
+    rest = dataclasses.replace(state, pruning=None)
+    smaller = taken(rest, compact, dataclasses.replace(shapes, pruning=None))
+    live = compact.groups(state.pruning.live)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes.pruning.scores)
+    return dataclasses.replace(smaller, pruning=Pruning(live, zeros, state.pruning.memory))
 
 
 def pruner_of(
@@ -243,7 +344,28 @@ def pruner_of(
             f"config.pruning.score={config.pruning.score!r} is not one of {', '.join(KINDS)}."
         )
     where = f"config.pruning.strategy.use={config.pruning.strategy.use}"
-    memory = rehearsed(network.model, strategy, schedule, where)
-    first = counts(everything(network.model))
-    score = config.pruning.score
-    return Pruner(schedule, strategy, score, memory, first, network, config.seed, where)
+    layout, multiple = config.pruning.layout, config.pruning.multiple
+    if layout not in LAYOUTS or multiple < 1:
+        raise UserError(
+            f"config.pruning.layout={layout!r} must be one of {', '.join(LAYOUTS)}, and "
+            f"config.pruning.multiple={multiple} at least 1."
+        )
+
+    def smaller(model: ModelConfig, live: Groups) -> Compact:
+        compact = compacted(model, live, layout=layout, multiple=multiple)
+        # More channels may die later on.
+        model = dataclasses.replace(compact.config, dead_channels=model.dead_channels)
+        return dataclasses.replace(compact, config=model)
+
+    return Pruner(
+        schedule,
+        strategy,
+        config.pruning.score,
+        rehearsed(network.model, strategy, schedule, where, smaller),
+        counts(everything(network.model)),
+        network,
+        uncut(network.model),
+        smaller,
+        config.seed,
+        where,
+    )

@@ -90,7 +90,7 @@ def open_model(directory: epath.PathLike) -> OpenedModel:
     """
     path = find(directory)
     meta = read_meta(path)
-    model = ModelConfig.from_dict(meta["config"]["model"])
+    model = network_of(meta)
     with damaged(path):
         shapes = flat(transformer.shapes(model))
         leaves = {name: _open_leaf(path, name) for name in shapes}
@@ -99,6 +99,11 @@ def open_model(directory: epath.PathLike) -> OpenedModel:
                 raise ValueError(f"{name} has the shape {leaf.shape}, not {shapes[name].shape}")
         tokenizer = _read_tokenizer(path)
     return OpenedModel(path, leaves, model, tokenizer, int(meta["step"]), meta)
+
+
+def network_of(meta: Mapping[str, Any]) -> ModelConfig:
+    """The network of a checkpoint: its run's, unless that has become smaller since it began."""
+    return ModelConfig.from_dict(meta.get("model") or meta["config"]["model"])
 
 
 def write_model(
@@ -122,7 +127,7 @@ def write_model(
     Raises:
       UserError: `out` holds something, or cannot be written.
     """
-    meta = {"step": 0, "rows": 0, **meta, "format": FORMAT}
+    meta = {"step": 0, "rows": 0, **meta, "format": FORMAT, "model": model.to_dict()}
     meta["config"] = {**meta.get("config", {}), "model": model.to_dict()}
     with new_folder(epath.Path(out).resolve()) as folder, explained(folder):
         # Weights hardly compress, and compressing them takes half their size in memory.

@@ -98,6 +98,10 @@ def base_config(model: ModelConfig) -> ConfigDict:
     c.pruning.end = 0  # step before which the last cut comes; 0: that of the run
     c.pruning.cuts = 20  # that many, each down by as many parameters
     c.pruning.spacing = "even"  # of the cuts; growing: the steps that follow a cut grow linearly
+    c.pruning.compact_at = ()  # falling numbers of parameters at which what is dead is taken out, and
+    # the run goes on as a smaller network; these checkpoints are kept for ever
+    c.pruning.layout = "stacks"  # of blocks that differ in their widths then; padded: one scan
+    c.pruning.multiple = 1  # to which widths are rounded up then, with zeros
     c.pruning.score = "taylor"  # that the steps add up: taylor, taylor_slice or fisher
     c.pruning.strategy = ConfigDict()
     c.pruning.strategy.use = "mobilellm_jax.pruning.strategies:adapt"

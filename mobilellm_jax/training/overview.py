@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from mobilellm_jax.data.plan import Plan
-from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.config import ModelConfig, parameter_count
 from mobilellm_jax.parallel.sharding import path_name
 from mobilellm_jax.tables import aligned
 from mobilellm_jax.training.length import Length
@@ -66,6 +66,17 @@ def summary(model: ModelConfig, flops: int, parameters: int, length: Length) -> 
         f"run: {length.steps:,} steps x {batches} rows x {row_length:,} tokens = {tokens:,} tokens, "
         f"{tokens * flops:.2e} FLOPs"
     )
+
+
+def compaction(model: ModelConfig, live: int) -> dict[str, Any]:
+    """What a run has become that was compacted, in plain values; `live` of its parameters are not zeros."""
+    stacks = (f"{s.layers} x {s.heads}/{s.kv_heads} x {s.mlp_width}" for s in model.stacks)
+    return {
+        "parameters": parameter_count(model),
+        "live": live,
+        "width": model.width,
+        "stacks": ", ".join(stacks),
+    }
 
 
 def teacher(theirs: Mapping[str, float], own: Mapping[str, float]) -> str:

@@ -88,6 +88,18 @@ class Progress:
             )
             sys.stdout.flush()
 
+    def compaction(self, step: int, values: Mapping[str, Any]) -> None:
+        """Says what the smaller network is that the run goes on with."""
+        if self._shown:
+            zeros = values["parameters"] - values["live"]
+            filled = f", {zeros:,} of them zeros that fill up widths" if zeros else ""
+            tqdm.write(
+                f"compacted after step {step:,}: {values['parameters']:,} parameters{filled}, width "
+                f"{values['width']}, layers x heads/KV heads x MLP width {values['stacks']}",
+                file=sys.stdout,
+            )
+            sys.stdout.flush()
+
     def close(self) -> None:
         """Leaves the bar as it stands."""
         self._bar.close()

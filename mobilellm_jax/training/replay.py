@@ -102,6 +102,7 @@ def replay(
             state = run.fresh()
         else:
             check_same_run(meta, config, run.plan, checkpoints.directory)
+            run = run.at(meta)
             state = checkpoints.restore(run.abstract, begun_at)
         checkpoints.close()
         part = jax.process_index(), jax.process_count()
@@ -109,7 +110,7 @@ def replay(
         for done in range(begun_at + 1, step):
             rows = put_rows(next(parts), run.mesh)
             state, _ = run.step(state, rows)
-            state, _ = run.pruned(done, state, rows)
+            run, state, _ = run.pruned(done, state, rows)
         batch = next(parts)
         measured = _measure(run, state.params, batch)
         _, metrics = run.step(state, put_rows(batch, run.mesh))

@@ -6,13 +6,14 @@ import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
 
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
@@ -36,7 +37,9 @@ LAST_TRIES = (0.0, 1.0, 4.0, 15.0)  # seconds before each try to save the last s
 
 
 class Checkpoints:
-    """The checkpoints of one run, saved asynchronously; the newest `keep` stay and every `keep_every`-th.
+    """The checkpoints of one run, saved asynchronously.
+
+    The newest `keep` stay, every `keep_every`-th and those of the steps `always`.
 
     A save that cannot be written is told of at once and tried again: after some seconds, which grow,
     where there is one process, and at the next due step where there are several, which must save
@@ -49,6 +52,7 @@ class Checkpoints:
         every: int,
         keep: int,
         keep_every: int,
+        always: Sequence[int] = (),
         read_only: bool = False,
     ) -> None:
         """Opens (and creates) `workdir/checkpoints` and clears away what killed saves left there.
@@ -60,13 +64,18 @@ class Checkpoints:
         """
         self.directory = (workdir / FOLDER).resolve()  # Orbax refuses relative paths
         self.failed = 0
-        self._every = every
+        self._every, self._always = every, {*always}
         self._saving: int | None = None  # step that is being written
         self._delay, self._retry_at = RETRY[0], float("inf")
         self._broken = False  # what a failed save left in Orbax would fail the next one too
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            keep_period=keep_every or None,
+            preservation_policy=policies.AnyPreservationPolicy(
+                [
+                    policies.LatestN(keep),
+                    policies.CustomSteps([*always]),
+                    *([policies.EveryNSteps(keep_every)] if keep_every else []),
+                ]
+            ),
             create=not read_only,
             read_only=read_only,
             # A thread that makes them could still do so when a save that failed is cleared away.
@@ -85,7 +94,8 @@ class Checkpoints:
     def due(self, step: int) -> bool:
         """Whether to save after this step: it is one of those, or a save that failed is to be repeated."""
         self._settle()
-        return step % self._every == 0 or time.monotonic() >= self._retry_at
+        due = step % self._every == 0 or step in self._always
+        return due or time.monotonic() >= self._retry_at
 
     def save(self, state: TrainState, meta: Mapping[str, Any], tokenizer: Tokenizer) -> None:
         """Starts to save, unless this step is saved; returns as soon as the state may be changed."""
@@ -201,26 +211,25 @@ class Checkpoints:
         return read_meta(self.directory / str(max(steps))) if steps else None
 
     def resume(
-        self, abstract: TrainState, check: Callable[[Mapping[str, Any]], None]
+        self, expected: Callable[[Mapping[str, Any]], TrainState]
     ) -> tuple[TrainState, dict[str, Any]] | None:
         """State and description of the newest whole checkpoint, None where there is none at all.
 
         Those that are damaged are told of and renamed to `<step>.damaged`; nothing is deleted.
 
         Args:
-          abstract: see `restore`.
-          check: raises a UserError if a checkpoint of this description is not this run's.
+          expected: what a checkpoint of this description holds, as `restore` wants it; raises a
+            UserError if it is not this run's.
 
         Raises:
-          UserError: see `check`; or there are checkpoints and none is whole.
+          UserError: see `expected`; or there are checkpoints and none is whole.
         """
         broken: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             found, fact = None, f"another process could not read its part of checkpoint {step:,}"
             try:
                 meta = read_meta(self.directory / str(step))
-                check(meta)
-                found = self.restore(abstract, step), meta
+                found = self.restore(expected(meta), step), meta
             except Damaged as error:
                 fact = error.fact
             if distributed.all_of("restored", found is not None):
@@ -274,6 +283,19 @@ def restore_state(path: epath.Path, abstract: TrainState) -> TrainState:
         optimizer = ocp.args.StandardRestore(_as_dict(abstract))
         fields = reader.restore(path / "optimizer", args=optimizer)
         return dataclasses.replace(abstract, params=params, **fields)
+
+
+def stored_shapes(path: epath.Path, field: str, sharding: Any) -> Any:
+    """A field of the state in a step's folder, as `ShapeDtypeStruct`s of one sharding in plain containers.
+
+    Raises:
+      Damaged: the checkpoint is damaged.
+    """
+    with damaged(path):
+        found = ocp.StandardCheckpointHandler().metadata(path / "optimizer").tree[field]
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), found
+        )
 
 
 def _numbered(path: epath.Path) -> Iterator[epath.Path]:

@@ -22,7 +22,9 @@ from mobilellm_jax.model.attention import choose
 from mobilellm_jax.model.config import ModelConfig, flops_per_token
 from mobilellm_jax.parallel.mesh import make_mesh
 from mobilellm_jax.parallel.sharding import batch_sharding, shardings
-from mobilellm_jax.pruning.while_training import Pruner, cut_state, pruner_of
+from mobilellm_jax.pruning.compaction import Compact
+from mobilellm_jax.pruning.while_training import Pruner, carried, cut_state, pruner_of
+from mobilellm_jax.training.checkpoint import network_of
 from mobilellm_jax.training.config import check, configured
 from mobilellm_jax.training.evaluation import evaluate
 from mobilellm_jax.training.length import Length, length_of, microbatches
@@ -53,23 +55,6 @@ class Programs:
     cut: Callable[..., TrainState]  # `while_training.cut_state`, jitted; donates the state
     teacher: Teacher | None  # as `ShapeDtypeStruct`s; None: the objective learns from none
 
-    def pruned(
-        self, step: int, state: TrainState, batch: Batch
-    ) -> tuple[TrainState, Mapping[str, Any] | None]:
-        """The state after the cut that is due after this step, and its record; None: none is due.
-
-        Args:
-          step: steps that are done.
-          state: given up.
-          batch: of the last of them.
-
-        Raises:
-          UserError: see `while_training.Pruner`.
-        """
-        if self.pruner is None or not self.pruner.due(step):
-            return state, None
-        return self.pruner.cut(state, batch, self.cut)
-
     def flops_per_token(self, length: int) -> int:
         """Model FLOPs to train on one token of a row of `length`, with the forward pass of a teacher."""
         flops = flops_per_token(self.model, length)
@@ -91,6 +76,47 @@ class Setup(Programs):
     evaluate: Callable[[Any], dict[str, float]]  # params -> held-out measurements
     evaluate_teacher: Callable[[], dict[str, float]] | None  # likewise; None: there is none to run
     load_teacher: Callable[[], Teacher] | None  # with its weights, read at the first call
+    microbatches: Callable[[int], int]  # parts in which so many rows are computed
+    smaller: Callable[[Pruner], "Setup"]  # the same with the network of that pruner
+
+    def at(self, meta: Mapping[str, Any]) -> "Setup":
+        """The run as it was at a checkpoint of its own, when its network may have been smaller."""
+        if self.pruner is None or network_of(meta) == self.model:
+            return self
+        compact = Compact.from_dict(network_of(meta), meta["pruning"]["kept"])
+        return self.smaller(self.pruner.at(compact))
+
+    def pruned(
+        self, step: int, state: TrainState, batch: Batch
+    ) -> tuple["Setup", TrainState, Mapping[str, Any] | None]:
+        """Run and state after the cut that is due after this step, and its record; None: none is due.
+
+        Args:
+          step: steps that are done.
+          state: given up.
+          batch: of the last of them.
+
+        Raises:
+          UserError: see `while_training.Pruner`.
+        """
+        pruner = self.pruner
+        if pruner is None or not pruner.due(step):
+            return self, state, None
+        parts = self.microbatches(len(batch["tokens"]))
+        batches = [jax.tree.map(lambda x, j=j: x[j::parts], batch) for j in range(parts)]
+        state, cut = pruner.cut(state, batches, self.cut)
+        assert state.pruning is not None
+        compact = pruner.compaction(step, jax.device_get(state.pruning.live))
+        if compact is None:
+            return self, state, cut
+        run = self.smaller(pruner.at(compact.after(pruner.compact)))
+        carry = functools.partial(carried, compact=compact, shapes=run.abstract)
+        return run, jax.jit(carry, out_shardings=run.shardings)(state), cut
+
+    def describe(self) -> dict[str, Any]:
+        """The network as it is now, for the description of a checkpoint; see `checkpoint.network_of`."""
+        kept = {"pruning": {"kept": self.pruner.compact.to_dict()}} if self.pruner else {}
+        return {"model": self.model.to_dict(), **kept}
 
 
 def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
@@ -127,18 +153,20 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
 
     # --- The programs, given what each token stands for
     tokens = tokenizer.bos_id, tokenizer.eos_id
-    made = programs(config, devices, *tokens, len(plan.sources), mixture.top_k)
-    with jax.set_mesh(made.mesh):
+    program = functools.partial(
+        programs, config, devices, *tokens, len(plan.sources), mixture.top_k
+    )
+    first = program()
+    with jax.set_mesh(first.mesh):
         piece_bytes_V = jax.numpy.asarray(tokenizer.piece_bytes())
         # What an objective refuses is met here, before anything is written.
         jax.eval_shape(
             lambda params, batch, teacher: (
-                taught(made.objective, teacher)(params, batch, made.network).total
+                taught(first.objective, teacher)(params, batch, first.network).total
             ),
-            *(made.abstract.params, made.abstract_batch, made.teacher),
+            *(first.abstract.params, first.abstract_batch, first.teacher),
         )
-    teacher = made.teacher
-    load = open_teacher(config, teacher, tokenizer) if teacher else None
+    load = open_teacher(config, first.teacher, tokenizer) if first.teacher else None
     measure = functools.partial(
         evaluate,
         heldout=heldout,
@@ -146,20 +174,28 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
         rows=config.eval.rows,
         batch_rows=config.global_batch // config.microbatches,
         piece_bytes_V=piece_bytes_V,
-        mesh=made.mesh,
+        mesh=first.mesh,
     )
-    return Setup(
-        **{
-            **vars(made),
-            "step": lambda state, batch: made.step(state, batch, piece_bytes_V, load and load()),
-        },
-        plan=plan,
-        mixture=mixture,
-        tokenizer=tokenizer,
-        evaluate=functools.partial(measure, network=made.network),
-        evaluate_teacher=load and (lambda: measure(load().params, network=load().network)),
-        load_teacher=load,
-    )
+
+    def with_data(made: Programs) -> Setup:
+        return Setup(
+            **{
+                **vars(made),
+                "step": lambda state, batch: made.step(
+                    state, batch, piece_bytes_V, load and load()
+                ),
+            },
+            plan=plan,
+            mixture=mixture,
+            tokenizer=tokenizer,
+            evaluate=functools.partial(measure, network=made.network),
+            evaluate_teacher=load and (lambda: measure(load().params, network=load().network)),
+            load_teacher=load,
+            microbatches=functools.partial(microbatches, config),
+            smaller=lambda pruner: with_data(program(pruner=pruner)),
+        )
+
+    return with_data(first)
 
 
 def tokenizer_of(plan: Plan, where: epath.PathLike) -> Tokenizer:
@@ -185,6 +221,7 @@ def programs(
     eos_id: int,
     sources: int,
     top_k: int = 0,
+    pruner: Pruner | None = None,
 ) -> Programs:
     """The programs of a configuration, made without data and without arrays; they compile when called.
 
@@ -195,12 +232,14 @@ def programs(
       eos_id: token that ends one.
       sources: number of sources of the plan.
       top_k: tokens that a teacher wrote of each target beside the rows; 0: none did.
+      pruner: that of a run which has become smaller, whose network is then this one's; None: of the
+        beginning.
 
     Raises:
       UserError: the mesh does not give these devices, the attention asked for cannot run on them, or
         an import path or its arguments do not exist.
     """
-    model = ModelConfig.from_dict(config.model)
+    model = pruner.network.model if pruner else ModelConfig.from_dict(config.model)
     mesh, length = make_mesh(config.mesh, devices), length_of(config)
     execution = config.execution
     platform = mesh.devices.flat[0].platform
@@ -216,8 +255,11 @@ def programs(
     teacher = abstract_teacher(config, network, mesh)
     make_optimizer = configured(config.optimizer, "optimizer")
     schedule = configured(config.schedule, "schedule")(length.steps)
-    strategy = configured(config.pruning.strategy, "pruning.strategy")
-    pruner = pruner_of(config, network, length.steps, strategy)
+    if pruner:
+        pruner = dataclasses.replace(pruner, network=network)
+    else:
+        strategy = configured(config.pruning.strategy, "pruning.strategy")
+        pruner = pruner_of(config, network, length.steps, strategy)
 
     def begin(key: jax.Array) -> TrainState:
         params = transformer.init(model, key)

@@ -8,6 +8,7 @@ long run at any checkpoint that is kept.
 import dataclasses
 import functools
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,11 +22,12 @@ from mobilellm_jax.interop.stored import CHECKPOINT, StoredModel, open_model
 from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.pruning.while_training import schedule_of
 from mobilellm_jax.training.checkpoint import FOLDER, saved_steps
 from mobilellm_jax.training.config import differences
 from mobilellm_jax.training.length import length_of
 from mobilellm_jax.training.outliers import init_window
-from mobilellm_jax.training.saving import restore_state
+from mobilellm_jax.training.saving import restore_state, stored_shapes
 from mobilellm_jax.training.step import TrainState, init_state
 from mobilellm_jax.training.workdir import check_past
 
@@ -36,8 +38,10 @@ if TYPE_CHECKING:  # what a run is set up with loads far more than a start needs
 MAY_CHANGE = ("max_length", "rope_theta", "rope_scaling", "init_std", "dead_channels")
 
 
-def open_start(config: ConfigDict, run: "Setup") -> StoredModel:
+def open_start(config: ConfigDict, run: "Setup") -> tuple[StoredModel, "Setup"]:
     """Opens what a run starts at, and checks that it can; reads no weights.
+
+    The run comes back as it is there: its network may have become smaller by then.
 
     Args:
       config: of the run, with `init_from`.
@@ -48,11 +52,13 @@ def open_start(config: ConfigDict, run: "Setup") -> StoredModel:
         that step.
     """
     directory = located(config.init_from)
+    if config.init_state == "all":
+        run = run.at(open_model(directory).meta)
     start = open_weights(directory, run.model, run.tokenizer)
     check_stage(start, config, named=epath.Path(directory) == start.directory)
     if config.init_state == "all":
         check_state(start, config, run)
-    return start
+    return start, run
 
 
 def located(name: str) -> epath.PathLike:
@@ -152,18 +158,28 @@ def _check_scales(params: Any, config: ConfigDict) -> None:
 
 
 def _continued(start: StoredModel, config: ConfigDict, run: "Setup") -> TrainState:
-    """The state of that checkpoint; a window of another size begins empty."""
-    there = start.meta["config"].get("skip", {}).get("window", 0)
-    if there == config.skip.window:
-        return restore_state(start.directory, run.abstract)
-    place = run.shardings.step
-    stored = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        jax.eval_shape(lambda: init_window(there)),
-    )
-    state = restore_state(start.directory, dataclasses.replace(run.abstract, window=stored))
-    empty = jax.jit(lambda: init_window(config.skip.window), out_shardings=run.shardings.window)()
-    return dataclasses.replace(state, window=empty)
+    """The state of that checkpoint; a window of another size begins empty, and pruning may be over."""
+    there, place = start.meta["config"], run.shardings.step
+    state = run.abstract
+    if (window := there.get("skip", {}).get("window", 0)) != config.skip.window:
+        shapes = jax.eval_shape(lambda: init_window(window))
+        stored = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes
+        )
+        state = dataclasses.replace(state, window=stored)
+    if over := _prunes(there) and not _prunes(config):
+        state = dataclasses.replace(state, pruning=stored_shapes(start.directory, "pruning", place))
+    state = restore_state(start.directory, state)
+    if window != config.skip.window:
+        empty = jax.jit(
+            lambda: init_window(config.skip.window), out_shardings=run.shardings.window
+        )()
+        state = dataclasses.replace(state, window=empty)
+    return dataclasses.replace(state, pruning=None) if over else state
+
+
+def _prunes(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("pruning", {}).get("target"))
 
 
 def check_state(start: StoredModel, config: ConfigDict, run: "Setup") -> None:
@@ -190,13 +206,21 @@ def check_state(start: StoredModel, config: ConfigDict, run: "Setup") -> None:
                 f"{where}: config.optimizer.{key} is {old!r} there and {new!r} here; keep it, or set "
                 "config.init_state=weights."
             )
-    old, new = (bool(c.get("pruning", {}).get("target")) for c in (there, config.to_dict()))
-    if old != new:
+    if _prunes(config) and not _prunes(there):
         raise UserError(
-            f"{where}: that run {'prunes' if old else 'does not prune'} and this one "
-            f"{'does' if new else 'does not'}; set config.pruning.target as it was there, or "
+            f"{where}: that run does not prune and this one does; set config.pruning.target=0, or "
             "config.init_state=weights."
         )
+    if _prunes(there) and not _prunes(config):
+        schedule = schedule_of(ConfigDict(there), length_of(there).steps)
+        cuts = [step for step in schedule.steps if step <= start.step]
+        if cuts and cuts[-1] not in schedule.compactions:
+            at = ", ".join(f"{step:,}" for step in schedule.compactions) or "none"
+            raise UserError(
+                f"{where}: after step {start.step:,} of that run parts are dead that only a run which "
+                f"prunes keeps so: start at one of its compactions (after steps: {at}), leave "
+                "config.pruning as it was there, or set config.init_state=weights."
+            )
     if start.step >= run.length.steps:
         raise UserError(
             f"{where}: that is step {start.step:,} and this run ends at step {run.length.steps:,}; a run "

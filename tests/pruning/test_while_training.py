@@ -12,10 +12,11 @@ import pruned as networks
 import pytest
 import runs
 import tiny
+from pruned import TARGET, WHOLE, config, efficiently
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.leaves import flat
-from mobilellm_jax.model.config import ModelConfig, parameter_count
+from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.pruning import efficient, groups
 from mobilellm_jax.pruning.measures import Measures
 from mobilellm_jax.pruning.strategies import View
@@ -25,28 +26,10 @@ from mobilellm_jax.training.objectives import next_token
 from mobilellm_jax.training.setup import set_up
 from mobilellm_jax.training.step import Pruning, init_state, train_step
 
-WHOLE = parameter_count(tiny.MODEL)
-TARGET = int(WHOLE * 0.7)
-
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
     return tiny.corpus(tmp_path_factory.mktemp("data"))
-
-
-def config(plan, use="mobilellm_jax.pruning.strategies:adapt", **changes):
-    c = tiny.config(plan)
-    c.pruning.target, c.pruning.begin, c.pruning.cuts = TARGET, 2, 4
-    c.pruning.strategy.use = use
-    with c.unlocked():
-        c.update_from_flattened_dict(changes)
-    return c
-
-
-def efficiently(plan, **changes):
-    use = "mobilellm_jax.pruning.efficient:efficient"
-    changes = {"model.dead_channels": True, "pruning.cuts": 9, "pruning.begin": 1} | changes
-    return config(plan, use, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +107,10 @@ def test_a_fork_goes_on_pruning_or_says_why_not(plan, whole, tmp_path):
     live = jax.device_get(state.pruning.live)
     for path, leaf in flat(groups.masked(before, live)).items():  # no rate: only the cuts act
         np.testing.assert_array_equal(flat(state.params)[path], leaf)
-    for target, there in ((0, whole[0]), (TARGET, tmp_path / "plain")):
-        runs.run(tiny.config(plan, 8), tmp_path / "plain")
-        with pytest.raises(UserError, match="prune"):
-            changes = {"init_from": f"{there}@4", "init_state": "all", "pruning.target": target}
-            runs.run(config(plan, **changes), tmp_path / f"refused{target}")
+    runs.run(tiny.config(plan, 8), tmp_path / "plain")
+    with pytest.raises(UserError, match="that run does not prune and this one does"):
+        forked["init_from"] = f"{tmp_path / 'plain'}@4"
+        runs.run(config(plan, **forked), tmp_path / "refused")
 
 
 # --- Scores in the step
