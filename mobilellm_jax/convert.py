@@ -11,7 +11,9 @@ MobileLLM); --from says which of them it must be. --to is one of
     hf          a folder that transformers loads without code of ours; shared blocks are unrolled, and
                 blocks of different widths filled up with zeros
     hf-shared   a folder with the few lines of PyTorch that keep shared blocks once
-    gguf        a file for llama.cpp and the programs built on it
+    gguf        a file for llama.cpp and the programs built on it; shared blocks are unrolled, and blocks
+                of different widths keep them (architecture deci), unless --architecture names one that
+                has one width for all and more readers (llama): then they are filled up with zeros
     torch       a folder for the code published with MobileLLM
 
 Weights keep the dtype they are stored in unless --dtype names another. Nothing is overwritten.
@@ -32,7 +34,7 @@ from mobilellm_jax.interop.padding import padded, widest
 from mobilellm_jax.interop.perplexity import perplexity
 from mobilellm_jax.interop.stored import StoredModel
 from mobilellm_jax.leaves import DTYPES
-from mobilellm_jax.model.config import LS_KVS, parameter_count
+from mobilellm_jax.model.config import LS_KVS, ModelConfig, parameter_count
 
 SAMPLE = 30_000  # characters of Python's help topics: four windows, minutes for 125M on a CPU
 
@@ -66,25 +68,25 @@ def convert(
       to: one of `FORMATS`.
       out: the folder (for gguf the file) to make; a folder may exist if it is empty.
       dtype: of the weights, one of `leaves.DTYPES`; None keeps that of the source. Not for gguf.
-      architecture: for hf, the stock architecture to write where there is a choice; None chooses.
+      architecture: for hf and gguf, the one to write where there is a choice; None chooses.
       quantization: for gguf, of the matrices (see `gguf.QUANTIZATIONS`).
 
     Raises:
       UserError: the format cannot express the network or its tokenizer, or something is in the way.
     """
     leaves, model = source.leaves, source.model
-    if to in ("hf", "gguf") and widest(model) != model:
+    if widest(model) != model and _one_width(to, model, architecture):
         leaves, model = padded(leaves, model)
         there, here = parameter_count(source.model), parameter_count(model)
         print(
-            f"note: its blocks differ in their widths, and {to} has one for all: filled up with zeros, "
-            f"{there:,} parameters are {here:,}; hf-shared keeps their own."
+            f"note: its blocks differ in their widths, and {architecture or to} has one for all: filled up "
+            f"with zeros, {there:,} parameters are {here:,}; hf-shared keeps their own."
         )
     arguments = leaves, model, source.needed_tokenizer, out
     if to == "checkpoint":
         stored.write_checkpoint(source, out, dtype)
     elif to == "gguf":
-        for note in gguf.export(*arguments, quantization):
+        for note in gguf.export(*arguments, quantization, architecture=architecture):
             print(f"note: {note}")
     elif to == "torch":
         official_torch.export(*arguments, dtype)
@@ -96,6 +98,14 @@ def convert(
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         print(f"  {file}")
     print(f"Load it with\n\n{LOADS[to].format(out=out)}\n")
+
+
+def _one_width(to: str, model: ModelConfig, architecture: str | None) -> bool:
+    """Whether all blocks have the same widths in what is written."""
+    if to != "gguf":
+        return to == "hf"
+    chosen = architecture or next(iter(gguf.expressible(model)), "")
+    return chosen not in gguf.ARCHITECTURES or gguf.ARCHITECTURES[chosen].uniform
 
 
 def open_source(
@@ -176,8 +186,9 @@ if __name__ == "__main__":
     flags.DEFINE_enum(
         "architecture",
         None,
-        [name for name in huggingface.EXPORTS if name != "hf_shared"],
-        "For hf: qwen3 (the default) or llama4_text for networks with QK-norm.",
+        sorted({*huggingface.EXPORTS, *gguf.ARCHITECTURES} - {"hf_shared"}),
+        "For hf: qwen3 (the default) or llama4_text for networks with QK-norm; for gguf: llama where blocks "
+        "differ in their widths and deci (the default) cannot be read.",
     )
     flags.DEFINE_enum("quantization", "f16", gguf.QUANTIZATIONS, "For gguf: of the matrices.")
     flags.DEFINE_enum("ls_kv", None, LS_KVS, "For official MobileLLM-LS folders: see ModelConfig.")

@@ -96,6 +96,33 @@ def test_what_a_run_has_made_zero_is_taken_out(plan, tmp_path):
     assert "What lives" in page and "Saliency" in page and "MLP widths" in page
 
 
+@pytest.mark.slow
+def test_biases_that_flap_leaves_go_to_hugging_face(plan, trained, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    flags = f"--checkpoint={trained}", f"--plan={plan}", "--strategy=flap", "--target_params=85%"
+    pruned = runs.program(
+        "mobilellm_jax.prune", *flags, "--rows=8", "--row_length=32", f"--out={tmp_path / 'small'}"
+    )
+    assert pruned.status == 0, pruned.err
+    loaded = load_model(tmp_path / "small")
+    assert loaded.model.out_bias
+    for to in ("hf", "hf-shared"):
+        out = tmp_path / to
+        ended = runs.program(
+            "mobilellm_jax.convert",
+            f"--checkpoint={tmp_path / 'small'}",
+            f"--to={to}",
+            f"--out={out}",
+        )
+        assert ended.status == 0, ended.err
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+        tokens = np.arange(20, dtype=np.int64)[None] + 3
+        with torch.no_grad():
+            found = theirs(torch.tensor(tokens)).logits.numpy()
+        np.testing.assert_allclose(found, logits(loaded, tokens), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("text", "found"), [("125M", 125_000_000), ("1.5K", 1500), ("70%", 700), ("1,234", 1234)]
 )

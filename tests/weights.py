@@ -53,6 +53,8 @@ NETWORKS = {
     ),
     "Llama 3.1's RoPE": changed(rope_theta=500.0, rope_scaling=LLAMA3),
     "biases": changed(qkv_bias=True, tied=False, head_dim=16),
+    "biases of what goes out": changed(out_bias=True),
+    "all biases": changed(qkv_bias=True, out_bias=True, tied=False, stacks=(Stack(2, 4, 2, 80),)),
     "unit QK-norm": changed(qk_norm="unit", norm_eps=1e-2),
     "scaled QK-norm": changed(qk_norm="scaled", tied=False),
 }

@@ -3,9 +3,11 @@
     llama-cli -m model.gguf -p "Once"
 
 Plain networks and MobileLLM-LS become architecture `llama`, networks with QK-norm (MobileLLM-R1)
-`qwen3`, with weights of one where the norm has none, and networks with biases `qwen2`. `llama` turns
-neighbouring components of a head together, so the rows of its queries and keys are interleaved; the
-other two turn halves, as we do. Dense `llama4` is no way out: llama.cpp refuses it.
+`qwen3`, with weights of one where the norm has none, and networks with biases of queries, keys and
+values `qwen2`. Networks whose blocks differ in their widths become `deci`, a `llama` whose numbers of
+heads and widths of MLPs are lists with an element for each block. `llama` and `deci` turn neighbouring
+components of a head together, so the rows of their queries and keys are interleaved; the other two
+turn halves, as we do. Dense `llama4` is no way out: llama.cpp refuses it.
 
 No runtime of GGUF applies a stored block twice. MobileLLM-LS is written with each block as often as
 it is applied: it computes the same, and the file has the size of a network of that depth.
@@ -31,15 +33,18 @@ from mobilellm_jax.interop.gguf_tokenizer import vocabulary, write_vocabulary
 from mobilellm_jax.interop.layout import (
     HEADS,
     HEADS_BIAS,
+    HEADS_BIAS_INTERLEAVED,
     HEADS_INTERLEAVED,
     HEADS_OUT,
     MATRIX,
     TABLE,
+    UNIT_NORMS,
     VECTOR,
     Family,
     Kind,
     Row,
     entries,
+    obstacles,
 )
 from mobilellm_jax.leaves import Leaves, Whole
 from mobilellm_jax.model.attention import rope_frequencies
@@ -65,37 +70,58 @@ _TOP: tuple[Row, ...] = (
 )
 
 
-def _block(heads: Kind) -> tuple[Row, ...]:
+def _block(heads: Kind, bias: Kind) -> tuple[Row, ...]:
     return (
         ("attn_norm.weight", "attention_norm/scale", VECTOR),
         ("attn_q.weight", "attention/query", heads),
         ("attn_k.weight", "attention/key", heads),
         ("attn_v.weight", "attention/value", HEADS),
         ("attn_output.weight", "attention/out", HEADS_OUT),
-        ("attn_q.bias", "attention/query_bias", HEADS_BIAS),
-        ("attn_k.bias", "attention/key_bias", HEADS_BIAS),
+        ("attn_q.bias", "attention/query_bias", bias),
+        ("attn_k.bias", "attention/key_bias", bias),
         ("attn_v.bias", "attention/value_bias", HEADS_BIAS),
+        ("attn_output.bias", "attention/out_bias", VECTOR),
         ("attn_q_norm.weight", "attention/query_norm/scale", VECTOR),
         ("attn_k_norm.weight", "attention/key_norm/scale", VECTOR),
         ("ffn_norm.weight", "mlp_norm/scale", VECTOR),
         ("ffn_gate.weight", "mlp/gate", MATRIX),
         ("ffn_up.weight", "mlp/up", MATRIX),
         ("ffn_down.weight", "mlp/down", MATRIX),
+        ("ffn_down.bias", "mlp/down_bias", VECTOR),
     )
 
 
 _BLOCKS = "blk.{d}."
-_ARCHITECTURES = {
-    "llama": Family("GGUF's llama", _TOP, _block(HEADS_INTERLEAVED), _BLOCKS),
-    "qwen2": Family("GGUF's qwen2", _TOP, _block(HEADS), _BLOCKS, qkv_bias=(True,)),
+_LLAMA = Family(
+    "GGUF's llama",
+    _TOP,
+    _block(HEADS_INTERLEAVED, HEADS_BIAS_INTERLEAVED),
+    _BLOCKS,
+    qkv_bias=(True, False),
+    out_bias=(True, False),
+)
+# Of those that can express a network the first is written: what more programs read comes first.
+ARCHITECTURES = {
+    "qwen2": Family(
+        "GGUF's qwen2",
+        _TOP,
+        _block(HEADS, HEADS_BIAS),
+        _BLOCKS,
+        qkv_bias=(True,),
+        scaled_rope=(False,),
+        heads_fill_width=True,
+    ),
+    "llama": _LLAMA,
     "qwen3": Family(
         "GGUF's qwen3",
         _TOP,
-        _block(HEADS),
+        _block(HEADS, HEADS_BIAS),
         _BLOCKS,
         qk_norms=("unit", "scaled"),
-        ones_for_unit_norms=True,
+        scaled_rope=(False,),
+        constants=UNIT_NORMS,
     ),
+    "deci": dataclasses.replace(_LLAMA, name="GGUF's deci", uniform=False),
 }
 
 
@@ -114,6 +140,7 @@ def export(
     out: epath.PathLike,
     quantization: str = "f16",
     meta: Mapping[str, str] | None = None,
+    architecture: str | None = None,
 ) -> list[str]:
     """Writes a GGUF file, beside `out` until it is whole, with one leaf in memory at a time.
 
@@ -126,6 +153,7 @@ def export(
       quantization: of the matrices, one of `QUANTIZATIONS`. With q4_0 the matrix that makes the
         logits (of a tied network its embedding) stays at q8_0.
       meta: further `general.*` keys of the file, such as name, author, license, description.
+      architecture: one of `ARCHITECTURES`; None: the first of them that can express the network.
 
     Returns:
       what the user should know of the file, in sentences.
@@ -138,10 +166,12 @@ def export(
     """
     if quantization not in QUANTIZATIONS:
         raise UserError(f"quantization={quantization!r} is not one of {', '.join(QUANTIZATIONS)}.")
+    if architecture is not None and architecture not in ARCHITECTURES:
+        raise UserError(f"architecture={architecture!r} is not one of {', '.join(ARCHITECTURES)}.")
     if "://" in str(out):
         raise UserError(f"GGUF files are written to a disk, not to {out}: name a local file.")
     gguf = _package()
-    architecture = _architecture(model)
+    architecture = architecture or _chosen(model)
     tensors = list(_tensors(model, architecture, quantization))
     words = vocabulary(tokenizer, model.vocab_size)
     with (
@@ -149,7 +179,7 @@ def export(
         contextlib.closing(gguf.GGUFWriter(partial, architecture)) as writer,
     ):
         _write_general(writer, model, quantization, {"name": epath.Path(out).stem, **(meta or {})})
-        _write_network(writer, model)
+        _write_network(writer, model, ARCHITECTURES[architecture].uniform)
         write_vocabulary(writer, words)
         for tensor in tensors:
             kind = gguf.GGMLQuantizationType[tensor.type]
@@ -165,7 +195,7 @@ def export(
             _check_range(tensor, array)
             kind = gguf.GGMLQuantizationType[tensor.type]
             writer.write_tensor_data(gguf.quantize(array, kind))
-    return [*words.notes, *_k_quants(tensors)]
+    return [*words.notes, *_widths(architecture), *_k_quants(tensors)]
 
 
 def _package() -> ModuleType:
@@ -178,22 +208,17 @@ def _package() -> ModuleType:
     return gguf
 
 
-def _architecture(model: ModelConfig) -> str:
-    """What llama.cpp runs the network as."""
-    if model.qk_norm == "none" and not model.qkv_bias:
-        return "llama"
-    name = "qwen2" if model.qk_norm == "none" else "qwen3"
-    heads = model.stacks[0].heads
-    obstacles = {
-        "its RoPE is scaled": model.rope_scaling is not None,
-        f"its {heads} heads of {model.head_dim} are not as wide as the network, {model.width}": (
-            name == "qwen2" and heads * model.head_dim != model.width
-        ),
-    }
-    for obstacle, present in obstacles.items():
-        if present:
-            raise UserError(f"GGUF's {name} cannot express this network, because {obstacle}.")
-    return name
+def expressible(model: ModelConfig) -> list[str]:
+    """The architectures of llama.cpp that can express a network as it is, the best first."""
+    return [name for name, family in ARCHITECTURES.items() if not any(obstacles(model, family))]
+
+
+def _chosen(model: ModelConfig) -> str:
+    if names := expressible(model):
+        return names[0]
+    reasons = {name: next(obstacles(model, family)) for name, family in ARCHITECTURES.items()}
+    listed = "; ".join(f"{name} because {reason}" for name, reason in reasons.items())
+    raise UserError(f"no architecture of GGUF can express this network: {listed}.")
 
 
 def _tensors(model: ModelConfig, architecture: str, quantization: str) -> Iterator[_Tensor]:
@@ -202,7 +227,7 @@ def _tensors(model: ModelConfig, architecture: str, quantization: str) -> Iterat
     Raises:
       UserError: the architecture cannot express the network; a row cannot be cut into blocks.
     """
-    found = entries(model, _ARCHITECTURES[architecture])
+    found = entries(model, ARCHITECTURES[architecture])
     paths = list(dict.fromkeys(entry.path for entry in found))
     for entry in sorted(found, key=lambda entry: paths.index(entry.path)):
         shape = entry.foreign_shape
@@ -236,15 +261,19 @@ def _write_general(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _write_network(writer: Any, model: ModelConfig) -> None:
-    stack = model.stacks[0]
+def _write_network(writer: Any, model: ModelConfig, uniform: bool) -> None:
+    blocks = [stack for stack in model.stacks for _ in stack.applications]
+    of_blocks = {
+        writer.add_feed_forward_length: [block.mlp_width for block in blocks],
+        writer.add_head_count: [block.heads for block in blocks],
+        writer.add_head_count_kv: [block.kv_heads for block in blocks],
+    }
+    for add, values in of_blocks.items():
+        add(values[0] if uniform else values)
     writer.add_vocab_size(model.vocab_size)
     writer.add_context_length(model.max_length)
     writer.add_embedding_length(model.width)
     writer.add_block_count(model.depth)
-    writer.add_feed_forward_length(stack.mlp_width)
-    writer.add_head_count(stack.heads)
-    writer.add_head_count_kv(stack.kv_heads)
     writer.add_key_length(model.head_dim)
     writer.add_value_length(model.head_dim)
     writer.add_layer_norm_rms_eps(model.norm_eps)
@@ -257,6 +286,14 @@ def _check_range(tensor: _Tensor, array: np.ndarray) -> None:
     if not largest <= _LARGEST[tensor.type]:  # written so that NaN fails
         raise UserError(
             f"the weight {tensor.name} is not finite in {tensor.type}: the model is not exported."
+        )
+
+
+def _widths(architecture: str) -> Iterator[str]:
+    if not ARCHITECTURES[architecture].uniform:
+        yield (
+            f"its blocks keep widths of their own, which only architecture {architecture} has: llama.cpp "
+            "runs it; for a program that does not, --architecture=llama fills them up with zeros."
         )
 
 

@@ -30,6 +30,19 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_mobilellm_jax.MobileLLMJaxForCausalLM",
 }
 
+# Biases of a network (qkv_bias, out_bias) as attention_bias and mlp_bias; where two networks have the same
+# keys, the first is read. Of a qwen2 the biases go without saying.
+_BIASES = {
+    "llama": {
+        (False, False): (False, False),
+        (True, False): (True, False),
+        (True, True): (True, True),
+        (False, True): (True, True),
+    },
+    "qwen2": {(True, False): (False, False)},
+}
+_NO_BIASES = {(False, False): (False, False)}
+
 # What a missing key means to transformers.
 _DEFAULT_EPS = {"llama4_text": 1e-5}  # otherwise 1e-6
 _DEFAULT_THETA = {"llama4_text": 500_000.0}  # otherwise 10,000
@@ -104,7 +117,8 @@ def write(model: ModelConfig, family: str) -> dict[str, Any]:
         config["rope_scaling"] = rope
     match family:
         case "llama":
-            config |= {"attention_bias": False, "mlp_bias": False}
+            attention, mlp = _BIASES[family][model.qkv_bias, model.out_bias]
+            config |= {"attention_bias": attention, "mlp_bias": mlp}
         case "mistral":
             config |= {"sliding_window": None}
         case "qwen2":
@@ -280,8 +294,7 @@ def _read_model(keys: _Keys, family: str, ls_kv: str) -> ModelConfig:
     tied = bool(keys.pop("tie_word_embeddings", False))
     repeats, qk_norm, ropes = 1, "none", [True] * layers
     keys.must_be("hidden_act", "silu")
-    keys.must_be("attention_bias", False)
-    keys.must_be("mlp_bias", False)
+    qkv_bias, out_bias = _read_biases(keys, family)
     keys.must_be("quantization_config", None)
     match family:
         case "mistral":
@@ -317,12 +330,22 @@ def _read_model(keys: _Keys, family: str, ls_kv: str) -> ModelConfig:
         qk_norm=qk_norm,
         rope_theta=theta,
         rope_scaling=scaling,
-        qkv_bias=family == "qwen2",
+        qkv_bias=qkv_bias,
+        out_bias=out_bias,
         ls_kv=ls_kv if repeats > 1 else "fresh",
         norm_eps=keys.number("rms_norm_eps", _DEFAULT_EPS.get(family, 1e-6)),
         max_length=max_length,
         init_std=keys.number("initializer_range", 0.02),
     )
+
+
+def _read_biases(keys: _Keys, family: str) -> tuple[bool, bool]:
+    """Whether queries, keys and values have biases, and what attention and MLP give."""
+    found = bool(keys.pop("attention_bias", False)), bool(keys.pop("mlp_bias", False))
+    for ours, theirs in _BIASES.get(family, _NO_BIASES).items():
+        if theirs == found:
+            return ours
+    raise keys.refused("mlp_bias", found[1], f"attention_bias={found[0]}, ")
 
 
 def _read_llama4(keys: _Keys, layers: int, max_length: int) -> list[bool]:

@@ -115,6 +115,8 @@ def _check_tensors(
                 f"{directory}: the tensor {entry.name} is stored as {tensor.dtype.name}: only "
                 f"{', '.join(DTYPES)} can be read."
             )
+        if entry.path is None:
+            _check_constant(entry, tensor, f"{directory}: the tensor ")
     names = {entry.name for entry in expected}
     if model.tied and _HEAD in found and _HEAD not in names:
         if not _same(found[_HEAD], found[_EMBEDDING]):
@@ -127,6 +129,14 @@ def _check_tensors(
         raise UserError(
             f"{directory}: the tensor {unexpected[0]} has no place in the network of config.json "
             f"({len(unexpected)} such)."
+        )
+
+
+def _check_constant(entry: Entry, tensor: Leaf, prefix: str) -> None:
+    """Raises `UserError` where a tensor that the network has no weight for would do something."""
+    if (tensor[:] != entry.value).any():
+        raise UserError(
+            f"{prefix}{entry.name} is not all {entry.value:g}, and the network has no weight for it."
         )
 
 
@@ -153,8 +163,7 @@ def _folded(
     first: dict[tuple[str, int | None], str] = {}
     for entry in expected:
         if entry.path is None:
-            if (found[entry.name][:] != 1).any():
-                raise UserError(f"{entry.name} is not all ones.")
+            _check_constant(entry, found[entry.name], "")
             continue
         original = first.setdefault((entry.path, entry.layer), entry.name)
         if not _same(found[original], found[entry.name]):

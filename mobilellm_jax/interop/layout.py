@@ -10,14 +10,14 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.leaves import Leaves, flat
 from mobilellm_jax.model import transformer
-from mobilellm_jax.model.config import LS_KVS, MLPS, QK_NORMS, ModelConfig
+from mobilellm_jax.model.config import LS_KVS, MLPS, QK_NORMS, ModelConfig, Stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,7 @@ HEADS = Kind("D N H", "NH D")  # query, key and value
 HEADS_INTERLEAVED = Kind("D N H", "NH D", interleaved=True)
 HEADS_OUT = Kind("N H D", "D NH")
 HEADS_BIAS = Kind("N H", "NH")
+HEADS_BIAS_INTERLEAVED = Kind("N H", "NH", interleaved=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +75,11 @@ class Entry:
     """One tensor of a foreign file: which slice of which leaf it is, in what order of axes."""
 
     name: str
-    path: str | None  # None: ones, which the family needs and the network does without
+    path: str | None  # None: `value` throughout, which the network does without
     layer: int | None  # index into the leaf's first axis; None: the leaf as it is
     kind: Kind
     shape: tuple[int, ...]  # of our slice
+    value: float | None = None
 
     @property
     def foreign_shape(self) -> tuple[int, ...]:
@@ -91,7 +93,7 @@ class Entry:
     def take(self, leaves: Leaves) -> np.ndarray:
         """The foreign tensor, made of the leaves that are exported."""
         if self.path is None:
-            return np.ones(self.foreign_shape, np.float32)
+            return np.full(self.foreign_shape, self.value, np.float32)
         leaf = leaves[self.path]
         return self.write(leaf[:] if self.layer is None else leaf[self.layer])
 
@@ -105,7 +107,21 @@ class Entry:
 
 
 Row = tuple[str, str, Kind]  # name there, path here, kind
-QK_NORM_SCALES = ("attention/query_norm/scale", "attention/key_norm/scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """What a family has and a network may do without: a tensor that then is one number throughout."""
+
+    value: float
+    axes: str  # of a block's sizes: D N K H F
+    needed: Callable[[ModelConfig], bool] = lambda _: True
+
+    def shape(self, model: ModelConfig, stack: Stack) -> tuple[int, ...]:
+        """That of our slice, if there were one."""
+        sizes = {"D": model.width, "H": model.head_dim, "F": stack.mlp_width}
+        sizes |= {"N": stack.heads, "K": stack.kv_heads}
+        return tuple(sizes[axis] for axis in self.axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +129,8 @@ class Family:
     """The names and kinds of a family's tensors, and what its networks can be.
 
     `blocks` is how a block is numbered: `{d}` counts applications, so that a block applied twice is
-    written twice; `{i}` and `{l}` are its stack and its layer there, so that it is written once.
+    written twice; `{i}` and `{l}` are its stack and its layer there, so that it is written once. A tuple
+    holds the values of a property that the family can express.
     """
 
     name: str
@@ -127,7 +144,10 @@ class Family:
     qkv_bias: tuple[bool, ...] = (False,)
     out_bias: tuple[bool, ...] = (False,)
     ls_kvs: tuple[str, ...] = ("fresh",)
-    ones_for_unit_norms: bool = False  # QK-norm has weights there, also where ours has none
+    scaled_rope: tuple[bool, ...] = (True, False)
+    heads_fill_width: bool = False  # all heads together are as wide as the network
+    # By the path of a row.
+    constants: Mapping[str, Constant] = dataclasses.field(default_factory=dict)
 
 
 _TOP: tuple[Row, ...] = (
@@ -147,26 +167,45 @@ def _block(heads: Kind = HEADS, mlp: str = "mlp") -> tuple[Row, ...]:
         ("self_attn.q_proj.bias", "attention/query_bias", HEADS_BIAS),
         ("self_attn.k_proj.bias", "attention/key_bias", HEADS_BIAS),
         ("self_attn.v_proj.bias", "attention/value_bias", HEADS_BIAS),
-        ("self_attn.q_norm.weight", QK_NORM_SCALES[0], VECTOR),
-        ("self_attn.k_norm.weight", QK_NORM_SCALES[1], VECTOR),
+        ("self_attn.o_proj.bias", "attention/out_bias", VECTOR),
+        ("self_attn.q_norm.weight", "attention/query_norm/scale", VECTOR),
+        ("self_attn.k_norm.weight", "attention/key_norm/scale", VECTOR),
         ("post_attention_layernorm.weight", "mlp_norm/scale", VECTOR),
         (f"{mlp}.gate_proj.weight", "mlp/gate", MATRIX),
         (f"{mlp}.up_proj.weight", "mlp/up", MATRIX),
         (f"{mlp}.down_proj.weight", "mlp/down", MATRIX),
+        (f"{mlp}.gate_proj.bias", "mlp/gate_bias", VECTOR),
+        (f"{mlp}.up_proj.bias", "mlp/up_bias", VECTOR),
+        (f"{mlp}.down_proj.bias", "mlp/down_bias", VECTOR),
     )
 
 
-_LLAMA = Family("llama", _TOP, _block())
+# QK-norm with weights, also where ours has none.
+UNIT_NORMS = {
+    "attention/query_norm/scale": Constant(1.0, "H"),
+    "attention/key_norm/scale": Constant(1.0, "H"),
+}
+# All projections of attention, or of the MLP, have biases together.
+_NO_BIASES = {
+    "attention/query_bias": Constant(0.0, "NH", lambda model: model.out_bias),
+    "attention/key_bias": Constant(0.0, "KH", lambda model: model.out_bias),
+    "attention/value_bias": Constant(0.0, "KH", lambda model: model.out_bias),
+    "attention/out_bias": Constant(0.0, "D", lambda model: model.qkv_bias),
+    "mlp/gate_bias": Constant(0.0, "F", lambda model: model.out_bias),
+    "mlp/up_bias": Constant(0.0, "F", lambda model: model.out_bias),
+}
+_PLAIN = Family("mistral", _TOP, _block())
 _FAMILIES = (
-    _LLAMA,
-    dataclasses.replace(_LLAMA, name="mistral"),
-    dataclasses.replace(_LLAMA, name="qwen2", qkv_bias=(True,)),
+    _PLAIN,
     dataclasses.replace(
-        _LLAMA,
-        name="qwen3",
-        qk_norms=("unit", "scaled"),
-        ones_for_unit_norms=True,
+        _PLAIN,
+        name="llama",
+        qkv_bias=(True, False),
+        out_bias=(True, False),
+        constants=_NO_BIASES,
     ),
+    dataclasses.replace(_PLAIN, name="qwen2", qkv_bias=(True,)),
+    dataclasses.replace(_PLAIN, name="qwen3", qk_norms=("unit", "scaled"), constants=UNIT_NORMS),
     Family(
         "llama4_text",
         _TOP,
@@ -186,6 +225,7 @@ _FAMILIES = (
         mlps=MLPS,
         qk_norms=QK_NORMS,
         qkv_bias=(True, False),
+        out_bias=(True, False),
         ls_kvs=LS_KVS,
     ),
 )
@@ -238,8 +278,9 @@ def _block_entries(
         full = f"stack_{stack}/{path}"
         if full in shapes:
             found.append(Entry(prefix + name, full, layer, kind, shapes[full][1:]))
-        elif path in QK_NORM_SCALES and family.ones_for_unit_norms and model.qk_norm == "unit":
-            found.append(Entry(prefix + name, None, None, kind, (model.head_dim,)))
+        elif (constant := family.constants.get(path)) and constant.needed(model):
+            shape = constant.shape(model, model.stacks[stack])
+            found.append(Entry(prefix + name, None, None, kind, shape, constant.value))
     return found
 
 
@@ -247,7 +288,7 @@ def default_family(model: ModelConfig) -> str:
     """The stock architecture of Hugging Face that a network is exported as unless another is named."""
     if model.qk_norm != "none":
         return "qwen3"
-    if model.qkv_bias:
+    if model.qkv_bias and not model.out_bias:
         return "qwen2"
     # transformers wants the heads of a llama to divide its width; of a mistral it does not, and computes
     # the same.
@@ -256,16 +297,17 @@ def default_family(model: ModelConfig) -> str:
 
 def check(model: ModelConfig, family: Family) -> None:
     """Raises `UserError` where a family cannot express a network; the sentence names the first reason."""
-    for reason in _obstacles(model, family):
+    for reason in obstacles(model, family):
         way_out = ": hf-shared can" if _shared_can(model) and family.name in FAMILIES else ""
         raise UserError(f"{family.name} cannot express this network, because {reason}{way_out}.")
 
 
 def _shared_can(model: ModelConfig) -> bool:
-    return not any(_obstacles(model, FAMILIES["hf_shared"]))
+    return not any(obstacles(model, FAMILIES["hf_shared"]))
 
 
-def _obstacles(model: ModelConfig, family: Family) -> Iterator[str]:
+def obstacles(model: ModelConfig, family: Family) -> Iterator[str]:
+    """Why a family cannot express a network, as clauses; none if it can."""
     if model.block != ModelConfig.__dataclass_fields__["block"].default:
         yield f"its block is {model.block}"
     widths = {(stack.heads, stack.kv_heads, stack.mlp_width) for stack in model.stacks}
@@ -284,6 +326,11 @@ def _obstacles(model: ModelConfig, family: Family) -> Iterator[str]:
         yield f"its queries, keys and values have {'' if model.qkv_bias else 'no '}biases"
     if model.out_bias not in family.out_bias:
         yield "what its attention and its MLPs give has biases"
+    if bool(model.rope_scaling) not in family.scaled_rope:
+        yield "its RoPE is scaled"
+    heads = model.stacks[0].heads
+    if family.heads_fill_width and heads * model.head_dim != model.width:
+        yield f"its {heads} heads of {model.head_dim} are not as wide as the network, {model.width}"
     if model.dead_channels:
         yield "channels of its residual stream may be dead (take them out: python -m mobilellm_jax.prune)"
     if model.ls_kv not in family.ls_kvs and any(stack.repeats > 1 for stack in model.stacks):

@@ -10,7 +10,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny
-from gguf_networks import NETWORKS, V, leaves_of, network, stored_block, stored_tensors
+from gguf_networks import (
+    NETWORKS,
+    V,
+    architecture,
+    leaves_of,
+    network,
+    stored_block,
+    stored_tensors,
+)
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.interop.gguf import QUANTIZATIONS, export
@@ -90,6 +98,27 @@ def test_quantised_weights_are_the_nearest(
     assert (error <= 2 * half * step).all()  # one side of zero has only 7 of q4_0's 16 values
 
 
+@pytest.mark.parametrize("quantization", ["f16", "bf16", "q8_0"])
+def test_blocks_of_different_widths_in_narrow_types(
+    quantization: str, tmp_path: pathlib.Path
+) -> None:
+    model = NETWORKS["widths of their own, everything"]
+    leaves = leaves_of(model)
+    export(leaves, model, tiny.tokenizer(), tmp_path / "out.gguf", quantization)
+    stored = stored_tensors(tmp_path / "out.gguf")
+    places = [(i, layer) for i, stack in enumerate(model.stacks) for layer in stack.applications]
+    for d, (i, layer) in enumerate(places):
+        for path, array in stored_block(stored, model, d).items():
+            leaf = leaves[f"stack_{i}/{path}"][layer]
+            if "bias" in path or "scale" in path:
+                np.testing.assert_array_equal(array, leaf)
+            elif quantization == "q8_0":
+                assert np.abs(array - leaf).max() <= 0.51 * np.abs(leaf).max() / 127
+            else:
+                narrow = {"f16": np.float16, "bf16": ml_dtypes.bfloat16}[quantization]
+                np.testing.assert_array_equal(array, leaf.astype(narrow).astype(np.float32))
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_header(name: str, tmp_path: pathlib.Path) -> None:
     model = NETWORKS[name]
@@ -103,15 +132,19 @@ def test_the_header(name: str, tmp_path: pathlib.Path) -> None:
     assert [(t.name, t.shape, t.type) for t in contents.tensors] == [
         (t.name, tuple(reversed(t.shape.tolist())), t.tensor_type.name) for t in reader.tensors
     ]
-    architecture = "qwen2" if model.qkv_bias else "llama" if model.qk_norm == "none" else "qwen3"
-    stack = model.stacks[0]
+    blocks = [stack for stack in model.stacks for _ in stack.applications]
+    widths = [
+        [getattr(stack, name) for stack in blocks] for name in ("mlp_width", "heads", "kv_heads")
+    ]
+    if architecture(model) != "deci":  # one number for all
+        widths = [values[0] for values in widths]
     expected = {
         "context_length": 512,
         "embedding_length": model.width,
         "block_count": model.depth,
-        "feed_forward_length": stack.mlp_width,
-        "attention.head_count": stack.heads,
-        "attention.head_count_kv": stack.kv_heads,
+        "feed_forward_length": widths[0],
+        "attention.head_count": widths[1],
+        "attention.head_count_kv": widths[2],
         "attention.key_length": model.head_dim,
         "attention.value_length": model.head_dim,
         "attention.layer_norm_rms_epsilon": pytest.approx(model.norm_eps),
@@ -119,8 +152,8 @@ def test_the_header(name: str, tmp_path: pathlib.Path) -> None:
         "rope.freq_base": model.rope_theta,
         "vocab_size": V + 5,
     }
-    assert contents.architecture == architecture
-    assert {key: contents.keys[f"{architecture}.{key}"] for key in expected} == expected
+    assert contents.architecture == architecture(model)
+    assert {k: contents.keys[f"{contents.architecture}.{k}"] for k in expected} == expected
     assert {key: contents.keys[f"general.{key}"] for key in meta} == meta
     assert contents.keys["general.file_type"] == gguf.LlamaFileType.MOSTLY_F16
     assert contents.keys["general.size_label"].endswith(("K", "M"))
@@ -185,14 +218,29 @@ PLAIN = Stack(2, 4, 2, 256)
         (network(dataclasses.replace(PLAIN, rope=False)), {}, "NoPE"),
         (network(PLAIN, mlp="relu"), {}, "its MLP is relu"),
         (network(dataclasses.replace(PLAIN, repeats=2), ls_kv="first_pass"), {}, "first_pass"),
-        (network(PLAIN, dataclasses.replace(PLAIN, mlp_width=128)), {}, "its stacks differ"),
-        (network(PLAIN, qk_norm="unit", qkv_bias=True), {}, "qwen3 cannot .* biases"),
-        (network(PLAIN, qkv_bias=True), {}, "qwen2 cannot .* 4 heads of 64"),
+        (
+            network(PLAIN, dataclasses.replace(PLAIN, mlp_width=128)),
+            {"architecture": "llama"},
+            "llama cannot .* its stacks differ",
+        ),
+        (
+            network(PLAIN, dataclasses.replace(PLAIN, mlp_width=128), qk_norm="unit"),
+            {},
+            "qwen3 because its stacks differ .*; deci because its QK-norm is 'unit'",
+        ),
+        (network(PLAIN, qk_norm="unit", qkv_bias=True), {}, "qwen3 because .* have biases"),
+        (network(PLAIN, qk_norm="unit", out_bias=True), {}, "qwen3 because what .* has biases"),
+        (
+            network(PLAIN, qkv_bias=True),
+            {"architecture": "qwen2"},
+            "qwen2 cannot .* 4 heads of 64",
+        ),
         (
             network(PLAIN, qk_norm="unit", rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64)),
             {},
-            "qwen3 cannot .* RoPE is scaled",
+            "qwen3 because its RoPE is scaled",
         ),
+        (network(PLAIN), {"architecture": "mistral"}, "'mistral' is not one of qwen2, llama"),
         (
             network(Stack(1, 4, 2, 40)),
             {"quantization": "q8_0"},

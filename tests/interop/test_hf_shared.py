@@ -32,6 +32,7 @@ NETWORKS = {
         tied=False,
         qk_norm="scaled",
         qkv_bias=True,
+        out_bias=True,
         mlp="relu",
     ),
     "Llama 4": ModelConfig(

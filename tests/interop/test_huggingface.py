@@ -58,7 +58,11 @@ def test_logits_and_gradients(name, model, family, tmp_path):
     plain = dataclasses.replace(model, stacks=unshared)
     if family == "qwen3":  # where a norm without weights has some
         plain = dataclasses.replace(plain, qk_norm="scaled")
-    assert loaded.num_parameters() == parameter_count(plain)
+    zeros = 0
+    if model.out_bias:  # where every projection has a bias
+        plain = dataclasses.replace(plain, qkv_bias=True)
+        zeros = sum(2 * s.layers * s.mlp_width for s in plain.stacks)
+    assert loaded.num_parameters() == parameter_count(plain) + zeros
 
 
 @pytest.mark.slow
@@ -209,7 +213,10 @@ def test_nothing_needs_torch_or_transformers():
         ({"qk_norm": "unit"}, "llama", r"its QK-norm is 'unit': hf-shared can"),
         ({}, "qwen3", "its QK-norm is 'none'"),
         ({}, "qwen2", "have no biases"),
-        ({"qkv_bias": True}, "llama", "have biases"),
+        ({"qkv_bias": True}, "mistral", "have biases"),
+        ({"out_bias": True}, "qwen2", "have no biases: hf-shared can"),
+        ({"out_bias": True, "width": 50}, None, "mistral .* give has biases: hf-shared can"),
+        ({"out_bias": True, "qk_norm": "unit"}, None, "qwen3 .* give has biases: hf-shared can"),
         ({"qkv_bias": True, "qk_norm": "scaled"}, None, "have biases: hf-shared can"),
         ({"qk_norm": "scaled"}, "llama4_text", "its QK-norm is 'scaled'"),
         ({"mlp": "relu"}, None, "its MLP is relu: hf-shared can"),

@@ -128,6 +128,31 @@ def test_logits_and_gradients(name, tmp_path):
     assert_equal(ours(model, folder.leaves, tokens_BT), theirs(loaded, model, family, tokens_BT))
 
 
+@pytest.mark.parametrize("mlp_bias", [False, True])
+def test_biases_of_a_llama_that_do_something_must_have_a_place(mlp_bias, tmp_path):
+    """Here queries, keys and values have biases, and attention and MLP in what they give."""
+    torch = pytest.importorskip("torch")
+    loaded = stock("llama", **SHAPE, attention_bias=True, mlp_bias=mlp_bias)
+    names = ("gate_proj.bias", "up_proj.bias") if mlp_bias else ("o_proj.bias",)
+    homeless = {n: p for n, p in loaded.named_parameters() if n.endswith(names)}
+    assert len(homeless) == 3 * len(names)
+    with torch.no_grad():
+        for name in homeless:
+            for p in homeless.values():
+                p.zero_()
+            homeless[name][-1] = 0.1
+            loaded.save_pretrained(tmp_path)
+            with pytest.raises(UserError, match=f"{name} is not all 0, and the network has no"):
+                open_folder(tmp_path)
+        homeless[name].zero_()
+    loaded.save_pretrained(tmp_path)
+    folder, printed = said(open_folder, tmp_path)
+    model = changed(qkv_bias=True, out_bias=mlp_bias)
+    assert (folder.model, folder.family, printed) == (model, "llama", "")
+    tokens_BT = random_tokens(model)
+    assert_equal(ours(model, folder.leaves, tokens_BT), theirs(loaded, model, "llama", tokens_BT))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3", "llama4_text"])
 def test_full_size(family, tmp_path):

@@ -66,7 +66,6 @@ def read(family, **changes):
         {"architectures": ["LlamaForSequenceClassification"]},
         {"auto_map": {"AutoModelForCausalLM": "theirs.Model"}},
         {"layer_types": ["sliding_attention"] * 3},
-        {"attention_bias": True},
         {"mlp_bias": True},
         {"hidden_size": None},
         {"hidden_size": "48"},
@@ -114,6 +113,9 @@ def test_a_value_of_the_wrong_kind_is_refused_as_well(changes):
         ("qwen3", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window"),
         ("llama", {"sliding_window": 8}, "sliding_window"),
         ("mistral", {"sliding_window": 8}, "sliding_window"),
+        ("qwen2", {"attention_bias": True}, "attention_bias"),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("llama4_text", {"attention_bias": True}, "attention_bias"),
         ("qwen3", {"head_dim": None}, "head_dim"),  # it means 128 there
         ("llama4_text", {"head_dim": None}, "head_dim"),
         ("llama4_text", {"intermediate_size_mlp": None}, "intermediate_size_mlp"),

@@ -35,7 +35,9 @@ def test_both_directions_undo_each_other_and_leave_nothing_out(model, family):
         foreign = entry.take(leaves)
         assert foreign.shape == entry.foreign_shape
         if entry.path is None:
-            assert family == "qwen3" and model.qk_norm == "unit" and (foreign == 1).all()
+            unit = family == "qwen3" and model.qk_norm == "unit"
+            assert unit or (family == "llama" and (model.qkv_bias or model.out_bias))
+            assert (foreign == (1 if unit else 0)).all()
         else:
             rebuilt[entry.path][... if entry.layer is None else entry.layer] = entry.read(foreign)
     for path, leaf in leaves.items():
@@ -57,6 +59,7 @@ def test_two_stacks_never_share_a_name():
     (layout.HEADS_INTERLEAVED, (6, 3, 8)),
     (layout.HEADS_OUT, (3, 8, 6)),
     (layout.HEADS_BIAS, (3, 8)),
+    (layout.HEADS_BIAS_INTERLEAVED, (3, 8)),
 ])  # fmt: skip
 def test_kinds_move_every_value_and_lose_none(kind, shape):
     ours = letters(shape)
@@ -121,6 +124,10 @@ def test_shared_blocks_are_written_as_often_as_applied_or_once():
     [
         ({}, "llama", "llama"),
         ({"qkv_bias": True}, "qwen2", "qwen2"),
+        ({"out_bias": True}, "llama", "llama"),
+        ({"out_bias": True, "qkv_bias": True}, "llama", "llama"),
+        ({"out_bias": True, "qk_norm": "unit"}, None, "qwen3"),
+        ({"out_bias": True, "width": 50}, "llama", "mistral"),  # whose class then refuses the width
         ({"qk_norm": "unit"}, "qwen3", "qwen3"),
         ({"qk_norm": "scaled"}, "qwen3", "qwen3"),
         ({"mlp": "relu"}, None, "llama"),

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import runs
 import tiny
+from gguf_networks import stored_tensors
 from weights import SMALL, load_stock, ours, random_leaves, random_tokens, theirs
 
+from mobilellm_jax.interop.gguf_reader import inspect
 from mobilellm_jax.interop.padding import padded, widest
 from mobilellm_jax.interop.stored import open_model
 from mobilellm_jax.leaves import flat
@@ -24,6 +26,7 @@ NETWORKS = {
     "mistral": PRUNED,
     "qwen2": dataclasses.replace(PRUNED, qkv_bias=True),
     "qwen3": dataclasses.replace(PRUNED, qk_norm="unit"),
+    "llama, biases": dataclasses.replace(PRUNED, width=54, out_bias=True),
 }
 
 
@@ -39,9 +42,9 @@ def converted(source, out, *more):
     return ended
 
 
-@pytest.mark.parametrize("family", NETWORKS)
-def test_hugging_face_computes_the_same(family, tmp_path):
-    model = NETWORKS[family]
+@pytest.mark.parametrize("name", NETWORKS)
+def test_hugging_face_computes_the_same(name, tmp_path):
+    model, family = NETWORKS[name], name.split(",")[0]
     leaves = checkpoint(model, tmp_path / "ours")
     ended = converted(tmp_path / "ours", tmp_path / "hf", "--to=hf")
     wide = widest(model)
@@ -54,11 +57,12 @@ def test_hugging_face_computes_the_same(family, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "family", [f if f == "qwen2" else pytest.param(f, marks=pytest.mark.slow) for f in NETWORKS]
+    "name",
+    [n if n == "llama, biases" else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS],
 )
-def test_what_was_filled_up_is_found_again(family, tmp_path):
+def test_what_was_filled_up_is_found_again(name, tmp_path):
     """Imported and with the zeros taken out it is the network that it was, bit for bit."""
-    model = NETWORKS[family]
+    model = NETWORKS[name]
     leaves = checkpoint(model, tmp_path / "ours")
     converted(tmp_path / "ours", tmp_path / "hf", "--to=hf")
     take_out(tmp_path / "hf", tmp_path / "again")
@@ -79,17 +83,40 @@ def test_shared_folders_keep_the_widths(tmp_path):
         np.testing.assert_array_equal(found.leaves[path][:], leaf)
 
 
-def test_gguf_has_the_widths_of_the_widest(tmp_path):
-    gguf = pytest.importorskip("gguf")
-    model = dataclasses.replace(PRUNED, head_dim=16)
-    checkpoint(model, tmp_path / "ours")
-    converted(tmp_path / "ours", tmp_path / "net.gguf", "--to=gguf", "--quantization=f32")
-    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "net.gguf").tensors}
-    for layer in range(4):
-        assert tuple(tensors[f"blk.{layer}.ffn_up.weight"].data.shape) == (28, model.width)
-        assert tuple(tensors[f"blk.{layer}.attn_q.weight"].data.shape) == (9 * 16, model.width)
-    up = tensors["blk.2.ffn_up.weight"].data  # the stack of 12 channels
-    assert up[:12].all() and not up[12:].any()
+def test_gguf_has_the_widths_of_the_blocks_or_of_the_widest(tmp_path):
+    """As `deci` exactly the network's parameters; as `llama`, on request, those of the padded one."""
+    pytest.importorskip("gguf")
+    model = dataclasses.replace(PRUNED, head_dim=16, out_bias=True)
+    leaves = checkpoint(model, tmp_path / "ours")
+    options = ["--to=gguf", "--quantization=f32"]
+    own = converted(tmp_path / "ours", tmp_path / "own.gguf", *options)
+    assert "--architecture=llama" in own.out and "filled up" not in own.out
+    one = converted(tmp_path / "ours", tmp_path / "one.gguf", *options, "--architecture=llama")
+    wide = widest(model)
+    assert f"{parameter_count(model):,} parameters are {parameter_count(wide):,}" in one.out
+    sizes = {}
+    for name, expected in (("own", model), ("one", wide)):
+        contents = inspect(tmp_path / f"{name}.gguf")
+        assert contents.parameter_count == parameter_count(expected)
+        assert contents.architecture == {"own": "deci", "one": "llama"}[name]
+        sizes[name] = (tmp_path / f"{name}.gguf").stat().st_size
+    zeros = 4 * (parameter_count(wide) - parameter_count(model))
+    assert zeros < sizes["one"] - sizes["own"] + 200 < zeros + 400  # lists, alignment
+    shown = runs.program("mobilellm_jax.convert", f"--inspect={tmp_path / 'own.gguf'}").out
+    assert "architecture deci" in shown and "feed_forward_length [20, 20, 12, 28]" in shown
+    up = stored_tensors(tmp_path / "one.gguf")["blk.2.ffn_up.weight"]  # the stack of 12 channels
+    np.testing.assert_array_equal(up[:12].T, leaves["stack_1/mlp/up"][0])
+    assert not up[12:].any()
+
+
+def test_gguf_fills_up_what_has_no_architecture_of_its_own_widths(tmp_path):
+    pytest.importorskip("gguf")
+    checkpoint(NETWORKS["qwen3"], tmp_path / "ours")
+    done = converted(tmp_path / "ours", tmp_path / "net.gguf", "--to=gguf")
+    assert "gguf has one for all: filled up" in done.out
+    contents = inspect(tmp_path / "net.gguf")
+    assert contents.architecture == "qwen3"
+    assert contents.keys["qwen3.attention.head_count"] == 9
 
 
 def test_slices_are_those_of_the_whole():

@@ -16,10 +16,12 @@ from mobilellm_jax.interop.stored import open_model, write_checkpoint
 from mobilellm_jax.model.config import Stack
 
 SHARED, UNIT = NETWORKS["there and back, then twice over"], NETWORKS["unit QK-norm"]
+BIASES = NETWORKS["biases of what goes out"]
 PRUNED = changed(
     mlp="relu",
     ls_kv="first_pass",
     qkv_bias=True,
+    out_bias=True,
     qk_norm="scaled",
     tied=False,
     stacks=(Stack(2, 4, 2, 80, 2), Stack(1, 2, 1, 48), Stack(1, 4, 2, 80, rope=False)),
@@ -107,10 +109,11 @@ def test_theirs_here_and_back(family, dtype, tmp_path):
     [
         (SHARED, changed(stacks=(Stack(8, 4, 2, 80),))),
         (UNIT, changed(qk_norm="scaled", norm_eps=1e-2)),
+        (BIASES, changed(out_bias=True, qkv_bias=True)),
     ],
 )
 class TestFolding:
-    """Shared blocks and norms without weights, through architectures that have neither."""
+    """What a network does without, through architectures that have it: copies, ones and zeros."""
 
     def test_without_metadata_it_is_the_plain_network(self, model, plain, tmp_path):
         leaves = random_leaves(model)
@@ -124,8 +127,10 @@ class TestFolding:
                 [(0, 0), (0, 1), (0, 1), (0, 0), (1, 0), (1, 1), (1, 0), (1, 1)]
             ):
                 np.testing.assert_array_equal(up[depth], leaves[f"stack_{i}/mlp/up"][layer])
-        else:
+        elif model is UNIT:
             assert (folder.leaves["stack_0/attention/key_norm/scale"][:] == 1).all()
+        else:
+            assert (folder.leaves["stack_0/attention/key_bias"][:] == 0).all()
 
     @pytest.mark.parametrize(
         "changes, word",
@@ -154,8 +159,12 @@ class TestFolding:
         out_and_in(model, leaves, tmp_path / "out")
         path = tmp_path / "out/model.safetensors"
         tensors = safetensors.numpy.load_file(path)
-        shared = "model.layers.6.mlp.up_proj.weight"
-        name = shared if model is SHARED else "model.layers.2.self_attn.k_norm.weight"
+        doubled = {
+            SHARED: "model.layers.6.mlp.up_proj.weight",
+            UNIT: "model.layers.2.self_attn.k_norm.weight",
+            BIASES: "model.layers.2.self_attn.k_proj.bias",
+        }
+        name = doubled[model]
         tensors[name].view(np.uint16).reshape(-1)[-1] ^= 1  # the last bit of the last value
         safetensors.numpy.save_file(tensors, path)
         folder, printed = said(open_folder, tmp_path / "out")

@@ -109,7 +109,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(width, stack["heads"] * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, stack["kv_heads"] * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, stack["kv_heads"] * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(stack["heads"] * self.head_dim, width, bias=False)
+        self.o_proj = nn.Linear(stack["heads"] * self.head_dim, width, bias=model["out_bias"])
         self.rope = stack["rope"]
 
         def qk_norm() -> nn.Module:
@@ -168,7 +168,7 @@ class MLP(nn.Module):
         if self.gated:
             self.gate_proj = nn.Linear(width, hidden, bias=False)
         self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=model["out_bias"])
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, D] -> [B, T, D]."""
