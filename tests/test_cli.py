@@ -18,6 +18,8 @@ PROGRAMS = {
     "mobilellm_jax.clean": ("out", "source"),
     "mobilellm_jax.evaluate": ("checkpoint", "server", "tasks"),
     "mobilellm_jax.worked_problems": ("out", "seed", "train"),
+    "mobilellm_jax.family": ("runs", "out", "to", "tasks"),
+    "mobilellm_jax.prune": ("checkpoint", "plan", "strategy", "target_params"),
     "mobilellm_jax.judge": ("judge", "judge_model", "out"),
     "data_mixing.probes": ("out", "source", "capability", "judge"),
     "data_mixing.influence": ("plan", "probes", "checkpoints", "out"),
