@@ -14,7 +14,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help run recipe ladder distillation mixing-demo test test-slow lint format bench clean
+.PHONY: help run recipe ladder distillation pruning mixing-demo test test-slow lint format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -46,6 +46,20 @@ distillation: $(VENV)/.installed ## does a teacher help? (MobileLLM table 16 in 
 	$(BIN)/python -m mobilellm_jax.teach --teacher=runs/distillation/teacher --plan=data/ladder/mixture.json \
 	  --row_length=256 --top_k=16 --name=distillation --dtype=float32 --loss_chunks=2
 	$(BIN)/python -m mobilellm_jax.sweep --sweep=configs/distillation.py --workdir=runs/distillation/students --parallel=2
+
+PRUNE = $(BIN)/python -m mobilellm_jax.prune --checkpoint=runs/pruning/source --plan=data/pruning/mixture.json \
+  --row_length=256 --rounds=20 --target_params=50%
+
+pruning: $(VENV)/.installed ## pruning inside of training against its rivals, in small: 50 runs, two hours on 2 cores
+	$(PREPARE) --out=data/pruning --vocab_size=2048
+	$(BIN)/python -m mobilellm_jax.train --config=configs/pruning_study.py:source --workdir=runs/pruning/source \
+	  --config.plan=data/pruning/mixture.json
+	test -d runs/pruning/adapt || $(PRUNE) --strategy=adapt --out=runs/pruning/adapt
+	test -d runs/pruning/llm_pruner || $(PRUNE) --strategy='llm_pruner:protect=(1,1)' --out=runs/pruning/llm_pruner
+	test -d runs/pruning/random || $(PRUNE) --strategy=random --out=runs/pruning/random
+	test -d runs/pruning/efficient || $(PRUNE) --strategy=efficient --out=runs/pruning/efficient
+	$(BIN)/python -m mobilellm_jax.sweep --sweep=configs/pruning_study.py --workdir=runs/pruning/arms --parallel=2
+	$(BIN)/python -m mobilellm_jax.sweep --sweep=configs/pruning_study.py:shapes --workdir=runs/pruning/shapes --parallel=2
 
 mixing-demo: $(VENV)/.installed ## sources -> probes -> influence, leave-one-out, RegMix -> mixtures -> trained comparison and report
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mixing]'

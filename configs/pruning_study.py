@@ -43,7 +43,7 @@ from mobilellm_jax.model.config import ModelConfig, Stack, flops_per_token, para
 from mobilellm_jax.sweeps.description import Line, Sweep, Table
 from mobilellm_jax.training.config import base_config
 
-PLAN, FOLDER = "data/ladder/mixture.json", "runs/pruning"
+PLAN, FOLDER = "data/pruning/mixture.json", "runs/pruning"
 ROW, ROWS, STEPS, SOURCE_STEPS = 256, 2, 400, 4_000
 TARGET = parameter_count(adapt_pruner.SMALL) // 2
 ONE_SHOT = ("adapt", "llm_pruner", "random", "efficient")
@@ -75,7 +75,7 @@ def get_sweep(argument: str) -> Sweep:
     """The arms, or, after `shapes`, the shapes alone.
 
     Args:
-      argument: path of the plan, by default that of `make ladder`; `shapes,` may stand before it.
+      argument: path of the plan, by default that of `make pruning`; `shapes,` may stand before it.
     """
     first, _, rest = argument.partition(",")
     if first == "shapes":

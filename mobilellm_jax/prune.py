@@ -38,13 +38,13 @@ from mobilellm_jax.imports import import_path
 from mobilellm_jax.interop.stored import StoredModel, open_model
 from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
-from mobilellm_jax.model.config import ModelConfig, parameter_count
+from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.parallel.compiled import keep_compiled
 from mobilellm_jax.parallel.mesh import local_mesh
 from mobilellm_jax.parallel.sharding import put_rows, shardings
 from mobilellm_jax.pruning import one_shot
 from mobilellm_jax.pruning.compaction import LAYOUTS, Compact, compacted, taken
-from mobilellm_jax.pruning.groups import living
+from mobilellm_jax.pruning.groups import counts, everything, living, parameters
 from mobilellm_jax.pruning.measures import batch_of
 from mobilellm_jax.pruning.names import STRATEGIES
 from mobilellm_jax.pruning.strategies import Strategy
@@ -105,7 +105,7 @@ def prune(
     tokenizer = tokenizer_of(loaded, plan)
     check_tokenizer(source.needed_tokenizer, tokenizer, f"--checkpoint={checkpoint}")
     model = source.model
-    target = amount(target_params, parameter_count(model))
+    target = amount(target_params, size(model))
     for flag, value in (("rounds", rounds), ("rows", rows), ("batch_rows", batch_rows)):
         if value < 1:
             raise UserError(f"--{flag}={value} must be at least 1.")
@@ -176,9 +176,9 @@ def prune(
         _write(source, smaller, compact, record, out)
     for key in before:
         print(f"{key}: {before[key]:.4f} before, {after[key]:.4f} after")
-    left, live = parameter_count(compact.config), pruned.events[-1]["parameters"]
+    left, live = size(compact.config), pruned.events[-1]["parameters"]
     filled = f", {left - live:,} of them zeros that fill up widths" if left > live else ""
-    print(f"{parameter_count(model):,} parameters are {left:,}{filled}; target {target:,}: {out}")
+    print(f"{size(model):,} parameters are {left:,}{filled}; target {target:,}: {out}")
     return compact.config
 
 
@@ -204,7 +204,7 @@ def take_out(
     params = source.params(dtype=np.float32)
     live = living(params, source.model)
     compact = compacted(source.model, live, layout=layout, multiple=multiple)
-    before, after = parameter_count(source.model), parameter_count(compact.config)
+    before, after = size(source.model), size(compact.config)
     if before == after:
         raise UserError(
             f"nothing in {source.directory} is dead: say how many parameters are to be left, "
@@ -274,6 +274,11 @@ def amount(text: str, whole: int) -> int:
         )
     number, unit = float(match[1]), match[2]
     return round(number * whole / 100) if unit == "%" else round(number * UNITS[unit])
+
+
+def size(model: ModelConfig) -> int:
+    """The parameters of a network, also of one whose blocks have more than the usual."""
+    return parameters(model, counts(everything(model)))
 
 
 def table(before: ModelConfig, after: ModelConfig) -> str:

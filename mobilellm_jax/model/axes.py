@@ -16,6 +16,7 @@ AXES: tuple[tuple[str, str], ...] = (
     (r"attention/query_bias", "LNH"),
     (r"attention/(key|value)_bias", "LKH"),
     (r"(attention/out|mlp/down)_bias", "LD"),
+    (r"(attention|mlp)_shortcut", "LDD"),  # of `pruning.slicegpt_full`
     (r"attention/(query|key)_norm/scale", "LH"),
     (r"attention/out", "LNHD"),
     (r"mlp/(gate|up)", "LDF"),

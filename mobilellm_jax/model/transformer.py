@@ -278,12 +278,16 @@ class Block(nn.Module):
         y_BTD = norm(name="attention_norm")(x_BTD)
         self._note("of_attention", x_BTD, y_BTD)
         y_BTD, cache = Attention(c, self.stack, name="attention")(y_BTD, context, cache)
-        x_BTD = x_BTD + y_BTD
+        x_BTD = self.carried("attention", x_BTD) + y_BTD
         y_BTD = norm(name="mlp_norm")(x_BTD)
         self._note("of_mlp", x_BTD, y_BTD)
-        x_BTD = x_BTD + MLP(c, self.stack, name="mlp")(y_BTD)
+        x_BTD = self.carried("mlp", x_BTD) + MLP(c, self.stack, name="mlp")(y_BTD)
         note(self, STATISTICS, **movement(given_BTD, x_BTD))
         return x_BTD, cache
+
+    def carried(self, name: str, x_BTD: jax.Array) -> jax.Array:
+        """What the residual connection carries past attention or MLP."""
+        return x_BTD
 
     def _note(self, name: str, x_BTD: jax.Array, y_BTD: jax.Array) -> None:
         """Of what a norm reads and gives."""

@@ -154,8 +154,9 @@ def reduced(values: Any, config: ModelConfig) -> Groups:
     sums = of_widths(config, lambda *shape: jnp.zeros(shape, jnp.float32))
     for path, value in flat(values).items():
         axes, stack = named(path)
-        found = {axis: _sum_to(value, axes, axis) for axis in axes if axis in GROUPED}
-        sums = added(sums, found, stack)
+        for at, axis in enumerate(axes):
+            if axis in GROUPED:
+                sums = added(sums, {axis: _sum_to(value, axes, at)}, stack)
     return sums
 
 
@@ -202,9 +203,9 @@ def masked(tree: Any, live: Groups) -> Any:
                 f"{name} has {leaf.ndim} axes where its parameter has {len(axes)}: the optimizer keeps "
                 "something that cannot be cut; use one whose moments look like the parameters."
             )
-        for axis in axes:
+        for at, axis in enumerate(axes):
             if axis in GROUPED:
-                leaf = jnp.where(_spread(live.of(axis, stack), axes, axis), leaf, 0)
+                leaf = jnp.where(_spread(live.of(axis, stack), axes, at), leaf, 0)
         return leaf
 
     return jax.tree_util.tree_map_with_path(of, tree)
@@ -234,16 +235,17 @@ def _product(config: ModelConfig, axes: str, stack: int | None, number: Groups) 
     return found
 
 
-def _sum_to(value: jax.Array, axes: str, axis: str) -> jax.Array:
-    """The sum over all axes but this one and, for groups of a block, L."""
-    kept = axis if axis == "D" else f"L{axis}"
-    over = tuple(i for i, a in enumerate(axes) if a not in kept)
+def _sum_to(value: jax.Array, axes: str, at: int) -> jax.Array:
+    """The sum over all axes but that in this place and, for groups of a block, L."""
+    of_block = axes[at] != "D"
+    over = tuple(i for i, a in enumerate(axes) if i != at and not (of_block and a == "L"))
     return value.astype(jnp.float32).sum(over)
 
 
-def _spread(vector: jax.Array, axes: str, axis: str) -> jax.Array:
-    """[D], or [L, X], with axes of length 1 where the array has others."""
-    kept = axis if axis == "D" else f"L{axis}"
+def _spread(vector: jax.Array, axes: str, at: int) -> jax.Array:
+    """[D], or [L, X], for the axis in a place, with axes of length 1 where the array has others."""
+    kept = axes[at] if axes[at] == "D" else f"L{axes[at]}"
+    length = dict(zip(kept, vector.shape, strict=True))
     return jnp.asarray(vector).reshape(
-        [vector.shape[kept.index(a)] if a in kept else 1 for a in axes]
+        [length[a] if a in kept and (a == "L" or i == at) else 1 for i, a in enumerate(axes)]
     )

@@ -72,6 +72,16 @@ class Measures:
         return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts)
 
     @property
+    def network(self) -> Network:
+        """How the weights are run."""
+        return self._network
+
+    @property
+    def batches(self) -> Sequence[Batch]:
+        """The rows on which all is measured."""
+        return self._batches
+
+    @property
     def params(self) -> Any:
         """The weights that are measured."""
         return self._params

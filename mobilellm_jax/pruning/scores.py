@@ -48,6 +48,8 @@ def taps(config: ModelConfig, kind: str) -> dict[str, Tap]:
         if kind != "taylor" and not path.endswith(WRITERS):
             continue
         axes, _ = named(path)
+        if len({*axes}) < len(axes):  # a turn of the residual stream is of each channel twice
+            continue
         layers = shape.shape[:1] if "L" in axes else ()
         sums = {
             axis: jnp.zeros((*layers, shape.shape[axes.index(axis)]), jnp.float32)

@@ -34,7 +34,26 @@ def slicegpt(view: View, target: int, *, multiple: int = 1) -> Choice:
       UserError: the target is below what a network of one channel, or of `multiple`, has.
     """
     config = dataclasses.replace(view.config, tied=False, dead_channels=True)
-    number = counts(view.live)
+    width = width_below(config, counts(view.live), target, multiple)
+    gram_DD = np.asarray(view.measures.residual_gram, np.float64)
+    gram_DD = gram_DD + DAMPING * np.trace(gram_DD) / len(gram_DD) * np.diag(view.live.residual_D)
+    _, vectors_DE = np.linalg.eigh(gram_DD)
+    rotation_DE = jnp.asarray(vectors_DE[:, ::-1], jnp.float32)
+    live_D = np.arange(config.width) < width
+
+    def update(params: Any) -> Any:
+        changed = turned(params, view.config, rotation_DE)
+        return rescaled(changed, int(view.live.residual_D.sum()), width)
+
+    return Choice(Groups(live_D, view.live.stacks), None, {}, update, config)
+
+
+def width_below(config: ModelConfig, number: Groups, target: int, multiple: int) -> int:
+    """The largest width of the residual stream with which a network has no more parameters than that.
+
+    Raises:
+      UserError: even with `multiple` channels it has more.
+    """
 
     def parameters_at(width: int) -> int:
         return parameters(config, dataclasses.replace(number, residual_D=np.asarray(width)))
@@ -44,22 +63,19 @@ def slicegpt(view: View, target: int, *, multiple: int = 1) -> Choice:
         width -= multiple
     if width < 1 or parameters_at(width) > target:
         raise below_all(target, parameters_at(multiple))
-    gram_DD = np.asarray(view.measures.residual_gram, np.float64)
-    gram_DD = gram_DD + DAMPING * np.trace(gram_DD) / len(gram_DD) * np.diag(view.live.residual_D)
-    _, vectors_DE = np.linalg.eigh(gram_DD)
-    rotation_DE = jnp.asarray(vectors_DE[:, ::-1], jnp.float32)
-    live_D = np.arange(config.width) < width
-    # Norms will divide by the root of the mean square of the channels that are left. What was cut is small,
-    # so that this mean is larger than the old one by the ratio of the widths, which goes into the scales.
-    scale = np.sqrt(int(number.residual_D) / width)
+    return width
 
-    def update(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf * scale if _is_stream_norm(path) else leaf,
-            turned(params, view.config, rotation_DE),
-        )
 
-    return Choice(Groups(live_D, view.live.stacks), None, {}, update, config)
+def rescaled(params: Any, before: int, width: int) -> Any:
+    """Norms that will divide by the channels that are left, and gave the mean over all there were.
+
+    What was cut is small, so that the mean square of those that are left is larger than the old one by the
+    ratio of the widths, which goes into the scales.
+    """
+    scale = np.sqrt(before / width)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * scale if _is_stream_norm(path) else leaf, params
+    )
 
 
 def turned(params: Any, config: ModelConfig, rotation_DE: jax.Array) -> Any:

@@ -17,6 +17,7 @@ and, in files of their own,
     efficient   EfficientLLM: all layers alike, of the kind of group that is worth least
     flap        FLAP: one threshold for all, and the mean of what goes as a bias
     slicegpt    SliceGPT with one rotation: a narrower residual stream
+    slicegpt_full  SliceGPT as published, which leaves no plain network
 """
 
 import dataclasses

@@ -13,7 +13,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import Stack, parameter_count
-from mobilellm_jax.pruning import groups, one_shot
+from mobilellm_jax.pruning import groups, one_shot, slicegpt_full
 from mobilellm_jax.pruning.compaction import compacted, taken
 from mobilellm_jax.pruning.flap import compensated, flap, standardised
 from mobilellm_jax.pruning.names import STRATEGIES
@@ -22,6 +22,7 @@ from mobilellm_jax.pruning.strategies import View, layerwise
 
 DEEP = dataclasses.replace(networks.PLAIN, stacks=(Stack(8, 6, 3, 40), Stack(2, 4, 2, 24)))
 COUNT = parameter_count(DEEP)
+RELU = dataclasses.replace(networks.RELU, stacks=(Stack(2, 6, 3, 20),))
 
 
 def cut(config, strategy, target, rounds=5, seed=0):
@@ -42,6 +43,7 @@ def view(config, measures=None, live=None, memory=None):
 
 
 QUICK = "adapt", "efficient", "slicegpt"
+ONCE = ("slicegpt_full",)
 NAMES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in STRATEGIES]
 
 
@@ -51,10 +53,10 @@ def test_the_target_is_met_to_within_one_group(name, share):
     strategy, target = STRATEGIES[name], int(COUNT * share)
     if name == "llm_pruner":
         strategy = functools.partial(strategy, protect=(1, 1))
-    found = cut(DEEP, strategy, target, rounds=4)
+    found = cut(DEEP, strategy, target, rounds=1 if name in ONCE else 4)
     number = groups.parameters(found.config, groups.counts(found.live))
     sizes = groups.sizes(found.config, groups.counts(found.live))
-    unit = sizes.residual_D if name == "slicegpt" else sizes.stacks[0].mlp_LF[0]
+    unit = sizes.residual_D if name.startswith("slicegpt") else sizes.stacks[0].mlp_LF[0]
     if name == "efficient":  # the last unit may have been a KV head of every block
         first = groups.counts(groups.everything(DEEP))
         heads = [n.heads_LN // n.kv_heads_LK for n in first.stacks]
@@ -62,21 +64,24 @@ def test_the_target_is_met_to_within_one_group(name, share):
         unit = sum((s.kv_heads_LK + h * s.heads_LN).sum() for s, h in of)
     assert target - unit < number <= target
     assert found.events[-1]["parameters"] == number
-    assert parameter_count(compacted(found.config, found.live).config) == number
+    smaller = transformer.shapes(compacted(found.config, found.live).config)
+    assert sum(leaf.size for leaf in jax.tree.leaves(smaller)) == number
 
 
 @pytest.mark.parametrize(
     "name",
     [
         "efficient",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("adapt", "flap", "slicegpt")),
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("adapt", "flap", "slicegpt", "slicegpt_full")
+        ),
     ],
 )
 def test_what_is_left_is_the_network_that_was_cut(name):
     """With all that a strategy does: biases, turned weights, widths of every kind."""
-    found = cut(
-        networks.PLAIN, STRATEGIES[name], int(0.6 * parameter_count(networks.PLAIN)), rounds=2
-    )
+    target, rounds = int(0.6 * parameter_count(networks.PLAIN)), 1 if name in ONCE else 2
+    found = cut(networks.PLAIN, STRATEGIES[name], target, rounds)
     compact = compacted(found.config, found.live)
     smaller = taken(found.params, compact, transformer.shapes(compact.config))
     tokens = networks.rows()["tokens"][:, :-1]
@@ -97,10 +102,11 @@ def test_the_same_seed_cuts_the_same(name):
     strategy = functools.partial(
         STRATEGIES[name], **({"protect": (0, 0)} if name == "llm_pruner" else {})
     )
-    one, two = (cut(DEEP, strategy, int(COUNT * 0.8), rounds=2) for _ in range(2))
+    rounds = 1 if name in ONCE else 2
+    one, two = (cut(DEEP, strategy, int(COUNT * 0.8), rounds) for _ in range(2))
     assert one.events == two.events
-    other = cut(DEEP, strategy, int(COUNT * 0.8), rounds=2, seed=1)
-    assert name in ("magnitude", "slicegpt") or other.events != one.events
+    other = cut(DEEP, strategy, int(COUNT * 0.8), rounds, seed=1)
+    assert name in ("magnitude", "slicegpt", "slicegpt_full") or other.events != one.events
 
 
 def test_sparsity_of_layers_is_that_of_the_paper():
@@ -293,6 +299,59 @@ def test_a_turned_network_is_the_same_function(config):
     assert not np.allclose(made["embedding"], params["embedding"], atol=0.1)
 
 
+@pytest.mark.parametrize("config", [networks.TWO, RELU], ids=["two stacks", "relu"])
+def test_a_network_turned_block_by_block_is_the_same_function(config):
+    """In logits, in what is measured, and in the parameters that are counted."""
+    view_of = view(config)
+    bases = slicegpt_full._bases(networks.parameters(config), view_of)
+    for basis in (*(b for of in bases[0] for b in of.values()), bases[1]):
+        identity = np.broadcast_to(np.eye(config.width), basis.shape)
+        np.testing.assert_allclose(basis @ basis.swapaxes(-1, -2), identity, atol=1e-9)
+    changed = slicegpt_full.turned(networks.parameters(config), config, bases)
+    config_of = dataclasses.replace(config, tied=False, block=slicegpt_full.BLOCK)
+    tokens = networks.rows()["tokens"][:, :-1]
+    logits = [
+        transformer.logits(params, c, transformer.apply(params, c, tokens))
+        for params, c in ((networks.parameters(config), config), (changed, config_of))
+    ]
+    np.testing.assert_allclose(*logits, atol=2e-4 * float(jnp.abs(logits[0]).max()))
+    count = sum(leaf.size for leaf in jax.tree.leaves(changed))
+    assert count == groups.parameters(config_of, groups.counts(groups.everything(config_of)))
+
+
+def test_a_norm_keeps_the_most_variance_that_so_many_channels_can():
+    """Of what it gives, by the eigenvalues of its own sums; one rotation for all keeps no more."""
+    config, width = dataclasses.replace(networks.PLAIN, tied=False), 15
+    seen = view(config)
+    bases, head_DE = slicegpt_full._bases(networks.parameters(config), seen)
+    gram_DD = np.asarray(seen.measures.residual_gram, np.float64)
+    one_DE = np.linalg.eigh(gram_DD)[1][:, ::-1]
+    names = [*(f"stack_0/{of}" for of in slicegpt_full.INPUTS.values()), "of_head"]
+    folded_params = folded(networks.parameters(config), config)
+    sums = networks.measures(config, folded_params).inputs(names)
+    own = [*(bases[0][norm] for norm in slicegpt_full.INPUTS), head_DE[None]]
+    for name, basis_LDE in zip(names, own, strict=True):
+        for of_DD, basis_DE in zip(np.reshape(sums[name], basis_LDE.shape), basis_LDE, strict=True):
+            kept, at_most, of_one = (
+                np.einsum("DE,DC,CE->", b[:, :width], np.float64(of_DD), b[:, :width])
+                for b in (basis_DE, np.linalg.eigh(of_DD)[1][:, ::-1], one_DE)
+            )
+            np.testing.assert_allclose(kept, at_most, rtol=1e-6)
+            assert of_one <= kept * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        (networks.SHARED, "shared blocks"),
+        (dataclasses.replace(networks.TWO, block=slicegpt_full.BLOCK), "cuts once"),
+    ],
+)
+def test_what_cannot_be_turned_block_by_block_is_refused(config, word):
+    with pytest.raises(UserError, match=word):
+        slicegpt_full.slicegpt_full(view(config, measures=object()), 1000)
+
+
 def test_a_stream_that_fills_a_part_of_its_channels_loses_nothing():
     """Two thirds, turned out of sight: found and cut, and the network is the same function."""
     config = dataclasses.replace(networks.TWO, norm_eps=1e-12)
@@ -304,7 +363,7 @@ def test_a_stream_that_fills_a_part_of_its_channels_loses_nothing():
     )
     found = slicegpt(view(config, networks.measures(config, params)), parameters_of(config, width))
     assert found.live.residual_D.sum() == width
-    made = groups.masked(found.params, found.live)
+    made = groups.masked(found.update(params), found.live)
     compact = compacted(found.config, found.live)
     smaller = taken(made, compact, transformer.shapes(compact.config))
     assert compact.config.width == width and not compact.config.dead_channels
