@@ -104,6 +104,7 @@ def get_config(argument: str = "469m,prune") -> ConfigDict:
     c.stage = f"efficientllm-{name}-{stage}"
     c.plan = "data/efficientllm/mixture.json"
     c.row_length, c.global_batch = ROW, BATCH
+    c.microbatches = 16  # 8 rows at once on each of four devices
     c.loss_chunks = 8
     c.schedule = ConfigDict(
         {
