@@ -78,7 +78,7 @@ def get_config(argument: str = "350m") -> ConfigDict:
     if name == "8b" and share in map(str, SHARES):
         c = _published(open_model(folder).model if folder else _equal(int(share)), 0.1)
         c.init_from = folder
-        c.mesh.fsdp = 4  # of weights and moments, 16 bytes a parameter, a v5p-8 holds a quarter
+        c.mesh.fsdp = 4  # each device of a v5p-8 holds a quarter of weights, moments and gradients
         c.execution.remat = "dots"
         return c
     if argument not in RUNS:
@@ -100,6 +100,7 @@ def _published(model: ModelConfig, floor: float) -> ConfigDict:
     c.row_length = 1024
     c.steps = 60_268
     c.global_batch = 128
+    c.microbatches = 2  # 16 rows at once on each device of a v5p-8
     c.loss_chunks = 8
     c.objective.all_tokens = True  # as the authors' trainer has it
     c.optimizer.b1, c.optimizer.b2 = 0.9, 0.999

@@ -140,12 +140,15 @@ def sizes(config: ModelConfig, number: Groups) -> Groups:
     return Groups(np.sum([x.sum() for x in of("D", leaves)]), tuple(stacks))
 
 
-def reduced(values: Any, config: ModelConfig) -> Groups:
+def reduced(
+    values: Any, config: ModelConfig, of: Callable[[jax.Array], jax.Array] = lambda x: x
+) -> Groups:
     """What each group's weights add up to.
 
     Args:
       values: pytree of arrays like the parameters.
       config: the network.
+      of: what is added up of each weight; formed layer by layer, never whole.
 
     Returns:
       float32; a weight counts for each group that it is of: one of `gate` for its channel of the
@@ -154,7 +157,16 @@ def reduced(values: Any, config: ModelConfig) -> Groups:
     sums = of_widths(config, lambda *shape: jnp.zeros(shape, jnp.float32))
     for path, value in flat(values).items():
         axes, stack = named(path)
-        found = {axis: _sum_to(value, axes, axis) for axis in axes if axis in GROUPED}
+
+        def by_axis(value: jax.Array, axes: str = axes) -> dict[str, jax.Array]:
+            formed = of(value.astype(jnp.float32))
+            return {axis: _sum_to(formed, axes, axis) for axis in axes if axis in GROUPED}
+
+        if axes.startswith("L"):
+            layers = jax.lax.map(functools.partial(by_axis, axes=axes[1:]), value)
+            found = {axis: x.sum(0) if axis == "D" else x for axis, x in layers.items()}
+        else:
+            found = by_axis(value)
         sums = added(sums, found, stack)
     return sums
 
@@ -176,7 +188,7 @@ def living(params: Any, config: ModelConfig) -> Groups:
 
     Of the residual stream all, unless the network is one whose channels may be dead.
     """
-    sizes_of = reduced(jax.tree.map(jnp.abs, params), config)
+    sizes_of = reduced(params, config, jnp.abs)
     found = jax.tree.map(lambda x: np.asarray(x) > 0, sizes_of)
     if not config.dead_channels:
         found = dataclasses.replace(found, residual_D=np.ones_like(found.residual_D))
@@ -235,10 +247,8 @@ def _product(config: ModelConfig, axes: str, stack: int | None, number: Groups) 
 
 
 def _sum_to(value: jax.Array, axes: str, axis: str) -> jax.Array:
-    """The sum over all axes but this one and, for groups of a block, L."""
-    kept = axis if axis == "D" else f"L{axis}"
-    over = tuple(i for i, a in enumerate(axes) if a not in kept)
-    return value.astype(jnp.float32).sum(over)
+    """The sum over all axes but this one."""
+    return value.sum(tuple(i for i, a in enumerate(axes) if a != axis))
 
 
 def _spread(vector: jax.Array, axes: str, axis: str) -> jax.Array:
