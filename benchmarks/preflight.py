@@ -44,6 +44,19 @@ STAGES = tuple(
     for size in ("140M", "360M", "950M")
     for stage, how in KEYS.items()
 )
+# Pruning inside of training, and training of what is left, on a v5p-8: as configured.
+PRUNING = tuple(
+    (f"pruning: {run}", f"configs/{run}", "v5p:2x2x1", ())
+    for run in (
+        *(f"adapt_pruner.py:{name}" for name in ("350m", "600m", "1b", "qwen-0.5b", "deepseek")),
+        *(f"adapt_pruner.py:8b,{share}" for share in (20, 40, 50, 60)),
+        *(
+            f"efficientllm.py:{size},{stage}"
+            for size in ("134m", "469m", "1.1b")
+            for stage in ("prune", "continue")
+        ),
+    )
+)
 # The widths of the 1B network at two depths.
 WIDTHS = ("microbatches=4", "execution.remat=dots", "mesh.fsdp=4")
 DEPTHS = (
@@ -111,7 +124,7 @@ def main(argv: list[str]) -> None:
     header = "run|slice|keys|state, GiB|temporaries, GiB|peak, GiB of a device|matrices / model"
     header += "|attention / causal half|a step at least|tokens/s at 40 %|days|chip-hours"
     lines = [(header + "|seconds (of CPU)").split("|")]
-    for name, *described in RUNS + STAGES:
+    for name, *described in RUNS + STAGES + PRUNING:
         wanted = re.search(flags.FLAGS.only, " ".join([name, *map(str, described)]), re.IGNORECASE)
         if wanted and (found := measured(name, *described)):
             lines.append(fit(found, name, described[1], described[2]))

@@ -16,6 +16,7 @@ Without --target_params nothing more is cut: what a run with `config.pruning` ha
 """
 
 import ast
+import dataclasses
 import functools
 import inspect
 import re
@@ -39,6 +40,7 @@ from mobilellm_jax.interop.stored import StoredModel, open_model
 from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.transformer import REMAT
 from mobilellm_jax.parallel.compiled import keep_compiled
 from mobilellm_jax.parallel.mesh import local_mesh
 from mobilellm_jax.parallel.sharding import put_rows, shardings
@@ -71,6 +73,7 @@ def prune(
     batch_rows: int = 8,
     loss_chunks: int = 1,
     dtype: str = "float32",
+    remat: str = "full",
     layout: str = "stacks",
     multiple: int = 1,
     seed: int = 0,
@@ -89,6 +92,7 @@ def prune(
       batch_rows: rows that are read at once, over all devices.
       loss_chunks: parts of a row whose logits exist at once.
       dtype: of activations; weights are in float32.
+      remat: what a backward pass computes again: none, dots or full, which keeps the least.
       layout: of the smaller network, of `compaction.LAYOUTS`.
       multiple: to which widths are rounded up; see `compaction.compacted`.
       seed: of what is drawn.
@@ -126,7 +130,8 @@ def prune(
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
 
     with jax.set_mesh(mesh):
-        network = Network(model, execution_on(mesh, model, dtype), bos, eos, loss_chunks)
+        execution = dataclasses.replace(execution_on(mesh, model, dtype), remat=remat)
+        network = Network(model, execution, bos, eos, loss_chunks)
         params = source.params(shardings(transformer.shapes(model), mesh), np.float32)
         piece_bytes_V = jax.numpy.asarray(tokenizer.piece_bytes())
 
@@ -159,8 +164,9 @@ def prune(
 
             pruned = one_shot.prune(params, network, chosen, target, rounds, batches, seed, told)
         compact = compacted(pruned.config, pruned.live, layout=layout, multiple=multiple)
-        smaller = taken(pruned.params, compact, transformer.shapes(compact.config))
-        after = measured(smaller, Network(compact.config, network.execution, bos, eos, loss_chunks))
+        shapes = transformer.shapes(compact.config)
+        smaller = taken(pruned.params, compact, shapes, consumed=True)
+        after = measured(smaller, Network(compact.config, execution, bos, eos, loss_chunks))
         record = {
             "strategy": strategy,
             "target": target,
@@ -210,7 +216,7 @@ def take_out(
             f"nothing in {source.directory} is dead: say how many parameters are to be left, "
             "--target_params, and by which rows, --plan."
         )
-    smaller = taken(params, compact, transformer.shapes(compact.config))
+    smaller = taken(params, compact, transformer.shapes(compact.config), consumed=True)
     _write(source, smaller, compact, {}, out)
     print(f"{before:,} parameters are {after:,}: {out}")
     return compact.config
@@ -323,6 +329,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch_rows", 8, "Rows read at once, over all devices.")
     flags.DEFINE_integer("loss_chunks", 1, "Parts of a row whose logits exist at once.", 1)
     flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Of activations.")
+    flags.DEFINE_enum("remat", "full", list(REMAT), "What a backward pass computes again.")
     flags.DEFINE_enum("layout", "stacks", LAYOUTS, "Of blocks that differ in their widths.")
     flags.DEFINE_integer("multiple", 1, "To which widths are rounded up, filled with zeros.", 1)
     flags.DEFINE_integer("seed", 0, "Of what is drawn.")

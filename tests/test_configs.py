@@ -8,14 +8,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from mobilellm_jax.data.plan import Plan, PlanSource, Stage
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
-from mobilellm_jax.model.config import ModelConfig, flops_per_token, parameter_count
+from mobilellm_jax.model.config import ModelConfig, Stack, flops_per_token, parameter_count
 from mobilellm_jax.model.presets import COMPARED, PRESETS, preset
 from mobilellm_jax.pruning.while_training import rehearsed, schedule_of
 from mobilellm_jax.sweeps.description import load_sweep
+from mobilellm_jax.training.checkpoint import write_model
 from mobilellm_jax.training.config import check, configured, differences
 from mobilellm_jax.training.length import length_of
 
@@ -359,5 +362,73 @@ def test_adapt_pruner(run):
 
 
 def test_adapt_pruner_says_what_there_is():
-    with pytest.raises(UserError, match="350m, 600m, 1b"):
-        module("adapt_pruner").get_config("125m")
+    for argument in ("125m", "8b", "8b,30", "350m,20"):
+        with pytest.raises(UserError, match="350m, 600m, 1b.*8b,20"):
+            module("adapt_pruner").get_config(argument)
+
+
+def test_adapt_pruner_trains_on_what_is_left_of_llama():
+    made = module("adapt_pruner")
+    for share in (20, 40, 50, 60):
+        config = made.get_config(f"8b,{share}")
+        whole(config, devices=4)
+        left = parameters(config) / 8_030_261_248
+        assert 1 - share / 100 - 1e-4 < left <= 1 - share / 100
+        assert not config.pruning.target and not config.init_from
+
+
+EFFICIENT = {
+    "134m": (361_821_120, 134),
+    "469m": (1_711_376_384, 469),
+    "1.1b": (1_711_376_384, 1100),
+}
+
+
+@pytest.mark.parametrize("size", EFFICIENT)
+def test_efficientllm(size):
+    """Sources and targets, 0.52B tokens before the first cut, and a stage that begins where one ends."""
+    made = module("efficientllm")
+    first, then = (made.get_config(f"{size},{stage}") for stage in ("prune", "continue"))
+    for config in (first, then):
+        check(config, 4)
+        configured(config.schedule, "schedule")(length_of(config).steps)
+    source, target = EFFICIENT[size]
+    assert parameters(first) == source and first.pruning.target == target * 10**6
+    assert 0.98 < parameters(then) / (target * 10**6) < 1.01
+    assert first.pruning.begin * first.global_batch * first.row_length == 524_288_000
+    schedule = schedule_of(first, first.steps)
+    assert schedule.targets[-1] == target * 10**6 and schedule.steps[-1] < first.steps
+    assert length_of(first).rows(first.steps) == then.first_row == length_of(then).rows(0)
+    assert length_of(then).tokens >= {"1.1b": 320e9}.get(size, 500e9)
+
+
+def test_efficientllms_cuts_follow_its_figure():
+    """Parameters of the plotted run, by its shares of heads, MLP and stream, are those of the schedule."""
+    config = module("efficientllm").get_config("469m,prune")
+    schedule, step = schedule_of(config, config.steps), config.global_batch * config.row_length
+    plotted = {5: (27, 7987, 2048), 10: (27, 7520, 2048), 20: (26, 6529, 2048)}
+    plotted |= {30: (25, 5521, 2048), 40: (23, 4588, 2048), 50: (21, 3768, 1991)}
+    plotted |= {60: (20, 3350, 1702), 70: (19, 3097, 1329)}
+    for billions, (heads, mlp_width, width) in plotted.items():
+        model = dataclasses.replace(
+            preset("smollm-1.7b"), width=width, stacks=(Stack(24, heads, heads, mlp_width),)
+        )
+        done = np.searchsorted(schedule.steps, billions * 1e9 / step)
+        assert abs(parameter_count(model) / schedule.targets[done] - 1) < 0.05, billions
+
+
+def test_what_a_folder_holds_is_trained_on(tmp_path):
+    """The network that pruning left, whatever its shape, and its weights."""
+    left = dataclasses.replace(tiny.MODEL, stacks=(Stack(1, 4, 2, 9), Stack(1, 2, 1, 5)))
+    params = flat(jax.device_get(transformer.init(left, jax.random.key(0))))
+    write_model(params, left, tiny.tokenizer(), {}, tmp_path / "left")
+    for name, argument in (("efficientllm", "469m,continue"), ("adapt_pruner", "8b,60")):
+        config = module(name).get_config(f"{argument},{tmp_path}/left")
+        assert ModelConfig.from_dict(config.model) == left
+        assert config.init_from == f"{tmp_path}/left"
+
+
+def test_efficientllm_says_what_there_is():
+    for argument in ("350m,prune", "469m", "469m,train", "469m,prune,models/469m"):
+        with pytest.raises(UserError, match="134m, 469m, 1.1b, and ,prune"):
+            module("efficientllm").get_config(argument)

@@ -46,6 +46,9 @@ COMMONSENSE = (
     Entry("winogrande", "acc,none", "WinoGrande", averaged=True),
 )
 
+# Adapt-Pruner's code asks these of networks that it prunes; BoolQ is not among them.
+_ADAPT = tuple(entry for entry in COMMONSENSE if entry.label != "BoolQ")
+
 SUITES: Mapping[str, tuple[Entry, ...]] = {
     # MobileLLM, table 3.
     "commonsense": COMMONSENSE,
@@ -53,6 +56,21 @@ SUITES: Mapping[str, tuple[Entry, ...]] = {
     "mobilellm": (
         Entry("triviaqa", "exact_match,remove_whitespace", "TriviaQA", shots=1),
         Entry("race", "acc,none", "RACE"),
+    ),
+    # Adapt-Pruner, section 4 and the figures of its README.
+    "adapt_pruner": (*_ADAPT, Entry("mmlu", "acc,none", "MMLU", shots=5)),
+    # EfficientLLM, table 2, without examples. Its figure for TinyLlama's ARC-e, 60.4, is that which is not
+    # normalised: TinyLlama's authors give 55.3 normalised, and as it does for all other tasks. Its MMLU of
+    # 26 to 30 for networks of 125M says that the answers themselves are scored, not their letters.
+    "efficientllm": (
+        Entry("mmlu_continuation", "acc,none", "MMLU"),
+        Entry("arc_challenge", "acc_norm,none", "ARC-c", averaged=True),
+        Entry("arc_easy", "acc,none", "ARC-e", averaged=True),
+        Entry("boolq", "acc,none", "BoolQ", averaged=True),
+        Entry("hellaswag", "acc_norm,none", "HellaSwag", averaged=True),
+        Entry("openbookqa", "acc_norm,none", "OBQA", averaged=True),
+        Entry("piqa", "acc_norm,none", "PIQA", averaged=True),
+        Entry("winogrande", "acc,none", "WinoGrande", averaged=True),
     ),
     # MobileLLM-R1, table 6.
     "r1_base": (

@@ -9,6 +9,9 @@ the base models before them have 4k, and 1e6 as the reciprocal of that extension
 Teachers (`TEACHERS`): Llama 3.1 8B (arXiv 2407.21783, table 3), from which R1 is distilled, and Llama
 2 7B (arXiv 2307.09288), from which MobileLLM is in its table 16.
 
+Pruned (`PRUNED`): what the papers of pruning start at (Adapt-Pruner, arXiv 2502.03460; EfficientLLM,
+arXiv 2502.06663) beside MobileLLM and Llama 3.1 8B, and what they compare with, as released.
+
 Compared (`COMPARED`), each at about 125M and 350M parameters:
 
     roadmap-125m-relu                from ReLU to MobileLLM-LS, table 10
@@ -157,6 +160,34 @@ TEACHERS = {
         max_length=4096,
     ),
 }
+_SMOLLM = {"135m": (30, 9, 3, 576, 1536), "360m": (32, 15, 5, 960, 2560)}
+_SMOLLM |= {"1.7b": (24, 32, 32, 2048, 8192)}
+_QWEN = ModelConfig(
+    vocab_size=151_936,
+    width=896,
+    stacks=(Stack(layers=24, heads=14, kv_heads=2, mlp_width=4864),),
+    rope_theta=1e6,
+    qkv_bias=True,
+    norm_eps=1e-6,
+    max_length=32_768,
+)
+_QWEN_1_5B = dataclasses.replace(
+    _QWEN,
+    width=1536,
+    stacks=(Stack(layers=28, heads=12, kv_heads=2, mlp_width=8960),),
+    head_dim=128,
+    max_length=131_072,
+)
+PRUNED = {
+    f"smollm-{size}": dataclasses.replace(_mobilellm(*numbers), vocab_size=49_152)
+    for size, numbers in _SMOLLM.items()
+} | {
+    "qwen2.5-0.5b": _QWEN,
+    "qwen2.5-1.5b": _QWEN_1_5B,
+    "deepseek-r1-distill-qwen-1.5b": dataclasses.replace(
+        _QWEN_1_5B, tied=False, rope_theta=10_000.0
+    ),
+}
 
 
 def preset(name: str) -> ModelConfig:
@@ -165,11 +196,11 @@ def preset(name: str) -> ModelConfig:
     Raises:
       UserError: there is no such preset; the sentence lists those there are.
     """
-    found = {**PRESETS, **COMPARED, **TEACHERS}
+    found = {**PRESETS, **COMPARED, **TEACHERS, **PRUNED}
     if name not in found:
         raise UserError(
             f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}, of the teachers "
-            f"{', '.join(TEACHERS)}, or of the networks that the MobileLLM paper compares, "
-            f"{', '.join(COMPARED)}."
+            f"{', '.join(TEACHERS)}, of those that are pruned {', '.join(PRUNED)}, or of the networks that "
+            f"the MobileLLM paper compares, {', '.join(COMPARED)}."
         )
     return found[name]

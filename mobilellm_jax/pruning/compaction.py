@@ -8,6 +8,7 @@ stack.
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -183,36 +184,51 @@ def compacted(
     return Compact(smaller, kept_D, tuple(run for _, run in runs))
 
 
-def taken(tree: Any, compact: Compact, shapes: Any) -> Any:
+def taken(tree: Any, compact: Compact, shapes: Any, *, consumed: bool = False) -> Any:
     """A pytree of the old network as that of the smaller one: weights, moments, a train state.
 
     Args:
       tree: pytree whose paths end in those of parameters; what is no parameter stays as it is.
       compact: the smaller network.
       shapes: pytree like the result, of arrays or `ShapeDtypeStruct`s.
+      consumed: each array of the tree is deleted once it has been read, so that the two networks never
+        stand side by side in memory.
     """
     old = flat(tree)
 
-    def of(path: tuple[Any, ...], shape: Any) -> Any:
-        name = path_name(path)
+    def of(name: str) -> tuple[Any, list[str]]:
+        """An array of the smaller network, and the paths that it was read from."""
         if axes_of(name) is None:
-            return old[name]
+            return old[name], []
         axes, stack = named(name)
         if stack is None:
-            return _take(old[name], axes, {"D": compact.kept_D})
+            return _take(old[name], axes, {"D": compact.kept_D}), [name]
         before, _, behind = name.rpartition(f"stack_{stack}/")
-        return jnp.stack(
-            [
-                _take(
-                    old[f"{before}stack_{block.stack}/{behind}"][block.layer],
-                    axes[1:],
-                    {**block.kept, "D": compact.kept_D},
-                )
-                for block in compact.stacks[stack]
-            ]
-        )
+        blocks = compact.stacks[stack]
+        paths = [f"{before}stack_{block.stack}/{behind}" for block in blocks]
+        layers = [
+            _take(old[path][block.layer], axes[1:], {**block.kept, "D": compact.kept_D})
+            for block, path in zip(blocks, paths, strict=True)
+        ]
+        return jnp.stack(layers), paths
 
-    return jax.tree_util.tree_map_with_path(of, shapes)
+    found: dict[str, Any] = {}
+    # One kind of weight of all stacks after another, for a stack of the old network may have become many.
+    for _, names in itertools.groupby(sorted(flat(shapes), key=_kind), _kind):
+        read: set[str] = set()
+        for name in names:
+            found[name], paths = of(name)
+            read.update(paths)
+        if consumed:
+            jax.block_until_ready(found)
+            for path in read:
+                old[path].delete()
+    return jax.tree_util.tree_map_with_path(lambda path, _: found[path_name(path)], shapes)
+
+
+def _kind(path: str) -> str:
+    """A path without the number of its stack."""
+    return re.sub(r"stack_\d+/", "", path)
 
 
 def _take(array: Any, axes: str, kept: Mapping[str, np.ndarray]) -> Any:

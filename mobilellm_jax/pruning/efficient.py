@@ -12,7 +12,7 @@ import numpy as np
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.pruning.groups import Groups, StackGroups, counts, parameters, sizes
-from mobilellm_jax.pruning.strategies import Choice, View, below_all, highest, made_up
+from mobilellm_jax.pruning.strategies import Choice, View, below_all, made_up
 
 TYPES = ("kv_heads", "heads", "mlp", "residual")
 
@@ -45,17 +45,18 @@ def efficient(
     """
     if unknown := set(types) - set(TYPES):
         raise UserError(f"types={', '.join(unknown)}: choose of {', '.join(TYPES)}.")
-    live, order = view.live, []
-    if parameters(view.config, counts(live)) <= target:
+    live, number, order = view.live, counts(view.live), []
+    if parameters(view.config, number) <= target:
         return Choice(live)
     scores, worth = view.measures.scores(score), {}
-    while parameters(view.config, number := counts(live)) > target:
+    while parameters(view.config, number) > target:
         size = sizes(view.config, number)
         worth = {kind: _worth(kind, live, scores, number, size, unit) for kind in types}
         kind = min(worth, key=lambda k: worth[k])
         if not np.isfinite(worth[kind]):
             raise below_all(target, parameters(view.config, number))
         live = without_least(kind, live, scores, unit)
+        number = counts(live)
         order.append(kind)
     finite = {kind: value for kind, value in worth.items() if np.isfinite(value)}
     saliency = {f"saliency/{kind}": value for kind, value in finite.items()}
@@ -70,7 +71,7 @@ def _worth(
     if kind == "residual":
         if int(number.residual_D) <= unit:
             return float("inf")
-        least = np.sort(scores.residual_D[live.residual_D])[:unit]
+        least = _least(live.residual_D, scores.residual_D, unit)
         return float(least.mean() / size.residual_D)
     found = []
     for of, score, each, left in zip(
@@ -79,8 +80,7 @@ def _worth(
         if kind == "mlp":
             if (left.mlp_LF <= unit).any():
                 return float("inf")
-            value_LF = np.sort(np.where(of.mlp_LF, score.mlp_LF, np.inf), -1)[:, :unit]
-            found.append(value_LF.mean(-1) / each.mlp_LF)
+            found.append(_least(of.mlp_LF, score.mlp_LF, unit).mean(-1) / each.mlp_LF)
         elif kind == "kv_heads":
             if (left.kv_heads_LK <= 1).any():
                 return float("inf")
@@ -114,6 +114,17 @@ def without_least(kind: str, live: Groups, scores: Groups, unit: int) -> Groups:
     return Groups(live.residual_D, tuple(stacks))
 
 
+def _least(live: np.ndarray, score: np.ndarray, unit: int) -> np.ndarray:
+    """Of the last axis, the `unit` least scores of those that live, rising."""
+    value = np.where(live, score, np.inf)
+    value.partition(unit - 1, -1)
+    return np.sort(value[..., :unit], -1)
+
+
 def _fewer(live: np.ndarray, score: np.ndarray, unit: int) -> np.ndarray:
-    """Of the last axis, without the `unit` least of those that live."""
-    return highest(live, score, live.sum(-1) - unit)
+    """Of the last axis, what lives without the `unit` least; a cut of one channel sorts nothing."""
+    value, edge = np.where(live, score, np.inf), _least(live, score, unit)[..., -1:]
+    below, equal = value < edge, value == edge
+    behind = np.cumsum(equal[..., ::-1], -1)[..., ::-1]  # equals from here to the end
+    last = behind <= unit - below.sum(-1, keepdims=True)
+    return live & ~below & ~(equal & last)

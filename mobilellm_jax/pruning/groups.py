@@ -126,11 +126,13 @@ def sizes(config: ModelConfig, number: Groups) -> Groups:
     """
 
     def of(axis: str, leaves: list[tuple[str, int | None]]) -> list[np.ndarray]:
-        return [
-            _product(config, axes.replace(axis, ""), stack, number)
-            for axes, stack in leaves
-            if axis in axes
-        ]
+        found = []
+        for axes, stack in leaves:
+            if times := axes.count(axis):
+                left = np.asarray(number.of(axis, stack))
+                one = left**times - (left - 1) ** times if times > 1 else 1
+                found.append(_product(config, axes.replace(axis, ""), stack, number) * one)
+        return found
 
     leaves = _leaves(config)
     stacks = []
@@ -140,12 +142,15 @@ def sizes(config: ModelConfig, number: Groups) -> Groups:
     return Groups(np.sum([x.sum() for x in of("D", leaves)]), tuple(stacks))
 
 
-def reduced(values: Any, config: ModelConfig) -> Groups:
+def reduced(
+    values: Any, config: ModelConfig, of: Callable[[jax.Array], jax.Array] = lambda x: x
+) -> Groups:
     """What each group's weights add up to.
 
     Args:
       values: pytree of arrays like the parameters.
       config: the network.
+      of: what is added up of each weight; formed layer by layer, never whole.
 
     Returns:
       float32; a weight counts for each group that it is of: one of `gate` for its channel of the
@@ -154,9 +159,20 @@ def reduced(values: Any, config: ModelConfig) -> Groups:
     sums = of_widths(config, lambda *shape: jnp.zeros(shape, jnp.float32))
     for path, value in flat(values).items():
         axes, stack = named(path)
-        for at, axis in enumerate(axes):
-            if axis in GROUPED:
-                sums = added(sums, {axis: _sum_to(value, axes, at)}, stack)
+
+        def by_axis(value: jax.Array, axes: str = axes) -> dict[str, jax.Array]:
+            formed, found = of(value.astype(jnp.float32)), dict[str, jax.Array]()
+            for at, axis in enumerate(axes):
+                if axis in GROUPED:
+                    found[axis] = found.get(axis, 0.0) + _sum_to(formed, at)
+            return found
+
+        if axes.startswith("L"):
+            layers = jax.lax.map(functools.partial(by_axis, axes=axes[1:]), value)
+            found = {axis: x.sum(0) if axis == "D" else x for axis, x in layers.items()}
+        else:
+            found = by_axis(value)
+        sums = added(sums, found, stack)
     return sums
 
 
@@ -177,7 +193,7 @@ def living(params: Any, config: ModelConfig) -> Groups:
 
     Of the residual stream all, unless the network is one whose channels may be dead.
     """
-    sizes_of = reduced(jax.tree.map(jnp.abs, params), config)
+    sizes_of = reduced(params, config, jnp.abs)
     found = jax.tree.map(lambda x: np.asarray(x) > 0, sizes_of)
     if not config.dead_channels:
         found = dataclasses.replace(found, residual_D=np.ones_like(found.residual_D))
@@ -235,11 +251,9 @@ def _product(config: ModelConfig, axes: str, stack: int | None, number: Groups) 
     return found
 
 
-def _sum_to(value: jax.Array, axes: str, at: int) -> jax.Array:
-    """The sum over all axes but that in this place and, for groups of a block, L."""
-    of_block = axes[at] != "D"
-    over = tuple(i for i, a in enumerate(axes) if i != at and not (of_block and a == "L"))
-    return value.astype(jnp.float32).sum(over)
+def _sum_to(value: jax.Array, at: int) -> jax.Array:
+    """The sum over all axes but that in this place."""
+    return value.sum(tuple(i for i in range(value.ndim) if i != at))
 
 
 def _spread(vector: jax.Array, axes: str, at: int) -> jax.Array:

@@ -100,8 +100,7 @@ def read(gradients: dict[str, Tap], config: ModelConfig, kind: str) -> Groups:
 
 def magnitude(params: Any, config: ModelConfig) -> Groups:
     """Sum of squared weights."""
-    squares = jax.tree.map(lambda w: jnp.square(w.astype(jnp.float32)), params)
-    return with_heads(reduced(squares, config))
+    return with_heads(reduced(params, config, jnp.square))
 
 
 def random(config: ModelConfig, key: jax.Array) -> Groups:

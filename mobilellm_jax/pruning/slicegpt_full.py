@@ -32,8 +32,7 @@ class SlicedBlock(Block):
     def carried(self, name: str, x_BTD: jax.Array) -> jax.Array:
         """What goes past attention, or past the MLP, in the coordinates behind it."""
         width = self.config.width
-        identity = lambda key, shape, dtype: jnp.eye(*shape, dtype=dtype)  # noqa: E731
-        turn_DE = self.param(f"{name}_shortcut", identity, (width, width), jnp.float32)
+        turn_DE = self.param(f"{name}_shortcut", lambda _key: jnp.eye(width, dtype=jnp.float32))
         return jnp.einsum("BTD,DE->BTE", x_BTD, turn_DE.astype(x_BTD.dtype))
 
 

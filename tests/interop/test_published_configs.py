@@ -4,7 +4,7 @@ import pytest
 
 from mobilellm_jax.interop import hf_config
 from mobilellm_jax.model.config import RopeScaling, parameter_count
-from mobilellm_jax.model.presets import preset
+from mobilellm_jax.model.presets import PRUNED, TEACHERS, preset
 
 COMMON = {
     "attention_dropout": 0.0,
@@ -66,6 +66,22 @@ def qwen2(window, **other):
     }
 
 
+def smollm(**other):
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        **other,
+    }
+
+
 CONFIGS = {
     "Llama-3.2-1B": (
         llama3(32.0, head_dim=64, tie_word_embeddings=True)
@@ -81,11 +97,19 @@ CONFIGS = {
         | widths(24, 896, 14, 2, 4864, 151936, 32768),
         494_032_768,
     ),
+    "Qwen2.5-1.5B": (
+        qwen2(131072, rope_theta=1000000.0, tie_word_embeddings=True)
+        | widths(28, 1536, 12, 2, 8960, 151936, 131072),
+        1_543_714_304,
+    ),
     "DeepSeek-R1-Distill-Qwen-1.5B": (
         qwen2(4096, rope_theta=10000, tie_word_embeddings=False)
         | widths(28, 1536, 12, 2, 8960, 151936, 131072),
         1_777_088_000,
     ),
+    "SmolLM-135M": (smollm() | widths(30, 576, 9, 3, 1536, 49152, 2048), 134_515_008),
+    "SmolLM-360M": (smollm() | widths(32, 960, 15, 5, 2560, 49152, 2048), 361_821_120),
+    "SmolLM-1.7B": (smollm() | widths(24, 2048, 32, 32, 8192, 49152, 2048), 1_711_376_384),
     "Qwen3-0.6B": (
         {
             "architectures": ["Qwen3ForCausalLM"],
@@ -167,7 +191,15 @@ def test_what_decides_the_computation_is_read():
 
 @pytest.mark.parametrize(
     ("name", "network"),
-    [("MobileLLM-125M", "mobilellm-125m"), ("MobileLLM-R1-140M", "mobilellm-r1-140m-32k")],
+    [
+        ("MobileLLM-125M", "mobilellm-125m"),
+        ("MobileLLM-R1-140M", "mobilellm-r1-140m-32k"),
+        *((name, name.lower()) for name in CONFIGS if name.lower() in {**PRUNED, **TEACHERS}),
+    ],
 )
 def test_the_papers_networks_are_the_presets(name, network):
     assert read(name) == preset(network)
+
+
+def test_every_network_that_the_papers_prune_is_read():
+    assert set(PRUNED) < {name.lower() for name in CONFIGS}

@@ -179,6 +179,19 @@ def test_the_smaller_network_is_the_same_one(name, layout):
         np.testing.assert_allclose(flat(small)[path], leaf, atol=2e-5, err_msg=path)
 
 
+@pytest.mark.parametrize("layout", ["stacks", "padded"])
+def test_taking_out_can_give_up_the_network_as_it_goes(layout):
+    """The result is the same, and of the old weights nothing is left."""
+    config, params, live = pruned(networks.TWO)
+    compact = compacted(config, live, layout=layout)
+    shapes = transformer.shapes(compact.config)
+    kept = taken(params, compact, shapes)
+    given = jax.tree.map(jnp.copy, params)
+    found = taken(given, compact, shapes, consumed=True)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+    jax.tree.map(np.testing.assert_array_equal, found, kept)
+
+
 def test_widths_are_rounded_up_with_zeros():
     config, params, live = pruned(networks.PLAIN, residual=False)
     compact = compacted(config, live, multiple=8)

@@ -11,6 +11,7 @@ import pytest
 
 from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
+from mobilellm_jax.model.config import ModelConfig, Stack, parameter_count
 from mobilellm_jax.parallel.mesh import make_mesh
 from mobilellm_jax.parallel.sharding import put_rows, shardings
 from mobilellm_jax.pruning import activations, groups, measures
@@ -207,3 +208,19 @@ def test_importance_is_that_of_the_definition():
 def _weaker(path, leaf):
     names = [key.key for key in path]
     return leaf.at[1].multiply(1e-4) if names[-1] in ("out", "down") else leaf
+
+
+@pytest.mark.parametrize("name", ["taylor", "activation", "magnitude"])
+def test_no_score_holds_the_gradients_or_squares_of_all_weights(name):
+    """What a program needs beside the weights is little more than one of twelve blocks, and the embedding."""
+    config = ModelConfig(networks.VOCAB, 256, (Stack(12, 4, 2, 768),), head_dim=64, max_length=64)
+    network = networks.network(config, remat="full")
+    shapes, batch = transformer.shapes(config), networks.rows(1)
+    programs = {
+        "taylor": (functools.partial(measures._gradients.lower, kind="taylor"), (shapes, batch)),
+        "activation": (measures._statistics.lower, (shapes, batch)),
+        "magnitude": (measures._magnitude.lower, (shapes,)),
+    }
+    lower, given = programs[name]
+    needed = lower(*given, network=network).compile().memory_analysis().temp_size_in_bytes
+    assert needed < 4 * parameter_count(config) / 4

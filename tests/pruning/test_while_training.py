@@ -255,6 +255,96 @@ def test_units_by_brute_force():
     assert kind == min(by_hand, key=by_hand.get)
 
 
+def sorted_worth(kind, live, scores, number, size, unit):
+    """Saliency per parameter of a kind's next unit, by sorting everything."""
+    if kind == "residual":
+        if number.residual_D <= unit:
+            return np.inf
+        return np.sort(scores.residual_D[live.residual_D])[:unit].mean() / size.residual_D
+    found = []
+    for of, score, each in zip(live.stacks, scores.stacks, size.stacks, strict=True):
+        for layer in range(len(of.mlp_LF)):
+            alive = getattr(of, {"mlp": "mlp_LF"}.get(kind, "kv_heads_LK"))[layer]
+            heads_KG, score_KG = of.heads_LKG[layer], score.heads_LKG[layer]
+            fewest = heads_KG[alive].sum(-1).min() if kind == "heads" else alive.sum()
+            if fewest <= (unit if kind == "mlp" else 1):
+                return np.inf
+            if kind == "mlp":
+                least = np.sort(score.mlp_LF[layer][alive])[:unit].mean()
+                found.append(least / each.mlp_LF[layer])
+            elif kind == "kv_heads":
+                weight = each.kv_heads_LK[layer] + heads_KG.sum(-1).max() * each.heads_LN[layer]
+                found.append(score.kv_heads_LK[layer][alive].min() / weight)
+            else:
+                least = [s[h].min() for s, h in zip(score_KG[alive], heads_KG[alive], strict=True)]
+                found.append(np.mean(least) / each.heads_LN[layer])
+    return np.mean(found)
+
+
+def sorted_without(live, score, unit):
+    """Of the last axis all that live but the `unit` least; of equals the last go."""
+    flat_live, flat_score = live.reshape(-1, live.shape[-1]), score.reshape(-1, live.shape[-1])
+    left = np.zeros_like(flat_live)
+    for row, alive, value in zip(left, flat_live, flat_score, strict=True):
+        at = [i for i in np.argsort(-value, kind="stable") if alive[i]]
+        row[at[: alive.sum() - unit]] = True
+    return left.reshape(live.shape)
+
+
+@pytest.mark.parametrize("unit", [1, 3])
+@pytest.mark.parametrize("levels", [4, 10_000], ids=["equals", "unequal"])
+@pytest.mark.parametrize("network", [networks.PLAIN, networks.TWO], ids=["plain", "two stacks"])
+def test_many_units_are_those_that_sorting_everything_gives(network, levels, unit):
+    config = dataclasses.replace(network, dead_channels=True)
+    live = groups.everything(config)
+    rng = np.random.default_rng(levels)
+    # In units of what a group weighs, so that every kind has its turn.
+    sizes = groups.sizes(config, groups.counts(live))
+    scores = groups.of_widths(
+        config, lambda *shape: rng.integers(1, levels, shape).astype(np.float32)
+    )
+    scores = jax.tree.map(lambda x, n: x * np.asarray(n)[..., None], scores, sizes)
+
+    class Fixed:
+        def scores(self, name):
+            return scores
+
+    whole = groups.parameters(config, groups.counts(live))
+    target = int(0.35 * whole)
+    found = efficient.efficient(View(config, live, None, None, Fixed()), target, unit=unit)
+    order = []
+    while groups.parameters(config, number := groups.counts(live)) > target:
+        size = groups.sizes(config, number)
+        worth = {
+            kind: sorted_worth(kind, live, scores, number, size, unit) for kind in efficient.TYPES
+        }
+        order.append(kind := min(worth, key=worth.get))
+        residual, stacks = live.residual_D, live.stacks
+        if kind == "residual":
+            residual = sorted_without(residual, scores.residual_D, unit)
+        else:
+            stacks = tuple(
+                without(kind, of, score, unit)
+                for of, score in zip(stacks, scores.stacks, strict=True)
+            )
+        live = groups.Groups(residual, stacks)
+    assert found.measured["types"] == order and len({*order}) > 2
+    for a, b in zip(*map(jax.tree.leaves, (found.live, live)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def without(kind, of, score, unit):
+    mlp, heads, kv_heads = of.mlp_LF, of.heads_LN, of.kv_heads_LK
+    if kind == "mlp":
+        mlp = sorted_without(mlp, score.mlp_LF, unit)
+    elif kind == "kv_heads":
+        kv_heads = sorted_without(kv_heads, score.kv_heads_LK, 1)
+        heads = (of.heads_LKG & kv_heads[..., None]).reshape(heads.shape)
+    else:
+        heads = sorted_without(of.heads_LKG, score.heads_LKG, 1).reshape(heads.shape)
+    return groups.StackGroups(mlp, heads, kv_heads)
+
+
 # --- Schedules
 
 
