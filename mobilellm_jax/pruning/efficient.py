@@ -28,6 +28,9 @@ def efficient(
 ) -> Choice:
     """Removes units of the least kind, one after another, until the target is met.
 
+    A unit that would lead below the goal of the whole schedule waits for ever while a smaller one does not,
+    so that the goal is met to within the smallest.
+
     A unit is, in every layer: `kv_heads`, a KV head with its query heads; `heads`, one query head of each
     KV head; `mlp`, `unit` channels of the MLP. Of `residual` it is `unit` channels of the stream.
 
@@ -48,17 +51,20 @@ def efficient(
     live, number, order = view.live, counts(view.live), []
     if parameters(view.config, number) <= target:
         return Choice(live)
-    scores, worth = view.measures.scores(score), {}
+    scores, finite = view.measures.scores(score), dict[str, float]()
     while parameters(view.config, number) > target:
         size = sizes(view.config, number)
         worth = {kind: _worth(kind, live, scores, number, size, unit) for kind in types}
-        kind = min(worth, key=lambda k: worth[k])
-        if not np.isfinite(worth[kind]):
+        finite = {kind: value for kind, value in worth.items() if np.isfinite(value)}
+        if not finite:
             raise below_all(target, parameters(view.config, number))
+        spare = parameters(view.config, number) - view.goal
+        freed = {kind: _freed(kind, number, size, unit) for kind in finite}
+        least = min(freed.values())
+        kind = min((k for k in finite if freed[k] <= max(spare, least)), key=lambda k: finite[k])
         live = without_least(kind, live, scores, unit)
         number = counts(live)
         order.append(kind)
-    finite = {kind: value for kind, value in worth.items() if np.isfinite(value)}
     saliency = {f"saliency/{kind}": value for kind, value in finite.items()}
     change = made_up(view, live) if update else None
     return Choice(live, None, {"types": order, **saliency}, change)
@@ -94,6 +100,22 @@ def _worth(
             mean_L = np.where(of.kv_heads_LK, least_LK, 0).sum(-1) / left.kv_heads_LK
             found.append(mean_L / each.heads_LN)
     return float(np.concatenate(found).mean())
+
+
+def _freed(kind: str, number: Groups, size: Groups, unit: int) -> int:
+    """Parameters of a kind's next unit."""
+    if kind == "residual":
+        return unit * int(size.residual_D)
+    found = 0
+    for each, left in zip(size.stacks, number.stacks, strict=True):
+        if kind == "mlp":
+            found += unit * int(each.mlp_LF.sum())
+        elif kind == "kv_heads":
+            heads_L = left.heads_LN // left.kv_heads_LK
+            found += int((each.kv_heads_LK + heads_L * each.heads_LN).sum())
+        else:
+            found += int((left.kv_heads_LK * each.heads_LN).sum())
+    return found
 
 
 def without_least(kind: str, live: Groups, scores: Groups, unit: int) -> Groups:

@@ -62,7 +62,7 @@ def prune(
     memory, events = None, []
     for number, aim in enumerate(aims(whole, target, rounds)):
         measures = Measures(params, network, batches(number), seed + number)
-        view = View(network.model, live, first, memory, measures)
+        view = View(network.model, live, first, memory, measures, target)
         choice = strategy(view, aim)
         config = choice.config or network.model
         if not choice.live.residual_D.all():  # norms divide by the channels that live

@@ -49,6 +49,7 @@ class View:
     first: Groups  # how many there were when pruning began: `groups.counts`
     memory: Any  # what the strategy handed on at the cut before; None at the first
     measures: Measures
+    goal: int = 0  # parameters that are left after the last cut of the schedule
 
 
 @dataclasses.dataclass(frozen=True)

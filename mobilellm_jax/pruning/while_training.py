@@ -160,7 +160,7 @@ def rehearsed(
     live, memory = everything(config), None
     first, measures = counts(live), _Random(config, where)
     for step, target in zip(schedule.steps, schedule.targets, strict=True):
-        choice = strategy(View(config, live, first, memory, measures), target)
+        choice = strategy(View(config, live, first, memory, measures, schedule.targets[-1]), target)
         check(config, live, choice, where)
         live, memory = choice.live, choice.memory
         if step in schedule.compactions:
@@ -267,7 +267,8 @@ class Pruner:
         measures = _Accumulated(
             self.scored, given.scores, state.params, self.network, batches, self.seed + step
         )
-        view = View(model, given.live, self.first, given.memory, measures)
+        goal = self.schedule.targets[-1]
+        view = View(model, given.live, self.first, given.memory, measures, goal)
         choice = self.strategy(view, target)
         check(model, given.live, choice, self.where)
         if choice.update:
