@@ -355,7 +355,7 @@ def test_adapt_pruner(run):
     assert parameters(config) == published.get(run, parameters(config))
     schedule = schedule_of(config, config.steps)
     strategy = configured(config.pruning.strategy, "pruning.strategy")
-    rehearsed(ModelConfig.from_dict(config.model), strategy, schedule, "")
+    rehearsed(ModelConfig.from_dict(config.model), strategy, schedule, "", smaller=None)
     cut = parameters(config) - np.array([parameters(config), *schedule.targets])
     if run != "small":  # "about 5 % at a time": 3 to 5 of the source
         assert (np.diff(cut) / parameters(config) < 0.05).all()

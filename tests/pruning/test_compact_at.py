@@ -143,6 +143,23 @@ def test_a_fork_goes_on_pruning_where_the_network_is_smaller(plan, whole, tmp_pa
     assert runs.bits(runs.run(c, tmp_path)) == runs.bits(whole[1])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("use", [{}, {"pruning.strategy.update": True}], ids=["", "update"])
+def test_eight_devices_compact_like_one(plan, tmp_path, use):
+    """Weights in pieces, also through the second-order update."""
+    states = [
+        runs.run(config(plan, **SIZES, **use, **mesh), tmp_path / str(len(mesh)), devices=devices)
+        for mesh, devices in (
+            ({}, tiny.one_device()),
+            ({"mesh.data": 2, "mesh.fsdp": 4}, jax.devices()),
+        )
+    ]
+    one, eight = (flat(state.params) for state in states)
+    assert {p: x.shape for p, x in one.items()} == {p: x.shape for p, x in eight.items()}
+    for path, leaf in one.items():
+        np.testing.assert_allclose(leaf, eight[path], atol=4e-4, err_msg=path)
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
