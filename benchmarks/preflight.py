@@ -3,7 +3,7 @@ r"""Proof of fit: the published runs compiled for whole TPU slices, on any CPU m
     python -m benchmarks.preflight                          every run, and depth against compile time
     python -m benchmarks.preflight --only=950m --out=data/preflight
 
-Prints two tables in Markdown and the command of each line. A line takes half a minute to some
+Prints three tables in Markdown and the command of each line. A line takes half a minute to some
 minutes; with `--out` its JSON is kept there and not computed again.
 """
 
@@ -57,6 +57,19 @@ PRUNING = tuple(
         ),
     )
 )
+# The same on one device. GPUs of 141 GB are not known to a compiler that is here: the account is that of a
+# v5p's, and only what is needed is told.
+_FEW = ("mesh.fsdp=1", "microbatches=16", "execution.remat=full")
+ONE_GPU = (
+    ("adapt_pruner.py:1b", ("microbatches=8",)),
+    ("adapt_pruner.py:deepseek", ("microbatches=8",)),
+    ("adapt_pruner.py:8b,20", (*_FEW, "optimizer.mu_dtype=bfloat16")),
+    ("adapt_pruner.py:8b,40", _FEW),
+    ("adapt_pruner.py:8b,60", _FEW),
+    ("efficientllm.py:469m,prune", ("microbatches=64",)),
+    ("efficientllm.py:1.1b,continue", ("microbatches=64",)),
+)
+GPU = 141e9  # bytes of its memory
 # The widths of the 1B network at two depths.
 WIDTHS = ("microbatches=4", "execution.remat=dots", "mesh.fsdp=4")
 DEPTHS = (
@@ -129,6 +142,15 @@ def main(argv: list[str]) -> None:
         if wanted and (found := measured(name, *described)):
             lines.append(fit(found, name, described[1], described[2]))
     print(markdown_table(lines, "<<<>>>>>>>>>>"), flush=True)
+    lines = [["run", "keys", "state, GiB", f"needed, of {GPU / GIB:.0f} GiB"]]
+    for name, keys in ONE_GPU:
+        described = f"one GPU: {name}", f"configs/{name}", "v5p:1x1x1", keys
+        wanted = re.search(flags.FLAGS.only, " ".join(map(str, described)), re.IGNORECASE)
+        if wanted and (found := measured(*described)):
+            memory = found["memory"]
+            state, peak = (memory["weights"] + memory["optimizer"]) / GIB, memory["peak"] / GIB
+            lines.append([name, " ".join(keys), f"{state:.1f}", f"{peak:.1f}"])
+    print("\n" + markdown_table(lines, "<<>>"), flush=True)
     lines = [["network", "seconds", "seconds of CPU", "program, bytes", "compiled, bytes"]]
     for name, *described in DEPTHS:
         wanted = re.search(flags.FLAGS.only, name, re.IGNORECASE)
