@@ -33,7 +33,7 @@ from mobilellm_jax.training.evaluation import evaluate
 from mobilellm_jax.training.objectives import Network
 from mobilellm_jax.training.setup import tokenizer_of
 
-ONCE = ("flap", "flap:bias=False", "slicegpt")  # their papers cut once
+ONCE = ("flap", "flap:bias=False", "slicegpt", "slicegpt_full")  # their papers cut once
 BATCH = 8
 
 
@@ -133,13 +133,16 @@ if __name__ == "__main__":
         "strategies",
         [
             "adapt",
+            "adapt:update=True",
             "adapt:amplitude=0",
             "llm_pruner:protect=(1, 1)",
             "minitron",
             "flap",
             "flap:bias=False",
             "slicegpt",
+            "slicegpt_full",
             "efficient",
+            "efficient:update=True",
             "magnitude",
             "random",
         ],
