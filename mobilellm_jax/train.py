@@ -72,7 +72,7 @@ def train(
     began, leads = began or time.time(), distributed.leads()
     run = set_up(config, devices or jax.devices())
     origin = provenance(run.devices)
-    judge = _judge(config, run)
+    judge, checked = _judge(config, run), run
     with jax.set_mesh(run.mesh):
         steps_saved = saved_steps(epath.Path(workdir) / FOLDER)
         distributed.check_same(
@@ -111,6 +111,8 @@ def train(
             for change in changes(meta, origin):
                 print(f"resume: {change}; the result may differ in its last bits.")
             origin |= {key: value for key, value in meta.items() if key == "init_from"}
+        if run is not checked:
+            judge = _judge(config, run)  # the network has become smaller
         length, start = run.length, int(state.step)
         rows = length.rows(start)
         clock.lap("restore" if resumed else "start")

@@ -102,6 +102,27 @@ def test_the_record_says_where_everything_was_at_the_beginning(whole):
             assert sorted([*gone, *block[axis]]) == list(range(count))
 
 
+def test_tasks_are_asked_of_the_network_as_it_is(plan, tmp_path, monkeypatch):
+    """Before, between and behind compactions, and after a resume."""
+    asked = []
+
+    def judge(config, run):
+        def judged(params):
+            assert jax.tree.map(np.shape, params) == jax.tree.map(
+                lambda x: x.shape, transformer.shapes(run.model)
+            )
+            asked.append(parameter_count(run.model))
+            return {"task acc": 0.0}
+
+        return judged
+
+    monkeypatch.setattr("mobilellm_jax.train._judge", judge)
+    changes = {**SIZES, "eval.tasks_every": 3}
+    runs.run(config(plan, **changes), tmp_path, stop_at=5)
+    runs.run(config(plan, **changes), tmp_path)
+    assert len(asked) == 4 and WHOLE == asked[0] > asked[1] > asked[2] == asked[3]
+
+
 def test_two_compactions_are_one():
     """Of a random network: taken out twice, the leaves are those that the record of both names."""
     params = networks.parameters(networks.TWO)
