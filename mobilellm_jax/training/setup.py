@@ -81,9 +81,10 @@ class Setup(Programs):
 
     def at(self, meta: Mapping[str, Any]) -> "Setup":
         """The run as it was at a checkpoint of its own, when its network may have been smaller."""
-        if self.pruner is None or network_of(meta) == self.model:
+        kept = meta.get("pruning", {}).get("kept")
+        if self.pruner is None or kept is None or network_of(meta) == self.model:
             return self
-        compact = Compact.from_dict(network_of(meta), meta["pruning"]["kept"])
+        compact = Compact.from_dict(network_of(meta), kept)
         return self.smaller(self.pruner.at(compact))
 
     def pruned(
