@@ -33,6 +33,7 @@ def get_sweep(argument):
     rows = {{name: tiny.config({plan!r}, steps={steps}) for name in ("low", "high", "broken")}}
     for config in rows.values():
         config.checkpoint.every = config.eval.every = {steps}
+        config.first_row = 16  # which other runs have read: no tokens of these
     rows["high"].schedule.peak = {peak}
     rows["broken"].schedule.warmup_steps = 1000
     lines = Line("low", "low peak"), Line("high", "high peak", "low"), Line("broken", "broken")

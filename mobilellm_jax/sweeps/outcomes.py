@@ -67,7 +67,7 @@ def read_outcome(cell: Cell, directory: epath.Path) -> Outcome | None:
         bits_per_byte_of={source: float(values_N[-1]) for source, values_N in of.items()},
         parameters=start["parameters"],
         flops_per_token=start["flops_per_token"],
-        tokens=int(history.train.last("rows")) * cell.config.row_length,
+        tokens=(int(history.train.last("rows")) - cell.config.first_row) * cell.config.row_length,
         seconds=float(history.train.column("step_seconds").sum()),
         devices=start["devices"],
         commit=start["commit"],
