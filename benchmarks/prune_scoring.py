@@ -27,6 +27,7 @@ def configuration(args: Any, score: str) -> Any:
     """A run of the model, which prunes by this score, or not if it is empty."""
     c = base_config(preset(args.model))
     c.row_length, c.global_batch, c.steps = args.row_length, args.rows, 1000
+    c.schedule.warmup_steps = 10
     c.loss_chunks, c.execution.dtype = args.loss_chunks, args.dtype
     c.execution.remat = args.remat
     if score:
