@@ -138,7 +138,7 @@ def _rows(plan: str) -> dict[str, ConfigDict]:
     rows["adapt"].pruning.target = TARGET
     rows["adapt"].pruning.spacing = "growing"
     for name in ONE_SHOT:
-        rows[f"{name}-once"] = _continued(plan, f"{FOLDER}/{name}")
+        rows[f"{name}-once"] = _continued(plan, name)
     for name, share, update in (
         ("efficient-a", 65, False),
         ("efficient-b", 65, True),
@@ -212,8 +212,9 @@ def _config(model: ModelConfig, plan: str, steps: int) -> ConfigDict:
     return c
 
 
-def _continued(plan: str, start: str = f"{FOLDER}/source") -> ConfigDict:
+def _continued(plan: str, name: str = "source") -> ConfigDict:
     """A run from trained weights."""
+    start = f"{FOLDER}/{name}"
     c = _config(open_model(start).model, plan, STEPS)
     c.init_from = start
     c.schedule.peak = 1e-3

@@ -432,3 +432,33 @@ def test_efficientllm_says_what_there_is():
     for argument in ("350m,prune", "469m", "469m,train", "469m,prune,models/469m"):
         with pytest.raises(UserError, match="134m, 469m, 1.1b, and ,prune"):
             module("efficientllm").get_config(argument)
+
+
+def test_the_study_of_pruning(tmp_path, monkeypatch):
+    """Every arm is a run that can be, comes to half of the source, and costs what its table says."""
+    made = module("pruning_study")
+    monkeypatch.setattr(made, "FOLDER", str(tmp_path))
+    small = dataclasses.replace(made.BY_HAND, dead_channels=False)
+    for name in ("source", *made.ONE_SHOT):
+        model = made.adapt_pruner.SMALL if name == "source" else small
+        params = flat(jax.device_get(transformer.init(model, jax.random.key(0))))
+        write_model(params, model, tiny.tokenizer(), {}, tmp_path / name)
+    sweep = made.get_sweep("")
+    source = parameter_count(made.adapt_pruner.SMALL)
+    flops = {}
+    for name, config in sweep.rows.items():
+        check(config, 1)
+        whole(config)
+        schedule = schedule_of(config, config.steps)
+        model = ModelConfig.from_dict(config.model)
+        flops[name] = config.steps * flops_per_token(model, config.row_length)
+        left = schedule.targets[-1] if schedule.targets else parameter_count(model)
+        assert left <= source // 2 or name == "dense"
+        assert config.first_row == 16_000 and bool(schedule.compactions) == (
+            name.startswith(("efficient-a", "efficient-b", "cuts"))
+        )
+    taught = flops["distilled"] * (1 + flops["dense"] / 3 / flops["scratch-1"])
+    assert abs(taught / flops["dense"] - 1) < 0.01
+    assert made.get_config("source").steps == 4_000
+    with pytest.raises(UserError, match="neither source nor one of dense, adapt"):
+        made.get_config("adept")
