@@ -22,9 +22,9 @@ from mobilellm_jax.data.packing import positions
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.imports import import_path
 from mobilellm_jax.model.attention import KERNELS, of_rows, rope, rope_frequencies
-from mobilellm_jax.model.axes import axes_of
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.model.embedding import look_up
+from mobilellm_jax.model.layers import RMSNorm, gated, matrix_of, with_bias, with_tap
 from mobilellm_jax.model.notes import (
     GRAMS,
     INPUTS,
@@ -36,7 +36,7 @@ from mobilellm_jax.model.notes import (
     products,
 )
 from mobilellm_jax.model.plain import attention, cached_attention, visible
-from mobilellm_jax.model.taps import TAPS, tapped
+from mobilellm_jax.model.taps import TAPS
 from mobilellm_jax.parallel.sharding import batch_sharded
 
 Params = dict[str, Any]
@@ -95,75 +95,6 @@ jax.tree_util.register_dataclass(
 )
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x), times a learned scale if `scaled`; statistics in float32 (arXiv 1910.07467).
-
-    With `dead` the mean of squares is that of the channels whose scale is not 0: those of a network that
-    is being pruned are as good as gone, and their x is 0.
-    """
-
-    eps: float
-    scaled: bool = True
-    dead: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises the last axis."""
-        scale = None
-        if self.scaled:
-            scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-            scale = _with_tap(self, "scale", scale)
-        return _rms_norm(x, scale, self.eps, self.dead)
-
-
-# Cheap functions of large arrays: the backward pass computes them again from their arguments. What
-# it would keep instead, such as float32 copies of x, is most of the memory of a layer.
-_cheap = functools.partial(jax.checkpoint, prevent_cse=False)
-
-
-@functools.partial(_cheap, static_argnums=(2, 3))
-def _rms_norm(x: jax.Array, scale: jax.Array | None, eps: float, dead: bool) -> jax.Array:
-    y = x.astype(jnp.float32)
-    if dead and scale is not None:
-        live = jnp.maximum(jnp.count_nonzero(scale), 1)
-        mean = jnp.sum(y * y, axis=-1, keepdims=True) / live
-    else:
-        mean = jnp.mean(y * y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(mean + eps)
-    return (y if scale is None else y * scale).astype(x.dtype)
-
-
-@_cheap
-def _gated(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
-    return nn.silu(gate_BTF) * up_BTF
-
-
-def _matrix(
-    module: nn.Module, init_std: float, dtype: jnp.dtype, name: str, *shape: int
-) -> jax.Array:
-    """A float32 matrix of a module's parameters, in the dtype of the product that reads it."""
-    initialise = nn.initializers.normal(init_std)
-    weight = module.param(name, initialise, shape, jnp.float32)
-    return _with_tap(module, name, weight).astype(dtype)
-
-
-def _with_tap(module: nn.Module, name: str, weight: jax.Array) -> jax.Array:
-    """A weight of a layer, through its tap if there is one (`model.taps`)."""
-    if not module.has_variable(TAPS, name):
-        return weight
-    axes = axes_of("/".join((*module.path, name)))
-    assert axes is not None
-    return tapped(weight, axes.removeprefix("L"), module.get_variable(TAPS, name))
-
-
-def _with_bias(module: nn.Module, config: ModelConfig, name: str, y_BTD: jax.Array) -> jax.Array:
-    """What a module adds to the residual stream, with its bias if the network has such."""
-    if not config.out_bias:
-        return y_BTD
-    bias_D = module.param(name, nn.initializers.zeros, y_BTD.shape[-1:], jnp.float32)
-    return y_BTD + _with_tap(module, name, bias_D).astype(y_BTD.dtype)
-
-
 class Attention(nn.Module):
     """Grouped-query self-attention with RoPE and, if the network has it, QK-norm."""
 
@@ -177,7 +108,7 @@ class Attention(nn.Module):
         """Attends; with a cache ({"key", "value"}: [AKB, S, H]) first writes new slots into it."""
         c, s = self.config, self.stack
 
-        matrix = functools.partial(_matrix, self, c.init_std, x_BTD.dtype)
+        matrix = functools.partial(matrix_of, self, c.init_std, x_BTD.dtype)
 
         def heads(name: str, count: int) -> jax.Array:
             y_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, matrix(name, c.width, count, c.head_dim))
@@ -185,7 +116,7 @@ class Attention(nn.Module):
                 return y_BTNH
             zeros = nn.initializers.zeros
             bias_NH = self.param(f"{name}_bias", zeros, (count, c.head_dim), jnp.float32)
-            return y_BTNH + _with_tap(self, f"{name}_bias", bias_NH).astype(x_BTD.dtype)
+            return y_BTNH + with_tap(self, f"{name}_bias", bias_NH).astype(x_BTD.dtype)
 
         q_BTNH = heads("query", s.heads)
         k_BTKH = heads("key", s.kv_heads)
@@ -221,7 +152,7 @@ class Attention(nn.Module):
         out_NHD = matrix("out", s.heads, c.head_dim, c.width)
         # Over N and H in this order: einsum's would be H, N, for which XLA copies the weights.
         y_BTD = jnp.tensordot(y_BTNH, out_NHD, 2)
-        return _with_bias(self, c, "out_bias", y_BTD), cache
+        return with_bias(self, c, "out_bias", y_BTD), cache
 
 
 # Applications, their KV heads and the rows are one axis of a cache: with an axis more, or one of length
@@ -248,18 +179,18 @@ class MLP(nn.Module):
         """[B, T, D] -> [B, T, D]."""
         width, hidden = self.config.width, self.stack.mlp_width
 
-        matrix = functools.partial(_matrix, self, self.config.init_std, x_BTD.dtype)
+        matrix = functools.partial(matrix_of, self, self.config.init_std, x_BTD.dtype)
 
         if self.config.mlp == "swiglu":
             gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, matrix("gate", width, hidden))
             up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, matrix("up", width, hidden))
-            hidden_BTF = _gated(gate_BTF, up_BTF)
+            hidden_BTF = gated(gate_BTF, up_BTF)
         else:
             hidden_BTF = nn.relu(jnp.einsum("BTD,DF->BTF", x_BTD, matrix("up", width, hidden)))
         note(self, STATISTICS, **moments(hidden_BTF))
         note(self, INPUTS, of_down=products(hidden_BTF))
         y_BTD = jnp.einsum("BTF,FD->BTD", hidden_BTF, matrix("down", hidden, width))
-        return _with_bias(self, self.config, "down_bias", y_BTD)
+        return with_bias(self, self.config, "down_bias", y_BTD)
 
 
 class Block(nn.Module):
