@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
+from ml_collections import ConfigDict
 
 from mobilellm_jax import cli
 from mobilellm_jax.convert import FORMATS, convert
@@ -43,13 +44,15 @@ from mobilellm_jax.parallel.mesh import local_mesh
 from mobilellm_jax.parallel.sharding import shardings
 from mobilellm_jax.pruning.compaction import compacted, taken
 from mobilellm_jax.pruning.groups import living
+from mobilellm_jax.pruning.while_training import schedule_of
 from mobilellm_jax.reporting.curves import compact
 from mobilellm_jax.reporting.frontier import Member, drawing, table
 from mobilellm_jax.tables import aligned
 from mobilellm_jax.training.checkpoint import FOLDER, LoadedModel, saved_steps
 from mobilellm_jax.training.evaluation import evaluate
+from mobilellm_jax.training.length import length_of
 from mobilellm_jax.training.objectives import Network
-from mobilellm_jax.training.workdir import read_config
+from mobilellm_jax.training.workdir import complete, read_config
 
 TOKENS, REPEATS = 64, 5  # that are drawn to take the time; how often
 
@@ -95,7 +98,7 @@ def family(
         print(f"{name} ...", flush=True)
         stored = _without_dead(open_model(step))
         for kind in to:
-            target = folder / name / (f"{kind}" if kind != "gguf" else "model.gguf")
+            target = folder / name / (kind if kind != "gguf" else "model.gguf")
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 convert(stored, kind, target)
@@ -111,32 +114,23 @@ def family(
 
 def _checkpoints(workdir: epath.Path) -> Iterator[tuple[str, epath.Path]]:
     """Names and folders of a run's checkpoints after compactions, and of its newest."""
-    read_config(workdir)  # says what is wrong with a folder that is no run's
+    config = ConfigDict(complete(read_config(workdir)))
+    compactions = schedule_of(config, length_of(config).steps).compactions
     folder = workdir / FOLDER
     steps = saved_steps(folder)
     if not steps:
         raise UserError(f"{workdir} has no checkpoint yet: wait for the first one.")
-    records = (json.loads(x) for x in _whole_lines(workdir) if '"compaction"' in x)
-    compactions = {r["step"] for r in records if r["kind"] == "compaction"}
     for step in steps:
         if step in compactions or step == steps[-1]:
             model = open_model(folder / str(step)).model
             yield f"{compact(parameter_count(model))}-{workdir.name}-{step}", folder / str(step)
 
 
-def _whole_lines(workdir: epath.Path) -> Iterator[str]:
-    for path in sorted(workdir.glob("metrics*.jsonl"), key=lambda path: path.name):
-        yield from (line for line in path.read_text().splitlines() if line.endswith("}"))
-
-
 def _without_dead(stored: StoredModel) -> StoredModel:
-    """The same network without groups whose weights are all zero, if it has such."""
-    live = living(stored.params(dtype=np.float32), stored.model)
-    smaller = compacted(stored.model, live)
-    if parameter_count(smaller.config) == parameter_count(stored.model):
-        model = dataclasses.replace(stored.model, dead_channels=False)
-        return dataclasses.replace(stored, model=model)
-    leaves = taken(stored.params(), smaller, transformer.shapes(smaller.config))
+    """The same network without groups whose weights are all zero."""
+    params = stored.params()
+    smaller = compacted(stored.model, living(params, stored.model))
+    leaves = taken(params, smaller, transformer.shapes(smaller.config), consumed=True)
     return dataclasses.replace(stored, model=smaller.config, leaves=flat(jax.device_get(leaves)))
 
 

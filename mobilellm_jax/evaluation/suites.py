@@ -46,6 +46,7 @@ COMMONSENSE = (
     Entry("winogrande", "acc,none", "WinoGrande", averaged=True),
 )
 
+_LABELLED = {entry.label: entry for entry in COMMONSENSE}
 # Adapt-Pruner's code asks these of networks that it prunes; BoolQ is not among them.
 _ADAPT = tuple(entry for entry in COMMONSENSE if entry.label != "BoolQ")
 
@@ -64,13 +65,9 @@ SUITES: Mapping[str, tuple[Entry, ...]] = {
     # 26 to 30 for networks of 125M says that the answers themselves are scored, not their letters.
     "efficientllm": (
         Entry("mmlu_continuation", "acc,none", "MMLU"),
-        Entry("arc_challenge", "acc_norm,none", "ARC-c", averaged=True),
-        Entry("arc_easy", "acc,none", "ARC-e", averaged=True),
-        Entry("boolq", "acc,none", "BoolQ", averaged=True),
-        Entry("hellaswag", "acc_norm,none", "HellaSwag", averaged=True),
-        Entry("openbookqa", "acc_norm,none", "OBQA", averaged=True),
-        Entry("piqa", "acc_norm,none", "PIQA", averaged=True),
-        Entry("winogrande", "acc,none", "WinoGrande", averaged=True),
+        _LABELLED["ARC-c"],
+        dataclasses.replace(_LABELLED["ARC-e"], metric="acc,none"),
+        *(_LABELLED[label] for label in ("BoolQ", "HellaSwag", "OBQA", "PIQA", "WinoGrande")),
     ),
     # MobileLLM-R1, table 6.
     "r1_base": (

@@ -21,10 +21,9 @@ from mobilellm_jax.leaves import flat
 from mobilellm_jax.model.axes import axes_of
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.parallel.sharding import path_name
-from mobilellm_jax.pruning.groups import FIELDS, Groups, StackGroups, named
+from mobilellm_jax.pruning.groups import FIELDS, KINDS, Groups, StackGroups, everything, named
 
 LAYOUTS = ("stacks", "padded")
-KINDS = {"F": "mlp", "N": "heads", "K": "kv_heads"}  # as `StackGroups.kinds` has them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,18 +109,7 @@ class Compact:
 
 def uncut(config: ModelConfig) -> Compact:
     """The network itself, in which everything is where it was."""
-    stacks = (
-        tuple(
-            Block(
-                i,
-                layer,
-                {"F": np.arange(s.mlp_width), "N": np.arange(s.heads), "K": np.arange(s.kv_heads)},
-            )
-            for layer in range(s.layers)
-        )
-        for i, s in enumerate(config.stacks)
-    )
-    return Compact(config, np.arange(config.width), tuple(stacks))
+    return dataclasses.replace(compacted(config, everything(config)), config=config)
 
 
 def compacted(

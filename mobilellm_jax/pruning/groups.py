@@ -46,7 +46,7 @@ class StackGroups:
     @property
     def kinds(self) -> dict[str, Any]:
         """The arrays by name: `mlp`, `heads`, `kv_heads`."""
-        return {"mlp": self.mlp_LF, "heads": self.heads_LN, "kv_heads": self.kv_heads_LK}
+        return {kind: getattr(self, FIELDS[axis]) for axis, kind in KINDS.items()}
 
 
 @jax.tree_util.register_dataclass
@@ -65,6 +65,7 @@ class Groups:
 
 
 FIELDS = {"F": "mlp_LF", "N": "heads_LN", "K": "kv_heads_LK"}  # of the groups of a block
+KINDS = {"F": "mlp", "N": "heads", "K": "kv_heads"}  # and how records call them
 GROUPED = "FNKD"
 _STACK = re.compile(r"(?:^|/)stack_(\d+)/")
 

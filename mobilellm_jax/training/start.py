@@ -29,7 +29,7 @@ from mobilellm_jax.training.length import length_of
 from mobilellm_jax.training.outliers import init_window
 from mobilellm_jax.training.saving import restore_state, stored_shapes
 from mobilellm_jax.training.step import TrainState, init_state
-from mobilellm_jax.training.workdir import check_past
+from mobilellm_jax.training.workdir import check_past, complete
 
 if TYPE_CHECKING:  # what a run is set up with loads far more than a start needs
     from mobilellm_jax.training.setup import Setup
@@ -212,7 +212,7 @@ def check_state(start: StoredModel, config: ConfigDict, run: "Setup") -> None:
             "config.init_state=weights."
         )
     if _prunes(there) and not _prunes(config):
-        schedule = schedule_of(ConfigDict(there), length_of(there).steps)
+        schedule = schedule_of(ConfigDict(complete(there)), length_of(there).steps)
         cuts = [step for step in schedule.steps if step <= start.step]
         if cuts and cuts[-1] not in schedule.compactions:
             at = ", ".join(f"{step:,}" for step in schedule.compactions) or "none"

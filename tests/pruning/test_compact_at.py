@@ -1,5 +1,7 @@
 """Compaction inside of a run: the same run with less to compute, from the cut on."""
 
+import json
+
 import jax
 import numpy as np
 import pruned as networks
@@ -155,8 +157,15 @@ def test_a_size_is_cooled_down_by_a_run_of_its_own(plan, whole, tmp_path):
         np.testing.assert_array_equal(leaf, stored[path])
     runs.run(config(plan), tmp_path / "dead")
     forked["init_from"] = f"{tmp_path / 'dead'}@8"
-    with pytest.raises(UserError, match="parts are dead"):
-        runs.run(config(plan, **forked), tmp_path / "refused")
+    described = tmp_path / "dead/checkpoints/8/meta/metadata"
+    for before in (False, True):  # as runs were described that could not compact yet
+        if before:
+            meta = json.loads(described.read_text())
+            for key in ("compact_at", "layout", "multiple"):
+                del meta["config"]["pruning"][key]
+            described.write_text(json.dumps(meta))
+        with pytest.raises(UserError, match="parts are dead"):
+            runs.run(config(plan, **forked), tmp_path / "refused")
 
 
 def test_a_fork_goes_on_pruning_where_the_network_is_smaller(plan, whole, tmp_path):
