@@ -34,8 +34,9 @@ def workdir(plan, tmp_path_factory):
     """A run with evaluations at the steps 2, 4 and 5, and the checkpoints 4 and 5."""
     config = tiny.config(plan, steps=5)
     config.eval.every = 2
-    run(config, tmp_path_factory.mktemp("run") / "run")
-    return tmp_path_factory.getbasetemp() / "run0/run"
+    directory = tmp_path_factory.mktemp("run") / "run"
+    run(config, directory)
+    return directory
 
 
 @pytest.fixture(scope="module")
