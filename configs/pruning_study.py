@@ -14,6 +14,7 @@ its parameters and read 400 steps of 512 tokens where nothing else is said.
 | efficient-b      | the same with the local second-order update                       | 1+    |
 | efficient-once   | EfficientLLM's choice in one shot, then trained                   | 0.5   |
 | scratch-1, 2, 4  | the shape of adapt-once from random weights, so many times longer | 0.5 n |
+| scratch-8 to 64  | the same, `longer`: until it is where adapt-once is               | 0.5 n |
 | distilled        | that shape from random weights, with the source as its teacher    | 1     |
 | cuts-25, 100     | efficient-a whose cuts take that share of the steps               | 1     |
 
@@ -30,6 +31,10 @@ would spare a part). Held-out bits per byte per source, three seeds (`make pruni
 Then the claim about shapes alone: networks of random weights, equal parameters, 800 steps.
 
     python -m mobilellm_jax.sweep --sweep=configs/pruning_study.py:shapes,PLAN --workdir=runs/pruning/shapes
+
+And how often a small network must read to come to where the pruned one is (hours):
+
+    python -m mobilellm_jax.sweep --sweep=configs/pruning_study.py:longer,PLAN --workdir=runs/pruning/longer
 """
 
 import dataclasses
@@ -48,6 +53,7 @@ ROW, ROWS, STEPS, SOURCE_STEPS = 256, 2, 400, 4_000
 TARGET = parameter_count(adapt_pruner.SMALL) // 2
 ONE_SHOT = ("adapt", "llm_pruner", "random", "efficient")
 SHARES = (25, 100)  # of the steps, that the cuts take; 65 is efficient-a
+TIMES, LONGER = (1, 2, 4), (8, 16, 32, 64)  # the steps of the arms, from random weights
 EFFICIENT = "mobilellm_jax.pruning.efficient:efficient"
 # By hand, of MobileLLM's proportions: as deep as the source, thin, half of its parameters.
 BY_HAND = dataclasses.replace(adapt_pruner.SMALL, width=64, stacks=(Stack(12, 4, 2, 184),))
@@ -72,14 +78,15 @@ def get_config(argument: str = "source") -> ConfigDict:
 
 
 def get_sweep(argument: str) -> Sweep:
-    """The arms, or, after `shapes`, the shapes alone.
+    """The arms, or, after `shapes`, the shapes alone, or, after `longer`, longer and longer runs.
 
     Args:
-      argument: path of the plan, by default that of `make pruning`; `shapes,` may stand before it.
+      argument: path of the plan, by default that of `make pruning`; `shapes,` or `longer,` may stand
+        before it.
     """
     first, _, rest = argument.partition(",")
-    if first == "shapes":
-        return _shapes(rest or PLAN)
+    if first in OTHERS:
+        return OTHERS[first](rest or PLAN)
     return Sweep(
         _rows(argument or PLAN),
         (
@@ -106,7 +113,7 @@ def get_sweep(argument: str) -> Sweep:
                     Line("adapt-once", "Adapt-Pruner, one shot, then trained"),
                     *(
                         Line(f"scratch-{n}", f"random weights, {n} x the tokens", "adapt-once")
-                        for n in (1, 2, 4)
+                        for n in TIMES
                     ),
                 ),
             ),
@@ -151,8 +158,7 @@ def _rows(plan: str) -> dict[str, ConfigDict]:
         with c.unlocked():
             c.pruning.strategy = {"use": EFFICIENT, "update": update}
         c.pruning.compact_at = (TARGET,)
-    for times in (1, 2, 4):
-        rows[f"scratch-{times}"] = _config(small, plan, times * STEPS)
+    rows |= _scratch(plan, TIMES)
     flops = [flops_per_token(model, ROW) for model in (adapt_pruner.SMALL, small)]
     c = rows["distilled"] = _config(
         small, plan, round(STEPS * flops[0] / (flops[1] + flops[0] / 3))
@@ -190,6 +196,20 @@ def _shapes(plan: str) -> Sweep:
     )
     rows = {name: _config(model, plan, 2 * STEPS) for name, model in models.items()}
     return Sweep(rows, (Table("Shapes alone, from random weights", tuple(lines)),))
+
+
+def _longer(plan: str) -> Sweep:
+    lines = (Line(f"scratch-{n}", f"random weights, {n} x the tokens") for n in LONGER)
+    table = Table("The same shape from random weights, trained for longer", tuple(lines))
+    return Sweep(_scratch(plan, LONGER), (table,))
+
+
+def _scratch(plan: str, times: tuple[int, ...]) -> dict[str, ConfigDict]:
+    small = open_model(f"{FOLDER}/adapt").model
+    return {f"scratch-{n}": _config(small, plan, n * STEPS) for n in times}
+
+
+OTHERS = {"shapes": _shapes, "longer": _longer}
 
 
 def _config(model: ModelConfig, plan: str, steps: int) -> ConfigDict:

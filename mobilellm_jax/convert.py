@@ -16,7 +16,9 @@ MobileLLM); --from says which of them it must be. --to is one of
                 has one width for all and more readers (llama): then they are filled up with zeros
     torch       a folder for the code published with MobileLLM
 
-Weights keep the dtype they are stored in unless --dtype names another. Nothing is overwritten.
+Weights keep the dtype they are stored in unless --dtype names another. With --quantize=w8a8 (or parts of
+it, w8a8:blocks) the network becomes one of products of integers of 8 bits: a checkpoint then computes as
+they do, and hf and hf-shared hold integers, for transformers and vLLM. Nothing is overwritten.
 """
 
 import dataclasses
@@ -163,6 +165,9 @@ def main() -> None:
         epath.Path(args.text).read_text() if args.text else "\n\n".join(topics().values())[:SAMPLE]
     )
     source = open_source(args.checkpoint, args["from"].value, args.ls_kv, text)
+    if args.quantize is not None:
+        model = dataclasses.replace(source.model, quantization=args.quantize)
+        source = dataclasses.replace(source, model=model)
     to = args.to or ("" if source.family == stored.CHECKPOINT else "checkpoint")
     if not to:
         raise UserError(f"--to is missing: one of {', '.join(FORMATS[1:])}.")
@@ -191,6 +196,12 @@ if __name__ == "__main__":
         "differ in their widths and deci (the default) cannot be read.",
     )
     flags.DEFINE_enum("quantization", "f16", gguf.QUANTIZATIONS, "For gguf: of the matrices.")
+    flags.DEFINE_string(
+        "quantize",
+        None,
+        "none, w8a8, or w8a8:PARTS of blocks, head, embedding, joined by +; as the checkpoint has it unless "
+        "given. GGUF has quantizations of its own, see --quantization.",
+    )
     flags.DEFINE_enum("ls_kv", None, LS_KVS, "For official MobileLLM-LS folders: see ModelConfig.")
     flags.DEFINE_string("text", "", "File for their perplexities; by default Python's help topics.")
     flags.DEFINE_string("inspect", "", "Only say what lies in this folder or GGUF file.")

@@ -12,8 +12,9 @@ wikitext2 (perplexity as MobileLLM's own program measures it) and rank_me (effec
 output embedding). --stores gives bits per byte of the held-out rows of row stores. A table is
 printed, in Markdown, with standard errors and beside the published row of that size; --out keeps it
 with the harness's results in JSON. --cache=FILE keeps each answer, so that a killed evaluation goes
-on. All devices of this machine share the work. Where a server that runs an export writes the
-answers, only tasks that are answered in text can be asked.
+on. --quantize=w8a8 rounds weights and activations to 8 bits, as MobileLLM's table 15 does. All devices of
+this machine share the work. Where a server that runs an export writes the answers, only tasks that are
+answered in text can be asked.
 """
 
 import dataclasses
@@ -125,7 +126,7 @@ def main() -> None:
         raise UserError("name either --checkpoint or --server: whose answers are to be judged?")
     if args.log_samples and out is None:
         raise UserError("--log_samples needs --out, where the samples are kept.")
-    subject = _served() if args.server else load_model(args.checkpoint)
+    subject = _served() if args.server else _loaded()
     lines, results = evaluate(
         subject,
         [name for name in args.tasks if name],
@@ -171,6 +172,16 @@ def _keep(out: Path, text: str, lines: Sequence[Line], results: dict[str, Any]) 
     (out / "results.json").write_text(json.dumps(described, indent=2, default=str) + "\n")
 
 
+def _loaded() -> LoadedModel:
+    """The checkpoint that the flags name, with numbers of 8 bits if they say so."""
+    args = flags.FLAGS
+    loaded = load_model(args.checkpoint)
+    if args.quantize is None:
+        return loaded
+    model = dataclasses.replace(loaded.model, quantization=args.quantize)
+    return dataclasses.replace(loaded, model=model)
+
+
 def _served() -> Any:
     """The model on the server that the flags name."""
     from mobilellm_jax.evaluation.served import ServedModel
@@ -196,6 +207,12 @@ if __name__ == "__main__":
     flags.DEFINE_integer("samples", None, "Answers to each problem that may have several.", 1)
     flags.DEFINE_integer("rows", 32, "Texts that a device computes together.", 1)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and activations.")
+    flags.DEFINE_string(
+        "quantize",
+        None,
+        "none, w8a8, or w8a8:PARTS of blocks, head, embedding, joined by +; as the checkpoint has it unless "
+        "given.",
+    )
     flags.DEFINE_string("cache", "", "File that keeps answers, for one checkpoint.")
     flags.DEFINE_integer("seed", 0, "Seed of examples and draws.", 0)
     flags.DEFINE_bool("chat", False, "Ask through the tokenizer's chat template.")

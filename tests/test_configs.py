@@ -460,5 +460,8 @@ def test_the_study_of_pruning(tmp_path, monkeypatch):
     taught = flops["distilled"] * (1 + flops["dense"] / 3 / flops["scratch-1"])
     assert abs(taught / flops["dense"] - 1) < 0.01
     assert made.get_config("source").steps == 4_000
+    longer = made.get_sweep("longer,elsewhere").rows
+    assert [c.steps for c in longer.values()] == [400 * n for n in (8, 16, 32, 64)]
+    assert {c.plan for c in longer.values()} == {"elsewhere"}
     with pytest.raises(UserError, match="neither source nor one of dense, adapt"):
         made.get_config("adept")

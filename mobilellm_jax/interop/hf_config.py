@@ -11,6 +11,7 @@ from typing import Any
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig, RopeScaling, Stack
+from mobilellm_jax.model.quantization import parts_of
 
 METADATA = "mobilellm_jax"  # the key under which config.json describes the network in our own words
 FORMAT = 1
@@ -61,6 +62,25 @@ _INERT = frozenset(
 def metadata(model: ModelConfig) -> dict[str, Any]:
     """The network as config.json describes it in our own words, under the key `METADATA`."""
     return {"format": FORMAT, "model": model.to_dict()}
+
+
+def eight_bit(model: ModelConfig) -> dict[str, Any]:
+    """`quantization_config` of W8A8 as `model.quantization` has it, in the words of compressed-tensors."""
+    numbers = {"num_bits": 8, "type": "int"}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": numbers | {"symmetric": True, "strategy": "channel", "dynamic": False},
+                "input_activations": numbers
+                | {"symmetric": False, "strategy": "token", "dynamic": True},
+            }
+        },
+        "ignore": [] if "head" in parts_of(model.quantization) else ["lm_head"],
+    }
 
 
 def write(model: ModelConfig, family: str) -> dict[str, Any]:

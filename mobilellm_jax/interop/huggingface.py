@@ -6,9 +6,13 @@
 
 A stock architecture cannot share blocks: one that is applied twice is written twice, and what the
 network really is stands as metadata in config.json. `hf_folder` reads such a folder back.
+
+Matrices of a network with products of integers (`model.quantization`) are written as compressed-tensors
+has it, which transformers and vLLM load: integers, and beside them the scales of their output channels.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from importlib import resources
@@ -24,8 +28,9 @@ from mobilellm_jax.interop import hf_config, safetensors_files
 from mobilellm_jax.interop.hf_tokenizer import write_tokenizer
 from mobilellm_jax.interop.layout import Entry, default_family, entries
 from mobilellm_jax.interop.model_card import model_card
-from mobilellm_jax.leaves import DTYPES, Leaves, Whole
+from mobilellm_jax.leaves import DTYPES, Leaf, Leaves, Whole
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.quantization import integers, parts_of
 
 EXPORTS = ("llama", "mistral", "qwen2", "qwen3", "llama4_text", "hf_shared")
 
@@ -73,6 +78,8 @@ def export(
     ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     config = hf_config.write(model, family) | ends | {"torch_dtype": stored, "dtype": stored}
     weights = tensors(leaves, model, family, dtype)
+    if parts_of(model.quantization):
+        config["quantization_config"] = hf_config.eight_bit(model)
     config[hf_config.METADATA] = hf_config.metadata(model)
     with new_folder(out) as folder:
         write_tokenizer(tokenizer, folder, model.max_length)
@@ -88,7 +95,7 @@ def export(
 
 def tensors(
     leaves: Leaves, model: ModelConfig, family: str, dtype: str | None = None
-) -> dict[str, "ExportedTensor"]:
+) -> dict[str, Leaf]:
     """The tensors of a family's file by name, made when they are asked for.
 
     They are ordered leaf by leaf, because a leaf of a checkpoint is read as a whole: whoever takes
@@ -103,11 +110,24 @@ def tensors(
     for entry in entries(model, family):
         by_path.setdefault(entry.path, []).append(entry)
     whole = Whole(leaves)
-    return {
-        entry.name: ExportedTensor(entry, whole, DTYPES[dtype] if dtype else entry.dtype(leaves))
-        for group in by_path.values()
-        for entry in group
-    }
+    eight_bit = parts_of(model.quantization)
+    found: dict[str, Leaf] = {}
+    for entry in itertools.chain.from_iterable(by_path.values()):
+        kept = DTYPES[dtype] if dtype else entry.dtype(leaves)
+        tensor = ExportedTensor(entry, whole, kept)
+        if _part(entry) in eight_bit:
+            found[entry.name] = IntegerTensor(tensor, np.dtype(np.int8))
+            found[f"{entry.name}_scale"] = ScaleTensor(tensor, kept)
+        else:
+            found[entry.name] = tensor
+    return found
+
+
+def _part(entry: Entry) -> str:
+    """Of which part of a network a tensor is a matrix, in the words of `model.quantization`; "": none."""
+    if entry.path is None or len(entry.foreign_shape) < 2 or entry.path == "embedding":
+        return ""
+    return "head" if entry.path == "head" else "blocks"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +158,40 @@ class ExportedTensor:
                 "the model is not exported."
             )
         return array[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class IntegerTensor:
+    """A matrix [out, in] as integers, for which `ScaleTensor` has the scales."""
+
+    of: ExportedTensor
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As in the file."""
+        return self.of.shape
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """The integers."""
+        return np.asarray(integers(self.of[:], (0,)).qvalue)[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleTensor:
+    """The scale of each row of a matrix of integers, [out, 1]."""
+
+    of: ExportedTensor
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As in the file."""
+        return self.of.shape[0], 1
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """The scales, in the dtype that the weights would have."""
+        return np.asarray(integers(self.of[:], (0,)).scale).astype(self.dtype)[index]
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:

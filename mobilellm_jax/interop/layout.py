@@ -18,6 +18,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.leaves import Leaves, flat
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import LS_KVS, MLPS, QK_NORMS, ModelConfig, Stack
+from mobilellm_jax.model.quantization import parts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +147,8 @@ class Family:
     ls_kvs: tuple[str, ...] = ("fresh",)
     scaled_rope: tuple[bool, ...] = (True, False)
     heads_fill_width: bool = False  # all heads together are as wide as the network
+    # Which matrices its files can hold as integers for products of integers (W8A8).
+    eight_bit: tuple[str, ...] = ()
     # By the path of a row.
     constants: Mapping[str, Constant] = dataclasses.field(default_factory=dict)
 
@@ -194,7 +197,8 @@ _NO_BIASES = {
     "mlp/gate_bias": Constant(0.0, "F", lambda model: model.out_bias),
     "mlp/up_bias": Constant(0.0, "F", lambda model: model.out_bias),
 }
-_PLAIN = Family("mistral", _TOP, _block())
+_LINEAR = ("blocks", "head")  # in PyTorch's terms
+_PLAIN = Family("mistral", _TOP, _block(), eight_bit=_LINEAR)
 _FAMILIES = (
     _PLAIN,
     dataclasses.replace(
@@ -212,6 +216,7 @@ _FAMILIES = (
         _block(HEADS_INTERLEAVED, mlp="feed_forward"),
         rope=(True, False),
         qk_norms=("none", "unit"),
+        eight_bit=_LINEAR,
     ),
     # What the code published with MobileLLM reads: shared blocks stand in its files once.
     Family("mobilellm", _TOP, _block(), "model.layers.{l}.", ls_kvs=LS_KVS),
@@ -227,6 +232,7 @@ _FAMILIES = (
         qkv_bias=(True, False),
         out_bias=(True, False),
         ls_kvs=LS_KVS,
+        eight_bit=_LINEAR,
     ),
 )
 FAMILIES = {family.name: family for family in _FAMILIES}
@@ -331,6 +337,13 @@ def obstacles(model: ModelConfig, family: Family) -> Iterator[str]:
     heads = model.stacks[0].heads
     if family.heads_fill_width and heads * model.head_dim != model.width:
         yield f"its {heads} heads of {model.head_dim} are not as wide as the network, {model.width}"
+    # A head that is the embedding is no matrix of its own.
+    held = {part for part in family.eight_bit if part != "head" or not model.tied}
+    if beyond := sorted(parts_of(model.quantization) - held):
+        yield (
+            f"the numbers of its {' and '.join(beyond)} have 8 bits (--quantize="
+            f"{'none leaves rounding to the runtime' if not held else 'w8a8:' + '+'.join(sorted(held))})"
+        )
     if model.dead_channels:
         yield "channels of its residual stream may be dead (take them out: python -m mobilellm_jax.prune)"
     if model.ls_kv not in family.ls_kvs and any(stack.repeats > 1 for stack in model.stacks):

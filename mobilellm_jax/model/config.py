@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.quantization import parts_of
 
 ORDERS = ("immediate", "repeat_all", "reverse")
 QK_NORMS = ("none", "unit", "scaled")
@@ -97,6 +98,7 @@ class ModelConfig:
     max_length: int = 2048  # context in tokens
     init_std: float = 0.02
     dead_channels: bool = False  # a network being pruned: residual channels whose norm scales are 0
+    quantization: str = "none"  # "w8a8", or some of it (`model.quantization`): numbers of 8 bits
     block: str = "mobilellm_jax.model.transformer:Block"
 
     def __post_init__(self) -> None:
@@ -125,6 +127,7 @@ class ModelConfig:
         _one_of("model.qk_norm", self.qk_norm, QK_NORMS)
         _one_of("model.mlp", self.mlp, MLPS)
         _one_of("model.ls_kv", self.ls_kv, LS_KVS)
+        parts_of(self.quantization)
 
     @property
     def depth(self) -> int:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from mobilellm_jax.model.axes import axes_of
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.quantization import parts_of, rounded_tokens, rounded_weight
 from mobilellm_jax.model.taps import TAPS, tapped
 
 
@@ -56,12 +57,27 @@ def gated(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
 
 
 def matrix_of(
-    module: nn.Module, init_std: float, dtype: jnp.dtype, name: str, *shape: int
+    module: nn.Module,
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    name: str,
+    *shape: int,
+    inputs: int = 1,
 ) -> jax.Array:
-    """A float32 matrix of a module's parameters, in the dtype of the product that reads it."""
-    initialise = nn.initializers.normal(init_std)
-    weight = module.param(name, initialise, shape, jnp.float32)
-    return with_tap(module, name, weight).astype(dtype)
+    """A float32 matrix of a module's parameters, in the dtype of the product that reads it.
+
+    Its first `inputs` axes are those that the product sums over.
+    """
+    initialise = nn.initializers.normal(config.init_std)
+    weight = with_tap(module, name, module.param(name, initialise, shape, jnp.float32))
+    if "blocks" in parts_of(config.quantization):
+        weight = rounded_weight(weight, inputs)
+    return weight.astype(dtype)
+
+
+def factor_of(config: ModelConfig, x_BT: jax.Array) -> jax.Array:
+    """What enters the products of a block, [B, T, ...]: as it is, or in 8 bits if they are of integers."""
+    return rounded_tokens(x_BT) if "blocks" in parts_of(config.quantization) else x_BT
 
 
 def with_tap(module: nn.Module, name: str, weight: jax.Array) -> jax.Array:

@@ -35,7 +35,14 @@ if TYPE_CHECKING:  # what a run is set up with loads far more than a start needs
     from mobilellm_jax.training.setup import Setup
 
 # What a run may change of the network at whose weights it starts.
-MAY_CHANGE = ("max_length", "rope_theta", "rope_scaling", "init_std", "dead_channels")
+MAY_CHANGE = (
+    "max_length",
+    "rope_theta",
+    "rope_scaling",
+    "init_std",
+    "dead_channels",
+    "quantization",
+)
 
 
 def open_start(config: ConfigDict, run: "Setup") -> tuple[StoredModel, "Setup"]:

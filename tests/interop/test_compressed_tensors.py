@@ -1,0 +1,121 @@
+"""Matrices of integers in a folder: transformers and compressed-tensors compute what is computed here."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import runs
+import tiny
+from weights import NETWORKS, SMALL, V, load_stock, random_leaves, random_tokens
+
+pytest.importorskip("qwix", reason="qwix is not installed")
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.interop import gguf, huggingface, official_torch, safetensors_files
+from mobilellm_jax.interop.layout import default_family
+from mobilellm_jax.leaves import nested
+from mobilellm_jax.model import transformer
+from mobilellm_jax.training.checkpoint import write_model
+
+UNTIED = NETWORKS["untied"]
+
+
+def eight_bit(model, quantization):
+    return dataclasses.replace(model, quantization=quantization)
+
+
+def logits(model, leaves, tokens_BT):
+    hidden_BTD = transformer.apply(nested(leaves), model, tokens_BT)
+    return np.asarray(transformer.logits(nested(leaves), model, hidden_BTD))
+
+
+@pytest.mark.parametrize(
+    "name, parts, family",
+    [
+        ("plain", "blocks", None),
+        ("untied", "blocks+head", None),
+        ("shared twice", "blocks", None),
+        ("shared twice", "blocks", "hf_shared"),
+        ("unit QK-norm", "blocks", "llama4_text"),
+    ],
+)
+def test_logits(name, parts, family, tmp_path):
+    """Where a factor lies between two integers the two round it to one or the other: seldom."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("compressed_tensors")
+    model = eight_bit(NETWORKS[name], f"w8a8:{parts}")
+    leaves = random_leaves(model)
+    huggingface.export(leaves, model, tiny.tokenizer(), tmp_path / "out", family)
+    loaded = load_stock(tmp_path / "out", trust_remote_code=family == "hf_shared")
+    tokens_BT = random_tokens(model)
+    with torch.no_grad():
+        their_logits = loaded.eval()(torch.tensor(tokens_BT)).logits.numpy()
+    own, exact = (logits(m, leaves, tokens_BT) for m in (model, NETWORKS[name]))
+    rounding = np.abs(exact - own)
+    off = np.abs(their_logits - own)
+    assert rounding.max() > 0.01 and off.mean() < 0.1 * rounding.mean()
+    assert np.median(off) < 1e-3 * np.abs(own).max()
+
+
+def test_the_files_hold_integers_and_scales(tmp_path):
+    model = eight_bit(UNTIED, "w8a8:blocks+head")
+    leaves = random_leaves(model)
+    huggingface.export(leaves, model, tiny.tokenizer(), tmp_path / "out", dtype="bfloat16")
+    found = safetensors_files.open_file(tmp_path / "out/model.safetensors")
+    floats = huggingface.tensors(leaves, UNTIED, default_family(UNTIED))
+    for name, tensor in floats.items():
+        matrix = name == "lm_head.weight" or "_proj" in name
+        assert found[name].dtype.name == ("int8" if matrix else "bfloat16"), name
+        if matrix:
+            scale = found[f"{name}_scale"]
+            assert scale.shape == (tensor.shape[0], 1) and scale.dtype.name == "bfloat16"
+            exact = tensor[:]
+            off = np.abs(found[name][:].astype(np.float32) * np.float32(scale[:]) - exact)
+            # Half a step, and what bfloat16 leaves of weight and scale.
+            assert (off.max(1) < (0.5 / 127 + 2**-7) * np.abs(exact).max(1)).all()
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["ignore"] == [] and config["quant_method"] == "compressed-tensors"
+    size = (tmp_path / "out/model.safetensors").stat().st_size
+    assert size < 0.7 * sum(2 * tensor[:].size for tensor in floats.values())
+
+
+def test_what_no_file_can_say_is_refused(tmp_path):
+    leaves, tokenizer = random_leaves(SMALL), tiny.tokenizer()
+    with pytest.raises(
+        UserError, match=r"numbers of its embedding and head .*quantize=w8a8:blocks"
+    ):
+        huggingface.export(leaves, eight_bit(SMALL, "w8a8"), tokenizer, tmp_path / "a")
+    with pytest.raises(UserError, match=r"its embedding have 8 bits .*w8a8:blocks\+head"):
+        whole = eight_bit(UNTIED, "w8a8")
+        huggingface.export(random_leaves(whole), whole, tokenizer, tmp_path / "b")
+    blocks = eight_bit(SMALL, "w8a8:blocks")
+    with pytest.raises(UserError, match=r"its blocks have 8 bits .*none leaves rounding"):
+        gguf.export(leaves, blocks, tokenizer, tmp_path / "c.gguf")
+    with pytest.raises(UserError, match=r"its blocks have 8 bits .*none leaves rounding"):
+        official_torch.export(leaves, blocks, tokenizer, tmp_path / "d")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_program(tmp_path):
+    """A checkpoint becomes one that rounds; a folder of integers is not taken for one of floats."""
+    write_model(random_leaves(SMALL), SMALL, tiny.tokenizer(), {}, tmp_path / "run")
+
+    def convert(*arguments):
+        return runs.program("mobilellm_jax.convert", *arguments)
+
+    given = f"--checkpoint={tmp_path}/run", "--quantize=w8a8"
+    ended = convert(*given, "--to=checkpoint", f"--out={tmp_path}/eight")
+    assert ended.status == 0, ended
+    import mobilellm_jax
+
+    model, params, _ = mobilellm_jax.load(tmp_path / "eight")
+    assert model == eight_bit(SMALL, "w8a8") and model.vocab_size == V
+    ended = convert(*given, "--to=hf", f"--out={tmp_path}/hf")
+    assert ended.status == 1 and "--quantize=w8a8:blocks" in ended.err
+    ended = convert(given[0], "--quantize=w8a8:blocks", "--to=hf", f"--out={tmp_path}/hf")
+    assert ended.status == 0, ended
+    ended = convert(f"--checkpoint={tmp_path}/hf", f"--out={tmp_path}/back")
+    assert ended.status == 1 and "quantization_config" in ended.err
+    ended = convert(given[0], "--quantize=int8", "--to=hf", f"--out={tmp_path}/none")
+    assert ended.status == 1 and "quantization='int8' is not none, w8a8" in ended.err
