@@ -96,5 +96,5 @@ $(VENV)/.installed: setup.cfg constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,gguf,eval,quantization,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,gguf,onnx,eval,quantization,dev]'
 	touch $@

@@ -14,6 +14,7 @@ MobileLLM); --from says which of them it must be. --to is one of
     gguf        a file for llama.cpp and the programs built on it; shared blocks are unrolled, and blocks
                 of different widths keep them (architecture deci), unless --architecture names one that
                 has one width for all and more readers (llama): then they are filled up with zeros
+    onnx        a folder for onnxruntime: a graph with a cache of keys and values, shared blocks once
     torch       a folder for the code published with MobileLLM
 
 Weights keep the dtype they are stored in unless --dtype names another. With --quantize=w8a8 (or parts of
@@ -31,7 +32,7 @@ from etils import epath
 from mobilellm_jax import cli
 from mobilellm_jax.data.embedded import topics
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.interop import gguf, huggingface, inspection, official_torch, stored
+from mobilellm_jax.interop import gguf, huggingface, inspection, official_torch, onnx, stored
 from mobilellm_jax.interop.padding import padded, widest
 from mobilellm_jax.interop.perplexity import perplexity
 from mobilellm_jax.interop.stored import StoredModel
@@ -40,7 +41,7 @@ from mobilellm_jax.model.config import LS_KVS, ModelConfig, parameter_count
 
 SAMPLE = 30_000  # characters of Python's help topics: four windows, minutes for 125M on a CPU
 
-FORMATS = ("checkpoint", "hf", "hf-shared", "gguf", "torch")
+FORMATS = ("checkpoint", "hf", "hf-shared", "gguf", "onnx", "torch")
 
 _HF = """from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{out}"{more})
@@ -50,6 +51,7 @@ LOADS = {  # what to type to use what was written
     "hf": _HF.replace("{more}", ""),
     "hf-shared": _HF.replace("{more}", ", trust_remote_code=True"),
     "gguf": 'llama-cli -m {out} -p "Once upon a time"',
+    "onnx": 'import onnxruntime\nsession = onnxruntime.InferenceSession("{out}/onnx/model.onnx")',
     "torch": "bash eval.sh  # of the MobileLLM repository, with {out} as its input model",
 }
 
@@ -69,13 +71,15 @@ def convert(
       source: the network.
       to: one of `FORMATS`.
       out: the folder (for gguf the file) to make; a folder may exist if it is empty.
-      dtype: of the weights, one of `leaves.DTYPES`; None keeps that of the source. Not for gguf.
+      dtype: of the weights, one of `leaves.DTYPES`; None keeps that of the source. Not for gguf and onnx.
       architecture: for hf and gguf, the one to write where there is a choice; None chooses.
       quantization: for gguf, of the matrices (see `gguf.QUANTIZATIONS`).
 
     Raises:
       UserError: the format cannot express the network or its tokenizer, or something is in the way.
     """
+    if dtype is not None and to in ("gguf", "onnx"):
+        raise UserError(f"--dtype={dtype} is not for {to}: leave it out.")
     leaves, model = source.leaves, source.model
     if widest(model) != model and _one_width(to, model, architecture):
         leaves, model = padded(leaves, model)
@@ -90,6 +94,8 @@ def convert(
     elif to == "gguf":
         for note in gguf.export(*arguments, quantization, architecture=architecture):
             print(f"note: {note}")
+    elif to == "onnx":
+        onnx.export(*arguments)
     elif to == "torch":
         official_torch.export(*arguments, dtype)
     else:

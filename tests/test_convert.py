@@ -230,6 +230,7 @@ def test_a_tokenizer_of_hugging_face_travels(tmp_path):
         (["--checkpoint={out}", "--to=hf", "--out={out}"], "no checkpoint"),
         (["--checkpoint={run}", "--to=hf", "--out={out}", "--architecture=qwen3"], "QK-norm"),
         (["--inspect={out}"], "no checkpoint"),
+        (["--checkpoint={run}", "--to=onnx", "--dtype=float16", "--out={out}"], "--dtype=float16"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(arguments, said, workdir, tmp_path):
@@ -242,7 +243,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(arguments, said, workdir, 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--checkpoint=x", "--to=onnx", "--out=y"], "hf-shared"),
+        (["--checkpoint=x", "--to=safetensors", "--out=y"], "hf-shared"),
         (["--checkpoint=x", "--to=hf"], "--out are needed"),
         (["--out=y", "--to=hf"], "--out are needed"),
     ],

@@ -83,11 +83,11 @@ def export(
     config[hf_config.METADATA] = hf_config.metadata(model)
     with new_folder(out) as folder:
         write_tokenizer(tokenizer, folder, model.max_length)
-        _write_json(folder / "generation_config.json", ends)
+        write_json(folder / "generation_config.json", ends)
         write_weights(folder, weights)
         if family == "hf_shared":
             _write_code(folder)
-        _write_json(folder / "config.json", config)
+        write_json(folder / "config.json", config)
         card = model_card(epath.Path(out).name, model, family, stored, meta or {})
         (folder / "README.md").write_text(card)
     return sorted(path.name for path in epath.Path(out).iterdir())
@@ -210,5 +210,6 @@ def _write_code(folder: epath.Path) -> None:
             (folder / source.name).write_bytes(source.read_bytes())
 
 
-def _write_json(path: epath.Path, content: Mapping[str, Any]) -> None:
+def write_json(path: epath.Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON as people read it."""
     path.write_text(json.dumps(content, indent=2) + "\n")

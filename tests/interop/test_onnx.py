@@ -1,0 +1,157 @@
+"""A network as an ONNX graph: onnxruntime computes with it what we do, with and without a cache."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+import runs
+import tiny
+from weights import NETWORKS, SMALL, changed, random_leaves, random_tokens
+
+from mobilellm_jax.errors import UserError
+from mobilellm_jax.interop.onnx import DATA, GRAPH, export
+from mobilellm_jax.leaves import nested
+from mobilellm_jax.model import transformer
+from mobilellm_jax.model.config import Stack, parameter_count
+from mobilellm_jax.training.checkpoint import write_model
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+
+ALL = NETWORKS | {
+    "ReLU": changed(mlp="relu", out_bias=True),
+    "a pruned one, whose last block has no positions": changed(
+        stacks=(Stack(2, 4, 2, 80), Stack(1, 2, 1, 33, repeats=2), Stack(1, 2, 2, 40, rope=False)),
+        qk_norm="unit",
+    ),
+}
+
+
+def exported(model, out):
+    leaves = random_leaves(model)
+    export(leaves, model, tiny.tokenizer(), out)
+    return leaves
+
+
+def ours(model, leaves, tokens_BT):
+    return np.asarray(_logits(nested(leaves), tokens_BT, model=model))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _logits(params, tokens_BT, *, model):
+    return transformer.logits(params, model, transformer.apply(params, model, tokens_BT))
+
+
+class Theirs:
+    """The graph, and what it has cached of the rows that it has read so far."""
+
+    def __init__(self, folder, rows):
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(folder / GRAPH, settings)
+        self.outputs = [output.name for output in self.session.get_outputs()]
+        self.cache = {
+            i.name: np.zeros((rows, i.shape[1], 0, i.shape[3]), np.float32)
+            for i in self.session.get_inputs()
+            if i.name.startswith("past")
+        }
+        self.text_BS = np.zeros((rows, 0), np.int64)
+
+    def read(self, tokens_BT, text_BT=None):
+        """Logits [B, T, V] of further tokens."""
+        text_BT = np.ones_like(tokens_BT) if text_BT is None else text_BT
+        self.text_BS = np.concatenate([self.text_BS, text_BT], 1)
+        positions_BS = np.maximum(self.text_BS.cumsum(1) - 1, 0)
+        given = {
+            "input_ids": tokens_BT,
+            "attention_mask": self.text_BS,
+            "position_ids": positions_BS[:, -tokens_BT.shape[1] :],
+        }
+        found = dict(zip(self.outputs, self.session.run(None, given | self.cache), strict=True))
+        self.cache = {
+            name: found[name.replace("past_key_values", "present")] for name in self.cache
+        }
+        return found["logits"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_logits_with_and_without_a_cache(name, tmp_path):
+    model = ALL[name]
+    leaves = exported(model, tmp_path / "out")
+    tokens_BT = random_tokens(model, length=20)
+    wanted = ours(model, leaves, tokens_BT)
+    assert wanted.std() > 0.3
+    np.testing.assert_allclose(Theirs(tmp_path / "out", 2).read(tokens_BT), wanted, atol=1e-4)
+    graph = Theirs(tmp_path / "out", 2)
+    parts = [graph.read(tokens_BT[:, i:j]) for i, j in ((0, 9), (9, 10), (10, 17), (17, 20))]
+    np.testing.assert_allclose(np.concatenate(parts, 1), wanted, atol=1e-4)
+    onnx.checker.check_model(tmp_path / "out" / GRAPH, full_check=True)
+
+
+def test_a_shorter_row_is_padded_on_the_left(tmp_path):
+    leaves = exported(SMALL, tmp_path / "out")
+    tokens_BT = random_tokens(SMALL, length=12)
+    text_BT = np.ones_like(tokens_BT)
+    text_BT[1, :5] = 0
+    graph = Theirs(tmp_path / "out", 2)
+    found = np.concatenate(
+        [graph.read(tokens_BT[:, i:j], text_BT[:, i:j]) for i, j in ((0, 8), (8, 9), (9, 12))], 1
+    )
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found[0], ours(SMALL, leaves, tokens_BT)[0], atol=1e-4)
+    np.testing.assert_allclose(found[1, 5:], ours(SMALL, leaves, tokens_BT[1:, 5:])[0], atol=1e-4)
+
+
+def test_every_weight_is_there_once(tmp_path):
+    """Of a shared block and of a tied embedding, which the graph multiplies with without turning it."""
+    model = NETWORKS["shared twice"]
+    exported(model, tmp_path / "out")
+    graph = onnx.load(tmp_path / "out" / GRAPH, load_external_data=False).graph
+    assert sum(node.op_type == "stack_0" for node in graph.node) == model.depth
+    names = [tensor.name for tensor in graph.initializer]
+    assert len(names) == len(set(names)) == 2 + 2 + 9 * model.stacks[0].layers
+    numbers = parameter_count(model) + model.max_length * model.head_dim
+    size = (tmp_path / "out" / DATA).stat().st_size
+    assert 4 * numbers <= size <= 4 * numbers + 4096 * len(names)
+
+
+def test_the_folder_is_one_of_optimum_and_transformers_js(tmp_path):
+    exported(SMALL, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["model_type"] == "llama" and config["num_key_value_heads"] == 2
+    assert config["transformers.js_config"] == {"use_external_data_format": {"model.onnx": 1}}
+    inputs = {i.name for i in Theirs(tmp_path / "out", 1).session.get_inputs()}
+    cache = {f"past_key_values.{d}.{part}" for d in range(3) for part in ("key", "value")}
+    assert inputs == cache | {"input_ids", "attention_mask", "position_ids"}
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.bos_token_id == tiny.tokenizer().bos_id
+
+
+def test_what_is_refused(tmp_path, monkeypatch):
+    leaves, tokenizer = random_leaves(SMALL), tiny.tokenizer()
+    other = dataclasses.replace(NETWORKS["shared twice"], ls_kv="first_pass")
+    with pytest.raises(UserError, match="ONNX cannot express .* read the keys of their first_pass"):
+        export(random_leaves(other), other, tokenizer, tmp_path / "out")
+    eight = dataclasses.replace(SMALL, quantization="w8a8")
+    with pytest.raises(UserError, match=r"ONNX cannot express .* have 8 bits"):
+        export(leaves, eight, tokenizer, tmp_path / "out")
+    broken = leaves | {"embedding": np.full_like(leaves["embedding"], np.nan)}
+    with pytest.raises(UserError, match="the weight embedding is not finite"):
+        export(broken, SMALL, tokenizer, tmp_path / "out")
+    monkeypatch.setitem(__import__("sys").modules, "onnx", None)
+    with pytest.raises(UserError, match=r"mobilellm-jax\[onnx\]"):
+        export(leaves, SMALL, tokenizer, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_program(tmp_path):
+    write_model(random_leaves(SMALL), SMALL, tiny.tokenizer(), {}, tmp_path / "run")
+    given = f"--checkpoint={tmp_path}/run", "--to=onnx", f"--out={tmp_path}/onnx"
+    ended = runs.program("mobilellm_jax.convert", *given)
+    assert ended.status == 0, ended
+    assert "onnxruntime.InferenceSession" in ended.out and (tmp_path / "onnx" / GRAPH).exists()
+    assert runs.program("mobilellm_jax.convert", *given).status == 1
