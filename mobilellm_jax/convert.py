@@ -46,6 +46,8 @@ FORMATS = ("checkpoint", "hf", "hf-shared", "gguf", "onnx", "torch")
 _HF = """from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{out}"{more})
 tokenizer = AutoTokenizer.from_pretrained("{out}")"""
+QUANTIZED = ("gguf", "onnx")  # whose matrices have types of their own
+
 LOADS = {  # what to type to use what was written
     "checkpoint": 'import mobilellm_jax\nmodel, params, tokenizer = mobilellm_jax.load("{out}")',
     "hf": _HF.replace("{more}", ""),
@@ -63,7 +65,7 @@ def convert(
     *,
     dtype: str | None = None,
     architecture: str | None = None,
-    quantization: str = "f16",
+    quantization: str | None = None,
 ) -> None:
     """Writes a network in another format and prints what was written and how to load it.
 
@@ -73,13 +75,18 @@ def convert(
       out: the folder (for gguf the file) to make; a folder may exist if it is empty.
       dtype: of the weights, one of `leaves.DTYPES`; None keeps that of the source. Not for gguf and onnx.
       architecture: for hf and gguf, the one to write where there is a choice; None chooses.
-      quantization: for gguf, of the matrices (see `gguf.QUANTIZATIONS`).
+      quantization: for gguf and onnx, of the matrices (see `gguf.QUANTIZATIONS` and
+        `onnx.QUANTIZATIONS`); None: f16 for gguf, f32 for onnx.
 
     Raises:
       UserError: the format cannot express the network or its tokenizer, or something is in the way.
     """
-    if dtype is not None and to in ("gguf", "onnx"):
-        raise UserError(f"--dtype={dtype} is not for {to}: leave it out.")
+    if dtype is not None and to in QUANTIZED:
+        raise UserError(f"--dtype={dtype} is not for {to}, which has --quantization: leave it out.")
+    if quantization is not None and to not in QUANTIZED:
+        raise UserError(
+            f"--quantization={quantization} is for {' and '.join(QUANTIZED)}, not for {to}: leave it out."
+        )
     leaves, model = source.leaves, source.model
     if widest(model) != model and _one_width(to, model, architecture):
         leaves, model = padded(leaves, model)
@@ -92,10 +99,10 @@ def convert(
     if to == "checkpoint":
         stored.write_checkpoint(source, out, dtype)
     elif to == "gguf":
-        for note in gguf.export(*arguments, quantization, architecture=architecture):
+        for note in gguf.export(*arguments, quantization or "f16", architecture=architecture):
             print(f"note: {note}")
     elif to == "onnx":
-        onnx.export(*arguments)
+        onnx.export(*arguments, quantization or "f32")
     elif to == "torch":
         official_torch.export(*arguments, dtype)
     else:
@@ -201,7 +208,12 @@ if __name__ == "__main__":
         "For hf: qwen3 (the default) or llama4_text for networks with QK-norm; for gguf: llama where blocks "
         "differ in their widths and deci (the default) cannot be read.",
     )
-    flags.DEFINE_enum("quantization", "f16", gguf.QUANTIZATIONS, "For gguf: of the matrices.")
+    flags.DEFINE_enum(
+        "quantization",
+        None,
+        gguf.QUANTIZATIONS,
+        "For gguf (by default f16) and onnx (f32, q8_0 or q4_0; by default f32): of the matrices.",
+    )
     flags.DEFINE_string(
         "quantize",
         None,

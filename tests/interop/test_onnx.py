@@ -91,6 +91,49 @@ def test_logits_with_and_without_a_cache(name, tmp_path):
     onnx.checker.check_model(tmp_path / "out" / GRAPH, full_check=True)
 
 
+QUANTISED = changed(width=64, stacks=(Stack(2, 4, 2, 96, repeats=2),), head_dim=16)
+
+
+@pytest.mark.parametrize(("quantization", "bits"), [("q8_0", 8), ("q4_0", 4)])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_integers_are_those_of_gguf(tied, quantization, bits, tmp_path):
+    """And products with them those of the numbers that they stand for, but for what 8 bits leave of x."""
+    gguf = pytest.importorskip("gguf")
+    model = dataclasses.replace(QUANTISED, tied=tied)
+    leaves = random_leaves(model)
+    for name, kind in (("f32", "f32"), ("small", quantization)):
+        export(leaves, model, tiny.tokenizer(), tmp_path / name, kind)
+    small = {
+        tensor.name: onnx.numpy_helper.to_array(tensor)
+        for tensor in onnx.load(tmp_path / "small" / GRAPH).graph.initializer
+    }
+    graph = onnx.load(tmp_path / "f32" / GRAPH)
+    matrices = [tensor for tensor in graph.graph.initializer if f"{tensor.name}_scale" in small]
+    assert len(matrices) == 7 * model.stacks[0].layers + (1 if tied else 2)
+    for tensor in matrices:
+        integers, scale = small[tensor.name], small[f"{tensor.name}_scale"]
+        own = 8 if tensor.name in ("embedding", "head") else bits
+        if own == 4:
+            integers = np.stack([integers & 15, integers >> 4], -1).reshape(*scale.shape, 32)
+        numbers = (integers - 2.0 ** (own - 1)) * scale.astype(np.float32)[..., None]
+        exact = onnx.numpy_helper.to_array(tensor)
+        exact = exact if tensor.name == "embedding" else exact.T
+        kind = gguf.GGMLQuantizationType[f"Q{own}_0"]
+        wanted = gguf.dequantize(gguf.quantize(np.ascontiguousarray(exact), kind), kind)
+        numbers = numbers.reshape(wanted.shape)
+        # One step where a number lies between two integers.
+        assert np.mean(np.abs(numbers - wanted) > 1e-5) < 1e-3
+        assert np.abs(numbers - wanted).max() <= 1.01 * np.abs(scale).max()
+        turned = numbers if tensor.name == "embedding" else numbers.T
+        tensor.CopyFrom(onnx.numpy_helper.from_array(turned.astype(np.float32), tensor.name))
+    onnx.save(graph, tmp_path / "f32" / GRAPH)
+    tokens_BT = random_tokens(model, length=20)
+    exact = ours(model, leaves, tokens_BT)
+    wanted, got = (Theirs(tmp_path / name, 2).read(tokens_BT) for name in ("f32", "small"))
+    assert (got - wanted).std() < 0.1 * wanted.std()
+    assert 0.01 * exact.std() < (got - exact).std() < 0.8 * exact.std()
+
+
 def test_a_shorter_row_is_padded_on_the_left(tmp_path):
     leaves = exported(SMALL, tmp_path / "out")
     tokens_BT = random_tokens(SMALL, length=12)
@@ -136,6 +179,10 @@ def test_what_is_refused(tmp_path, monkeypatch):
     other = dataclasses.replace(NETWORKS["shared twice"], ls_kv="first_pass")
     with pytest.raises(UserError, match="ONNX cannot express .* read the keys of their first_pass"):
         export(random_leaves(other), other, tokenizer, tmp_path / "out")
+    with pytest.raises(UserError, match=r"embedding has rows of 48 numbers, .* blocks of 32: .* f32"):
+        export(leaves, SMALL, tokenizer, tmp_path / "out", "q8_0")
+    with pytest.raises(UserError, match="quantization='f16' is not one of f32, q8_0, q4_0"):
+        export(leaves, SMALL, tokenizer, tmp_path / "out", "f16")
     eight = dataclasses.replace(SMALL, quantization="w8a8")
     with pytest.raises(UserError, match=r"ONNX cannot express .* have 8 bits"):
         export(leaves, eight, tokenizer, tmp_path / "out")
