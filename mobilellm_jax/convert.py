@@ -38,6 +38,7 @@ from mobilellm_jax.interop.perplexity import perplexity
 from mobilellm_jax.interop.stored import StoredModel
 from mobilellm_jax.leaves import DTYPES
 from mobilellm_jax.model.config import LS_KVS, ModelConfig, parameter_count
+from mobilellm_jax.model.quantization import parts_of
 
 SAMPLE = 30_000  # characters of Python's help topics: four windows, minutes for 125M on a CPU
 
@@ -108,6 +109,8 @@ def convert(
     else:
         family = "hf_shared" if to == "hf-shared" else architecture
         huggingface.export(*arguments, family, dtype, source.description)
+        if parts_of(model.quantization):
+            print("note: its matrices are integers, for which transformers needs compressed-tensors.")
     print(f"{source.directory} as {to}:")
     path = epath.Path(out)
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
