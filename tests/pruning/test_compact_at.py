@@ -16,7 +16,7 @@ from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import parameter_count
 from mobilellm_jax.pruning import groups
-from mobilellm_jax.pruning.compaction import Compact, compacted, taken, uncut
+from mobilellm_jax.pruning.compaction import Compact, compacted, uncut
 from mobilellm_jax.training.checkpoint import saved_steps
 
 HALF_WAY = WHOLE - (WHOLE - TARGET) // 2  # that of the second of four cuts, after step 4
@@ -130,11 +130,11 @@ def test_two_compactions_are_one():
     params = networks.parameters(networks.TWO)
     one = compacted(networks.TWO, networks.some_dead(networks.TWO))
     two = compacted(one.config, networks.some_dead(one.config, seed=1), multiple=2)
-    after = taken(params, one, transformer.shapes(one.config))
-    after = taken(after, two, transformer.shapes(two.config))
+    after = networks.smaller(params, one)
+    after = networks.smaller(after, two)
     both = two.after(one.after(uncut(networks.TWO)))
     again = Compact.from_dict(both.config, both.to_dict())
-    at_once = taken(params, again, transformer.shapes(again.config))
+    at_once = networks.smaller(params, again)
     for path, leaf in flat(after).items():
         np.testing.assert_array_equal(leaf, flat(at_once)[path])
     live = groups.everything(networks.TWO)
