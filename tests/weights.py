@@ -114,6 +114,12 @@ def _loss_and_gradients(model, params, tokens_BT):
     return logits_BTV, gradients
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def logits(params, model, tokens_BT):
+    """Of whole rows, in one program for each network."""
+    return transformer.logits(params, model, transformer.apply(params, model, tokens_BT))
+
+
 def ours(model, leaves, tokens_BT):
     """Logits, and the loss's gradients by path."""
     params = nested({path: jnp.asarray(leaf[:], jnp.float32) for path, leaf in leaves.items()})
@@ -140,6 +146,14 @@ def theirs(torch_model, model, family, tokens_BT):
             at = ... if entry.layer is None else entry.layer
             gradients[entry.path][at] += entry.read(found[entry.name])
     return output.logits.detach().numpy(), gradients
+
+
+def logits_of_torch(torch_model, tokens_BT):
+    """Of a model of transformers, without gradients."""
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)  # its idle threads would spin beside JAX's
+    with torch.no_grad():
+        return torch_model.eval()(torch.tensor(tokens_BT)).logits.numpy()
 
 
 def assert_equal(ours, theirs):

@@ -43,7 +43,8 @@ def network(model, chunks=1):
 def case():
     """Weights of a student, a teacher, and rows of several documents with padding."""
     params, teacher = (
-        transformer.init(model, jax.random.key(i)) for i, model in enumerate((STUDENT, LARGER))
+        jax.jit(transformer.init, static_argnums=0)(model, jax.random.key(i))
+        for i, model in enumerate((STUDENT, LARGER))
     )
     tokens = np.random.default_rng(0).integers(3, VOCAB, (8, 25))
     tokens[:, [0, 7, 15]], tokens[:, 14] = BOS, EOS
@@ -66,6 +67,11 @@ def plain(params, teacher, batch, temperature, labels, reverse):
     nll = -jnp.take_along_axis(jax.nn.log_softmax(own), rows.targets_BT[..., None], -1)[..., 0]
     mixed = (1 - reverse) * forward + reverse * backward
     return (rows.weight_BT * ((1 - labels) * temperature**2 * mixed + labels * nll)).sum()
+
+
+@functools.partial(jax.jit, static_argnames=("chunks", "labels"))
+def distilled(params, batch, teacher, chunks=1, labels=0.0):
+    return distillation(params, batch, network(STUDENT, chunks), teacher, labels=labels)
 
 
 def close(got, wanted, tolerance=1e-5):
@@ -95,8 +101,8 @@ def test_value_and_gradient_equal_the_unchunked_formulas(
 
 def test_labels_alone_are_the_loss_of_the_next_token(case):
     params, teacher, batch = case
-    got = distillation(params, batch, network(STUDENT, 2), teacher, labels=1.0)
-    wanted = next_token(params, batch, network(STUDENT))
+    got = distilled(params, batch, teacher, chunks=2, labels=1.0)
+    wanted = jax.jit(next_token, static_argnums=2)(params, batch, network(STUDENT))
     close((got.total, got.nll_BT, got.weight_BT), (wanted.total, wanted.nll_BT, wanted.weight_BT))
 
 
@@ -116,10 +122,8 @@ def test_what_does_not_count_and_what_is_in_another_document_teaches_nothing(cas
     changed[3, 19:] = 5  # behind a target that does not count, in a document of its own
     mask = np.array(batch["tokens"])[3, 1:] != BOS
     rows = split_rows(jnp.asarray(changed), BOS, EOS)
-    losses = distillation(
-        params, {**batch, "tokens": jnp.asarray(changed)}, network(STUDENT), teacher
-    )
-    before = distillation(params, batch, network(STUDENT), teacher)
+    losses = distilled(params, {**batch, "tokens": jnp.asarray(changed, jnp.int32)}, teacher)
+    before = distilled(params, batch, teacher)
     np.testing.assert_array_equal(losses.nll_BT[3, :17], before.nll_BT[3, :17])
     assert not mask[17:].any()
     assert float(before.weight_BT[3, 17:].sum()) == 0 < float(rows.weight_BT[3, 17:].sum())
@@ -135,12 +139,17 @@ def test_neither_logits_tensor_ever_exists_whole(case):
     assert max(np.prod(s) // VOCAB for s in with_vocabulary) <= 8 * 24 // 4
 
 
+@jax.jit
+def teachers_logits(params, inputs_BT, segment_ids_BT):
+    hidden = transformer.apply(params, LARGER, inputs_BT, segment_ids_BT)
+    return transformer.logits(params, LARGER, hidden)
+
+
 def written(case, k, temperature=1.0):
     """What the teacher would have written down of its k likeliest tokens."""
     _, teacher, batch = case
     rows = split_rows(batch["tokens"], BOS, EOS)
-    hidden = transformer.apply(teacher.params, LARGER, rows.inputs_BT, rows.segment_ids_BT)
-    logits = transformer.logits(teacher.params, LARGER, hidden)
+    logits = teachers_logits(teacher.params, rows.inputs_BT, rows.segment_ids_BT)
     log_p, ids = jax.lax.top_k(jax.nn.log_softmax(logits / temperature), k)
     return {**batch, TAUGHT_IDS: ids, TAUGHT_LOG_PROBS: log_p}
 
