@@ -54,12 +54,11 @@ def shared_programs():
 
     def shared(config, devices, *given, pruner=None):
         own = config.copy_and_resolve_references()
-        if pruner is not None or own.pruning.target:
-            return programs(config, devices, *given, pruner=pruner)
         read = {key: value for key, value in own.to_dict().items() if key not in apart}
-        key = repr(sorted(read.items())), *devices, *given
+        smaller = pruner and (pruner.compact.config, repr(pruner.compact.to_dict()))
+        key = repr(sorted(read.items())), *devices, *given, smaller
         if key not in made:
-            made[key] = programs(own, devices, *given)
+            made[key] = programs(own, devices, *given, pruner=pruner)
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:

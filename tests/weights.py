@@ -85,6 +85,12 @@ SHAPE = {  # of SMALL, in the keys of transformers
 }
 
 
+@functools.cache
+def leaf_shapes(model):
+    """(path, shape) of every leaf, in the order of paths."""
+    return [(path, leaf.shape) for path, leaf in sorted(flat(transformer.shapes(model)).items())]
+
+
 def random_leaves(model, dtype="float32", std=0.2, seed=0):
     """Weights so large that a misplaced one shows, and norm scales apart from 1."""
     rng = np.random.default_rng(seed)
@@ -94,8 +100,7 @@ def random_leaves(model, dtype="float32", std=0.2, seed=0):
         values = rng.uniform(0.5, 1.5, shape) if scale else rng.normal(0, std, shape)
         return values.astype(np.dtype(dtype))
 
-    shapes = flat(transformer.shapes(model))
-    return {path: leaf(path, shapes[path].shape) for path in sorted(shapes)}
+    return {path: leaf(path, shape) for path, shape in leaf_shapes(model)}
 
 
 def random_tokens(model, rows=2, length=None, seed=1):

@@ -20,6 +20,7 @@ from mobilellm_jax.pruning import groups
 from mobilellm_jax.pruning.compaction import Compact, compacted, uncut
 from mobilellm_jax.training.checkpoint import saved_steps
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
 HALF_WAY = WHOLE - (WHOLE - TARGET) // 2  # that of the second of four cuts, after step 4
 SIZES = {"pruning.compact_at": (HALF_WAY, TARGET), "checkpoint.keep": 1}
 

@@ -26,6 +26,7 @@ from mobilellm_jax.training.objectives import Network, next_token, split_rows
 from mobilellm_jax.training.teacher import Teacher, described
 from mobilellm_jax.training.workdir import read_config
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
 VOCAB, BOS, EOS = 64, 1, 2
 STUDENT = ModelConfig(VOCAB, 16, (Stack(2, 2, 1, 24),), head_dim=8, max_length=64, init_std=0.3)
 LARGER = ModelConfig(
@@ -69,9 +70,17 @@ def plain(params, teacher, batch, temperature, labels, reverse):
     return (rows.weight_BT * ((1 - labels) * temperature**2 * mixed + labels * nll)).sum()
 
 
-@functools.partial(jax.jit, static_argnames=("chunks", "labels"))
-def distilled(params, batch, teacher, chunks=1, labels=0.0):
-    return distillation(params, batch, network(STUDENT, chunks), teacher, labels=labels)
+def compiled(objective, *static):
+    """What an objective gives: in all, of each target, and whether it counts."""
+
+    def parts(*given, **settings):
+        losses = objective(*given, **settings)
+        return losses.total, losses.nll_BT, losses.weight_BT
+
+    return jax.jit(parts, static_argnums=2, static_argnames=static)
+
+
+distilled = compiled(distillation, "labels")
 
 
 def close(got, wanted, tolerance=1e-5):
@@ -101,9 +110,8 @@ def test_value_and_gradient_equal_the_unchunked_formulas(
 
 def test_labels_alone_are_the_loss_of_the_next_token(case):
     params, teacher, batch = case
-    got = distilled(params, batch, teacher, chunks=2, labels=1.0)
-    wanted = jax.jit(next_token, static_argnums=2)(params, batch, network(STUDENT))
-    close((got.total, got.nll_BT, got.weight_BT), (wanted.total, wanted.nll_BT, wanted.weight_BT))
+    got = distilled(params, batch, network(STUDENT, 2), teacher, labels=1.0)
+    close(got, compiled(next_token)(params, batch, network(STUDENT)))
 
 
 @pytest.mark.parametrize("reverse", [0.0, 0.5])
@@ -122,11 +130,13 @@ def test_what_does_not_count_and_what_is_in_another_document_teaches_nothing(cas
     changed[3, 19:] = 5  # behind a target that does not count, in a document of its own
     mask = np.array(batch["tokens"])[3, 1:] != BOS
     rows = split_rows(jnp.asarray(changed), BOS, EOS)
-    losses = distilled(params, {**batch, "tokens": jnp.asarray(changed, jnp.int32)}, teacher)
-    before = distilled(params, batch, teacher)
-    np.testing.assert_array_equal(losses.nll_BT[3, :17], before.nll_BT[3, :17])
+    _, nll_BT, _ = distilled(
+        params, {**batch, "tokens": jnp.asarray(changed)}, network(STUDENT), teacher
+    )
+    _, before_BT, weight_BT = distilled(params, batch, network(STUDENT), teacher)
+    np.testing.assert_array_equal(nll_BT[3, :17], before_BT[3, :17])
     assert not mask[17:].any()
-    assert float(before.weight_BT[3, 17:].sum()) == 0 < float(rows.weight_BT[3, 17:].sum())
+    assert float(weight_BT[3, 17:].sum()) == 0 < float(rows.weight_BT[3, 17:].sum())
     without = {name: values[np.array([0, 1, 2, 4, 5, 6, 7, 3])] for name, values in batch.items()}
     close(value_and_gradient(params, without, teacher=teacher), want)
 
