@@ -26,6 +26,8 @@ from mobilellm_jax.training.objectives import next_token
 from mobilellm_jax.training.setup import set_up
 from mobilellm_jax.training.step import Pruning, init_state, train_step
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
