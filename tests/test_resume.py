@@ -59,10 +59,10 @@ def kills(number, steps, seed):
 
 
 def test_kill_9_changes_no_bit(plan, tmp_path):
-    config = config_file(tmp_path, plan, steps=30, checkpoint__every=2, eval__every=10)
+    config = config_file(tmp_path, plan, steps=60, checkpoint__every=2, eval__every=20)
     weights, rows, _ = trained(config, tmp_path / "whole")
-    assert len(rows) == 30
-    killed, seen, _ = trained(config, tmp_path / "killed", kills(1, 30, seed=1))
+    assert len(rows) == 60
+    killed, seen, _ = trained(config, tmp_path / "killed", kills(1, 60, seed=1))
     assert killed == weights
     assert seen == rows
 
