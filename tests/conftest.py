@@ -1,10 +1,17 @@
 """Eight simulated devices, programs compiled quickly rather than well, no search for accelerators."""
 
 import atexit
+import gc
 import importlib.metadata
 import os
 import shutil
 import tempfile
+
+import pytest
+
+# Tracing makes objects by the million, and all that JAX and the tests before have left is walked
+# through whenever some thousands more have come than gone: as often, that is a twelfth of the time.
+gc.set_threshold(50_000, 10, 2)
 
 # Before JAX is imported.
 flags = [
@@ -31,3 +38,29 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 _modules = tempfile.mkdtemp(prefix="modules_")
 atexit.register(shutil.rmtree, _modules, ignore_errors=True)
 os.environ["HF_MODULES_CACHE"] = _modules
+
+
+@pytest.fixture(scope="module")
+def shared_programs():
+    """Runs of one configuration share their programs, which are made without data and without arrays.
+
+    For tests of what is around a run: how it is saved, stopped, resumed, begun elsewhere. Else all runs of
+    such a file would trace the same network anew, which takes longer than they do.
+    """
+    from mobilellm_jax.training import setup
+
+    apart = "plan", "init_from", "init_state", "stage", "init_stage", "checkpoint", "eval"
+    made, programs = {}, setup.programs
+
+    def shared(config, devices, *given, pruner=None):
+        own = config.copy_and_resolve_references()
+        read = {key: value for key, value in own.to_dict().items() if key not in apart}
+        smaller = pruner and (pruner.compact.config, repr(pruner.compact.to_dict()))
+        key = repr(sorted(read.items())), *devices, *given, smaller
+        if key not in made:
+            made[key] = programs(own, devices, *given, pruner=pruner)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "programs", shared)
+        yield

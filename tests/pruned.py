@@ -11,7 +11,8 @@ import tiny
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, Stack, parameter_count
 from mobilellm_jax.model.transformer import Execution
-from mobilellm_jax.pruning.groups import everything
+from mobilellm_jax.pruning import groups
+from mobilellm_jax.pruning.compaction import taken
 from mobilellm_jax.pruning.measures import Measures
 from mobilellm_jax.training.objectives import Network
 
@@ -33,7 +34,7 @@ NETWORKS = {"plain": PLAIN, "two stacks, biases": TWO, "shared": SHARED, "relu, 
 @functools.cache
 def parameters(config, seed=0):
     """Weights whose biases and scales are not those of the beginning."""
-    params = transformer.init(config, jax.random.key(seed))
+    params = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(seed))
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
     moved = [x + 0.1 * rng.standard_normal(x.shape).astype(np.float32) for x in leaves]
@@ -52,6 +53,15 @@ def rows(count=4, seed=0):
     return {"tokens": jnp.asarray(tokens), "source": jnp.zeros(count, jnp.int32)}
 
 
+masked = jax.jit(groups.masked)  # as cuts have it, but that the weights are kept
+
+
+def smaller(tree, compact, shapes=None):
+    """`taken` as one program: weights, or what has these shapes."""
+    shapes = transformer.shapes(compact.config) if shapes is None else shapes
+    return jax.jit(lambda tree: taken(tree, compact, shapes))(tree)
+
+
 def measures(config, params=None, seed=0):
     params = parameters(config) if params is None else params
     return Measures(params, network(config), [rows(seed=seed)], seed)
@@ -60,7 +70,7 @@ def measures(config, params=None, seed=0):
 def some_dead(config, seed=0, residual=True, heads=True):
     """A random third of all groups dead; of query heads alone equally many of each KV head of a block."""
     rng = np.random.default_rng(seed)
-    live = everything(config)
+    live = groups.everything(config)
     if residual:
         live.residual_D[rng.permutation(config.width)[: config.width // 3]] = False
     for stack in live.stacks:

@@ -24,7 +24,10 @@ from mobilellm_jax.training.checkpoint import load_model
 TRAIN = "mobilellm_jax.train"
 
 # Threads of Orbax stumble over a checkpoint that cannot be read, after it has been told.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.usefixtures("shared_programs"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import optax
 import pytest
 import runs
 import tiny
+import weights
 from tokenizer_files import llama3_folder
 
 import mobilellm_jax
@@ -49,8 +50,7 @@ def convert(*arguments: object) -> runs.Ended:
 def logits(directory: pathlib.Path, ids: list[int]) -> np.ndarray:
     """Of our network, by what is loaded from a folder."""
     model, params, _ = mobilellm_jax.load(directory)
-    hidden_BTD = transformer.apply(params, model, np.array([ids]))
-    return np.asarray(transformer.logits(params, model, hidden_BTD)[0])
+    return np.asarray(weights.logits(params, model, np.array([ids]))[0])
 
 
 def bits(directory: pathlib.Path) -> dict[str, bytes]:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import runs
 import tiny
+import weights
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import parameter_count
 from mobilellm_jax.prune import amount, parse, prune, take_out
 from mobilellm_jax.training.checkpoint import load_model
@@ -30,8 +30,7 @@ def trained(plan, tmp_path_factory):
 
 
 def logits(loaded, tokens):
-    hidden = transformer.apply(loaded.params, loaded.model, tokens)
-    return transformer.logits(loaded.params, loaded.model, hidden)
+    return weights.logits(loaded.params, loaded.model, tokens)
 
 
 def test_the_program(plan, trained, tmp_path):

@@ -24,6 +24,8 @@ from runs import (
 from mobilellm_jax.training.checkpoint import load_model
 from mobilellm_jax.training.signals import Signals
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):

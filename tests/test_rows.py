@@ -21,6 +21,7 @@ from mobilellm_jax.training.objectives import next_token
 from mobilellm_jax.training.replay import _measure, replay, report
 from mobilellm_jax.training.setup import set_up
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
 STEPS, BATCH = 12, 16
 
 

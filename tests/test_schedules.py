@@ -17,6 +17,7 @@ from mobilellm_jax.train import train
 from mobilellm_jax.training import optimizer
 from mobilellm_jax.training.checkpoint import load_model
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
 WSD = "mobilellm_jax.training.optimizer:warmup_stable_decay"
 
 

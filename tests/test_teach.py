@@ -63,8 +63,13 @@ def test_it_is_what_the_teacher_says(plan, teacher, written):
     assert set(batch["source"]) == {0, 1}
     loaded = load_model(teacher)
     rows = split_rows(batch["tokens"], loaded.tokenizer.bos_id, loaded.tokenizer.eos_id)
-    hidden = transformer.apply(loaded.params, loaded.model, rows.inputs_BT, rows.segment_ids_BT)
-    log_p = jax.nn.log_softmax(transformer.logits(loaded.params, loaded.model, hidden))
+
+    @jax.jit
+    def log_probabilities(params, inputs_BT, segment_ids_BT):
+        hidden_BTD = transformer.apply(params, loaded.model, inputs_BT, segment_ids_BT)
+        return jax.nn.log_softmax(transformer.logits(params, loaded.model, hidden_BTD))
+
+    log_p = log_probabilities(loaded.params, rows.inputs_BT, rows.segment_ids_BT)
     wanted = np.take_along_axis(np.asarray(log_p), batch[TAUGHT_IDS], -1)
     np.testing.assert_allclose(batch[TAUGHT_LOG_PROBS], wanted, rtol=2e-3, atol=1e-4)
     np.testing.assert_allclose(wanted, np.asarray(jax.lax.top_k(log_p, K)[0]), atol=1e-5)

@@ -9,13 +9,13 @@ import pytest
 import runs
 import tiny
 import tokenizer_files
+import weights
 
 import mobilellm_jax
 from mobilellm_jax.data.corpora import FileCorpus
 from mobilellm_jax.data.opening import open_mixture
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.tokenizers import Tokenizer
-from mobilellm_jax.model import transformer
 from mobilellm_jax.prepare import prepare
 from mobilellm_jax.report import report
 
@@ -65,8 +65,7 @@ def test_the_end_of_a_document_is_learned(made):
     """Every document ends after its only full stop."""
     model, params, tokenizer = mobilellm_jax.load(made[2])
     ids = [tokenizer.bos_id, *tokenizer.encode("the model reads small rows.")]
-    hidden_BTD = transformer.apply(params, model, np.array([ids]))
-    logits_TV = np.asarray(transformer.logits(params, model, hidden_BTD)[0], np.float64)
+    logits_TV = np.asarray(weights.logits(params, model, np.array([ids]))[0], np.float64)
     p_TV = np.exp(logits_TV) / np.exp(logits_TV).sum(-1, keepdims=True)
     assert p_TV[-1, tokenizer.eos_id] > 0.5
     assert p_TV[:-1, tokenizer.eos_id].max() < 0.1
@@ -119,8 +118,7 @@ def test_it_is_exported_with_the_tokenizer_it_came_with(made, tmp_path):
     )
     with torch.no_grad():
         theirs_TV = theirs(torch.tensor([ids])).logits[0].numpy()
-    hidden_BTD = transformer.apply(params, model, np.array([ids]))
-    ours_TV = np.asarray(transformer.logits(params, model, hidden_BTD)[0])
+    ours_TV = np.asarray(weights.logits(params, model, np.array([ids]))[0])
     assert np.abs(ours_TV - theirs_TV).max() < 1e-4
     # And back: the folder is a network of ours with the same tokenizer.
     again = mobilellm_jax.load(out)

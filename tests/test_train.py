@@ -16,6 +16,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.training.checkpoint import load_model
 from mobilellm_jax.training.saving import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
 POISONED = (4, 7, 8)  # steps whose loss is made NaN
 
 

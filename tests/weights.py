@@ -85,6 +85,12 @@ SHAPE = {  # of SMALL, in the keys of transformers
 }
 
 
+@functools.cache
+def leaf_shapes(model):
+    """(path, shape) of every leaf, in the order of paths."""
+    return [(path, leaf.shape) for path, leaf in sorted(flat(transformer.shapes(model)).items())]
+
+
 def random_leaves(model, dtype="float32", std=0.2, seed=0):
     """Weights so large that a misplaced one shows, and norm scales apart from 1."""
     rng = np.random.default_rng(seed)
@@ -94,8 +100,7 @@ def random_leaves(model, dtype="float32", std=0.2, seed=0):
         values = rng.uniform(0.5, 1.5, shape) if scale else rng.normal(0, std, shape)
         return values.astype(np.dtype(dtype))
 
-    shapes = flat(transformer.shapes(model))
-    return {path: leaf(path, shapes[path].shape) for path in sorted(shapes)}
+    return {path: leaf(path, shape) for path, shape in leaf_shapes(model)}
 
 
 def random_tokens(model, rows=2, length=None, seed=1):
@@ -112,6 +117,12 @@ def _loss_and_gradients(model, params, tokens_BT):
 
     (_, logits_BTV), gradients = jax.value_and_grad(loss, has_aux=True)(params)
     return logits_BTV, gradients
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def logits(params, model, tokens_BT):
+    """Of whole rows, in one program for each network."""
+    return transformer.logits(params, model, transformer.apply(params, model, tokens_BT))
 
 
 def ours(model, leaves, tokens_BT):
@@ -140,6 +151,14 @@ def theirs(torch_model, model, family, tokens_BT):
             at = ... if entry.layer is None else entry.layer
             gradients[entry.path][at] += entry.read(found[entry.name])
     return output.logits.detach().numpy(), gradients
+
+
+def logits_of_torch(torch_model, tokens_BT):
+    """Of a model of transformers, without gradients."""
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)  # its idle threads would spin beside JAX's
+    with torch.no_grad():
+        return torch_model.eval()(torch.tensor(tokens_BT)).logits.numpy()
 
 
 def assert_equal(ours, theirs):

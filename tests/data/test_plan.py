@@ -17,6 +17,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.plan import effective_tokens, fill_in, table, write
 from mobilellm_jax.rows import open_run
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
 PUBLISHED = pathlib.Path(__file__).parents[2] / "configs" / "plans"
 
 

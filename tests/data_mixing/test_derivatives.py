@@ -1,6 +1,7 @@
 """Slopes and DataInf's directions, against gradients of single rows that are taken one by one and kept."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import Stack
 from mobilellm_jax.parallel.mesh import local_mesh, one_device
+from mobilellm_jax.training.objectives import next_token
 
 BOS, EOS = 1, 2
 TIED = tiny.MODEL
@@ -22,6 +24,18 @@ UNTIED = dataclasses.replace(TIED, tied=False, stacks=(Stack(2, 4, 2, 48),))
 
 def network(model, chunks=1):
     return derivatives.network_of(model, BOS, EOS, "float32", chunks)
+
+
+@functools.cache
+def parameters(model):
+    return jax.jit(transformer.init, static_argnums=0)(model, jax.random.key(3))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def losses(params, tokens, network):
+    """As training has them: in all, of each target, and whether it counts."""
+    found = next_token(params, {"tokens": tokens}, network)
+    return found.total, found.nll_BT, found.weight_BT
 
 
 def rows(count, seed):
@@ -36,8 +50,8 @@ def rows(count, seed):
 
 
 def made(model, layers="all", mesh=None, batch=8, **settings):
-    params = transformer.init(model, jax.random.key(3))
     mesh = mesh or one_device()
+    params = parameters(model)
     return derivatives.differentiated(params, network(model), layers, mesh, batch, **settings)
 
 
@@ -160,12 +174,10 @@ def test_weights_of_a_tied_embedding_are_two_whose_gradients_add_up():
     v = derivatives.mean_gradient(of, probes)
 
     def loss(params):
-        from mobilellm_jax.training.objectives import next_token
+        total, _, weight_BT = losses(params, probes, of.network)
+        return total / weight_BT.sum()
 
-        found = next_token(params, {"tokens": jnp.asarray(probes)}, of.network)
-        return found.total / found.weight_BT.sum()
-
-    whole = jax.grad(loss)(transformer.init(TIED, jax.random.key(3)))
+    whole = jax.jit(jax.grad(loss))(parameters(TIED))
     together = v["embedding"] + v["output"].T
     np.testing.assert_allclose(together, whole["embedding"], atol=1e-6)
     assert np.abs(v["embedding"]).max() > 0 and np.abs(v["output"]).max() > 0
@@ -236,18 +248,15 @@ def test_a_positive_slope_is_a_sample_that_helps():
 
 
 def test_losses_are_those_of_training():
-    from mobilellm_jax.training.objectives import next_token
-
     of, sample = made(UNTIED, batch=4), rows(7, 2)
     nll, weight = derivatives.losses(of, sample)
-    params = transformer.init(UNTIED, jax.random.key(3))
-    found = next_token(params, {"tokens": jnp.asarray(sample)}, of.network)
-    np.testing.assert_array_equal(weight, found.weight_BT)
-    np.testing.assert_allclose(nll, found.nll_BT * found.weight_BT, atol=1e-5)
+    _, nll_BT, weight_BT = losses(parameters(UNTIED), sample, of.network)
+    np.testing.assert_array_equal(weight, weight_BT)
+    np.testing.assert_allclose(nll, nll_BT * weight_BT, atol=1e-5)
 
 
 def test_bad_input():
-    params = transformer.init(TIED, jax.random.key(3))
+    params = parameters(TIED)
     with pytest.raises(UserError, match="layers=head: 'head' is not embedding, output, all"):
         derivatives.differentiated(params, network(TIED), "head", one_device(), 4)
     with pytest.raises(UserError, match="3 rows cannot be split over"):

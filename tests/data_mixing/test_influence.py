@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 import runs
 import tiny
+from weights import random_leaves
 
 from data_mixing import derivatives, influence, methods, samples, scorers
 from data_mixing.influence import open_checkpoints
@@ -23,6 +24,7 @@ from mobilellm_jax.data.plan import Plan, Stage
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.interop.stored import load_model
 from mobilellm_jax.parallel.mesh import one_device
+from mobilellm_jax.training.checkpoint import write_model
 
 CAPABILITIES = {"math": ("sums",), "language": ("words",)}
 
@@ -182,9 +184,8 @@ def test_bad_input(made, tmp_path):
         score(made, tmp_path / "a", metrics=["x"])
     with pytest.raises(UserError, match="all of them are 0"):
         score(made, tmp_path / "b", [f"{workdir}@60"], metrics=["tracin"])
-    other = tiny.config(made[0].directory + "/mixture.json", 4)
-    other.model.width = 16
-    runs.run(other, tmp_path / "other")
+    other = dataclasses.replace(tiny.MODEL, width=16)
+    write_model(random_leaves(other), other, tiny.tokenizer(), {}, tmp_path / "other")
     with pytest.raises(UserError, match="are of different networks"):
         score(made, tmp_path / "c", [f"math={workdir}", f"language={tmp_path / 'other'}"])
     with pytest.raises(UserError, match="both speak for 'math' at step 60"):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import runs
 import tiny
+import weights
 from weights import NETWORKS, SMALL, V, load_stock, random_leaves, random_tokens
 
 pytest.importorskip("qwix", reason="qwix is not installed")
@@ -15,7 +16,6 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.interop import gguf, huggingface, official_torch, safetensors_files
 from mobilellm_jax.interop.layout import default_family
 from mobilellm_jax.leaves import nested
-from mobilellm_jax.model import transformer
 from mobilellm_jax.training.checkpoint import write_model
 
 UNTIED = NETWORKS["untied"]
@@ -26,8 +26,7 @@ def eight_bit(model, quantization):
 
 
 def logits(model, leaves, tokens_BT):
-    hidden_BTD = transformer.apply(nested(leaves), model, tokens_BT)
-    return np.asarray(transformer.logits(nested(leaves), model, hidden_BTD))
+    return np.asarray(weights.logits(nested(leaves), model, tokens_BT))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from mobilellm_jax.model.config import RopeScaling, Stack
 from mobilellm_jax.train import train
 from mobilellm_jax.training.checkpoint import load_model
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import runs
 import tiny
+import weights
 from gguf_networks import stored_tensors
-from weights import SMALL, load_stock, ours, random_leaves, random_tokens, theirs
+from weights import SMALL, load_stock, random_leaves, random_tokens
 
 from mobilellm_jax.interop.gguf_reader import inspect
 from mobilellm_jax.interop.padding import padded, widest
@@ -52,8 +53,8 @@ def test_hugging_face_computes_the_same(name, tmp_path):
     loaded = load_stock(tmp_path / "hf")
     assert loaded.config.model_type == family and loaded.config.intermediate_size == 28
     tokens_BT = random_tokens(model)
-    all_ours, all_theirs = ours(model, leaves, tokens_BT), theirs(loaded, wide, family, tokens_BT)
-    np.testing.assert_allclose(all_theirs[0], all_ours[0], atol=1e-4)
+    ours = weights.logits(_nested(leaves), model, tokens_BT)
+    np.testing.assert_allclose(weights.logits_of_torch(loaded, tokens_BT), ours, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Networks of 8-bit numbers: equal to sums of integers, differentiable straight through, part by part."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +43,14 @@ def tokens_of(model, rows=2, length=12):
     return np.random.default_rng(1).integers(0, model.vocab_size, (rows, length))
 
 
-def logits(params, model, tokens_BT):
+@functools.partial(jax.jit, static_argnums=1)
+def hidden_and_logits(params, model, tokens_BT):
     hidden_BTD = transformer.apply(params, model, tokens_BT)
-    return np.asarray(transformer.logits(params, model, hidden_BTD))
+    return hidden_BTD, transformer.logits(params, model, hidden_BTD)
+
+
+def logits(params, model, tokens_BT):
+    return np.asarray(hidden_and_logits(params, model, tokens_BT)[1])
 
 
 # --- The definition, in float64 ---------------------------------------------------------------------
@@ -181,7 +187,7 @@ def test_a_network_equals_the_one_by_hand(model):
 def test_each_part_alone_changes_what_is_its_own(model):
     params, tokens_BT = random_params(model), tokens_of(model)
     hidden = {
-        q: np.asarray(transformer.apply(params, eight_bit(model, q), tokens_BT))
+        q: np.asarray(hidden_and_logits(params, eight_bit(model, q), tokens_BT)[0])
         for q in ("none", *(f"w8a8:{part}" for part in PARTS))
     }
     exact = logits(params, model, tokens_BT)
@@ -200,13 +206,14 @@ def test_with_a_cache_as_without():
     """A token's range is its own: what it is read with changes nothing."""
     model = eight_bit(LS)
     params, tokens_BT = random_params(model), tokens_of(model)
-    whole = np.asarray(transformer.apply(params, model, tokens_BT))
+    whole = np.asarray(hidden_and_logits(params, model, tokens_BT)[0])
+    apply_cached = jax.jit(transformer.apply_cached, static_argnums=1)
     cache = transformer.empty_cache(model, 2, 12)
     begin_B = jnp.zeros(2, jnp.int32)
-    first, cache = transformer.apply_cached(params, model, tokens_BT[:, :7], cache, begin_B)
+    first, cache = apply_cached(params, model, tokens_BT[:, :7], cache, begin_B)
     parts = [first]
     for t in range(7, 12):
-        step, cache = transformer.apply_cached(
+        step, cache = apply_cached(
             params, model, tokens_BT[:, t : t + 1], cache, begin_B, jnp.int32(t)
         )
         parts.append(step)

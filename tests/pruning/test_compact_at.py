@@ -1,6 +1,7 @@
 """Compaction inside of a run: the same run with less to compute, from the cut on."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -16,9 +17,10 @@ from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import parameter_count
 from mobilellm_jax.pruning import groups
-from mobilellm_jax.pruning.compaction import Compact, compacted, taken, uncut
+from mobilellm_jax.pruning.compaction import Compact, compacted, uncut
 from mobilellm_jax.training.checkpoint import saved_steps
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
 HALF_WAY = WHOLE - (WHOLE - TARGET) // 2  # that of the second of four cuts, after step 4
 SIZES = {"pruning.compact_at": (HALF_WAY, TARGET), "checkpoint.keep": 1}
 
@@ -33,6 +35,39 @@ def whole(plan, tmp_path_factory):
     """A run that prunes and compacts twice: its workdir, its last state."""
     workdir = tmp_path_factory.mktemp("run")
     return workdir, runs.run(config(plan, **SIZES), workdir)
+
+
+@pytest.fixture(scope="module")
+def zeros(plan, tmp_path_factory):
+    """The workdir of the same run without compaction."""
+    workdir = tmp_path_factory.mktemp("zeros")
+    runs.run(config(plan), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def stopped(plan, tmp_path_factory):
+    """The same run stopped between its compactions and resumed: its last state.
+
+    And the sizes of the networks that tasks were asked of, which are no part of training.
+    """
+    asked = []
+
+    def judge(config, run):
+        def judged(params):
+            assert jax.tree.map(np.shape, params) == jax.tree.map(
+                lambda x: x.shape, transformer.shapes(run.model)
+            )
+            asked.append(parameter_count(run.model))
+            return {"task acc": 0.0}
+
+        return judged
+
+    c, workdir = config(plan, **SIZES, **{"eval.tasks_every": 3}), tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mobilellm_jax.train._judge", judge)
+        runs.run(c, workdir, stop_at=5)
+        return runs.run(c, workdir), asked
 
 
 @pytest.mark.parametrize(
@@ -51,14 +86,18 @@ def whole(plan, tmp_path_factory):
     ],
     ids=["stacks", "padded", "rounded"],
 )
-def test_a_run_that_compacts_is_the_run_that_does_not(plan, tmp_path, make, layout):
+def test_a_run_that_compacts_is_the_run_that_does_not(plan, whole, zeros, tmp_path, make, layout):
     """Losses, scores and so cuts, weights: all of it, but for the order in which sums are formed."""
-    runs.run(make(plan, **{"pruning.cuts": 4, "pruning.begin": 2}), tmp_path / "zeros")
-    state = runs.run(
-        make(plan, **SIZES, **layout, **{"pruning.cuts": 4, "pruning.begin": 2}), tmp_path / "out"
-    )
+    cuts = {"pruning.cuts": 4, "pruning.begin": 2}
+    before, (after, state) = zeros, whole
+    if make is not config:
+        before = tmp_path / "zeros"
+        runs.run(make(plan, **cuts), before)
+    if make is not config or layout:
+        after = tmp_path / "out"
+        state = runs.run(make(plan, **SIZES, **layout, **cuts), after)
     for kind in ("train", "cut"):
-        old, new = (runs.lines(tmp_path / name, kind) for name in ("zeros", "out"))
+        old, new = (runs.lines(workdir, kind) for workdir in (before, after))
         assert list(old) == list(new)
         for step in old:
             if kind == "cut":
@@ -68,7 +107,7 @@ def test_a_run_that_compacts_is_the_run_that_does_not(plan, tmp_path, make, layo
             else:
                 for name in ("loss", "gradient_norm"):
                     np.testing.assert_allclose(old[step][name], new[step][name], rtol=2e-5)
-    facts = runs.lines(tmp_path / "out", "compaction")
+    facts = runs.lines(after, "compaction")
     assert list(facts) == [4, 9]
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert size == facts[9]["parameters"] and facts[9]["live"] <= TARGET
@@ -76,8 +115,14 @@ def test_a_run_that_compacts_is_the_run_that_does_not(plan, tmp_path, make, layo
         assert size == facts[9]["live"]
 
 
-@pytest.mark.parametrize("stop", [4, 6, pytest.param(9, marks=pytest.mark.slow)])
-def test_a_stopped_run_goes_on_bit_for_bit(plan, whole, tmp_path, stop):
+def test_a_stopped_run_goes_on_bit_for_bit(whole, stopped):
+    """Between two compactions; at one a fork does, below."""
+    assert runs.bits(stopped[0]) == runs.bits(whole[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [4, 6, 9])
+def test_a_run_stopped_anywhere_goes_on_bit_for_bit(plan, whole, tmp_path, stop):
     """At a compaction, and between two."""
     runs.run(config(plan, **SIZES), tmp_path, stop_at=stop)
     state = runs.run(config(plan, **SIZES), tmp_path)
@@ -104,24 +149,9 @@ def test_the_record_says_where_everything_was_at_the_beginning(whole):
             assert sorted([*gone, *block[axis]]) == list(range(count))
 
 
-def test_tasks_are_asked_of_the_network_as_it_is(plan, tmp_path, monkeypatch):
+def test_tasks_are_asked_of_the_network_as_it_is(stopped):
     """Before, between and behind compactions, and after a resume."""
-    asked = []
-
-    def judge(config, run):
-        def judged(params):
-            assert jax.tree.map(np.shape, params) == jax.tree.map(
-                lambda x: x.shape, transformer.shapes(run.model)
-            )
-            asked.append(parameter_count(run.model))
-            return {"task acc": 0.0}
-
-        return judged
-
-    monkeypatch.setattr("mobilellm_jax.train._judge", judge)
-    changes = {**SIZES, "eval.tasks_every": 3}
-    runs.run(config(plan, **changes), tmp_path, stop_at=5)
-    runs.run(config(plan, **changes), tmp_path)
+    asked = stopped[1]
     assert len(asked) == 4 and WHOLE == asked[0] > asked[1] > asked[2] == asked[3]
 
 
@@ -130,11 +160,11 @@ def test_two_compactions_are_one():
     params = networks.parameters(networks.TWO)
     one = compacted(networks.TWO, networks.some_dead(networks.TWO))
     two = compacted(one.config, networks.some_dead(one.config, seed=1), multiple=2)
-    after = taken(params, one, transformer.shapes(one.config))
-    after = taken(after, two, transformer.shapes(two.config))
+    after = networks.smaller(params, one)
+    after = networks.smaller(after, two)
     both = two.after(one.after(uncut(networks.TWO)))
     again = Compact.from_dict(both.config, both.to_dict())
-    at_once = taken(params, again, transformer.shapes(again.config))
+    at_once = networks.smaller(params, again)
     for path, leaf in flat(after).items():
         np.testing.assert_array_equal(leaf, flat(at_once)[path])
     live = groups.everything(networks.TWO)
@@ -143,7 +173,7 @@ def test_two_compactions_are_one():
     assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, groups.everything(both.config))
 
 
-def test_a_size_is_cooled_down_by_a_run_of_its_own(plan, whole, tmp_path):
+def test_a_size_is_cooled_down_by_a_run_of_its_own(plan, whole, zeros, tmp_path):
     """From its compaction on with moments and rows, without pruning; from elsewhere it is refused."""
     model = open_model(whole[0] / "checkpoints/4").model
     forked = {"init_from": f"{whole[0]}@4", "init_state": "all", "pruning.target": 0}
@@ -155,7 +185,7 @@ def test_a_size_is_cooled_down_by_a_run_of_its_own(plan, whole, tmp_path):
     stored = flat(open_model(whole[0] / "checkpoints/4").params())
     for path, leaf in flat(state.params).items():  # no rate: the weights are those
         np.testing.assert_array_equal(leaf, stored[path])
-    runs.run(config(plan), tmp_path / "dead")
+    shutil.copytree(zeros, tmp_path / "dead")
     forked["init_from"] = f"{tmp_path / 'dead'}@8"
     described = tmp_path / "dead/checkpoints/8/meta/metadata"
     for before in (False, True):  # as runs were described that could not compact yet

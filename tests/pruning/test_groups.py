@@ -29,7 +29,18 @@ def pruned(config, seed=0, residual=True, heads=True):
     """The network while it is pruned, its weights with dead groups, and what lives."""
     live = networks.some_dead(config, seed, residual, heads)
     config = dataclasses.replace(config, dead_channels=residual)
-    return config, groups.masked(networks.parameters(config), live), live
+    return config, networks.masked(networks.parameters(config), live), live
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def gradient(params, config):
+    cost = lambda p: next_token(p, networks.rows(), networks.network(config)).total  # noqa: E731
+    return jax.grad(cost)(params)
+
+
+def begun(params, make_optimizer):
+    """The state of a run before its first step."""
+    return jax.jit(functools.partial(init_state, make_optimizer=make_optimizer))(params)
 
 
 def stepped(config, make_optimizer=ADAMW, microbatches=1):
@@ -88,15 +99,14 @@ def test_what_is_dead_has_no_gradient_and_stays_zero(make_optimizer):
     config = dataclasses.replace(networks.TWO, dead_channels=True)
     live = networks.some_dead(config, heads=False)
     step = jax.jit(stepped(config, make_optimizer))
-    state = init_state(networks.parameters(config), make_optimizer)
+    state = begun(networks.parameters(config), make_optimizer)
     for seed in range(3):  # so that there are moments
         state, _ = step(state, networks.rows(seed=seed))
-    only_weights = dataclasses.replace(state, params=groups.masked(state.params, live))
+    only_weights = dataclasses.replace(state, params=networks.masked(state.params, live))
     revived, _ = step(only_weights, networks.rows(seed=3))
     assert dead_weights(revived.params, live).any()  # moments would bring them back
-    state = jax.jit(groups.masked)(state, live)
-    gradient = jax.grad(lambda p: next_token(p, networks.rows(), networks.network(config)).total)
-    assert not dead_weights(gradient(state.params), live).any()
+    state = networks.masked(state, live)
+    assert not dead_weights(gradient(state.params, config), live).any()
     for seed in range(20):
         state, metrics = step(state, networks.rows(seed=seed))
     assert not dead_weights(state.params, live).any() and metrics["gradient_norm"] > 0
@@ -105,7 +115,7 @@ def test_what_is_dead_has_no_gradient_and_stays_zero(make_optimizer):
 def dead_weights(tree, live):
     """The weights of dead groups, in a row."""
     ones = jax.tree.map(jnp.ones_like, tree)
-    dead = jax.tree.map(lambda x: x == 0, groups.masked(ones, live))
+    dead = jax.tree.map(lambda x: x == 0, networks.masked(ones, live))
     return np.concatenate(
         [np.asarray(x[d]) for x, d in zip(*map(jax.tree.leaves, (tree, dead)), strict=True)]
     )
@@ -122,15 +132,14 @@ def test_a_dead_query_head_of_a_kv_head_that_lives_has_a_gradient():
     """Its query is 0, so it attends to all alike and gives their mean: its `out` would come back."""
     live = groups.everything(networks.PLAIN)
     live.stacks[0].heads_LN[0, ::2] = False
-    params = groups.masked(networks.parameters(networks.PLAIN), live)
-    cost = lambda p: next_token(p, networks.rows(), networks.network(networks.PLAIN)).total  # noqa: E731
-    found = jax.grad(cost)(params)["stack_0"]["attention"]
+    params = networks.masked(networks.parameters(networks.PLAIN), live)
+    found = gradient(params, networks.PLAIN)["stack_0"]["attention"]
     assert (found["out"][0, ::2] != 0).any() and not (found["query"][0, :, ::2] != 0).any()
 
 
 def same_outputs(config, params, live, layout):
     compact = compacted(config, live, layout=layout)
-    smaller = taken(params, compact, transformer.shapes(compact.config))
+    smaller = networks.smaller(params, compact)
     tokens = networks.rows()["tokens"][:, :-1]
 
     @functools.partial(jax.jit, static_argnums=1)
@@ -167,14 +176,14 @@ def test_the_smaller_network_is_the_same_one(name, layout):
     multiple = 8 if layout == "padded" else 1
     compact = compacted(config, live, layout=layout, multiple=multiple)
     assert compact.config.dead_channels == (layout == "padded" and config.width * 2 // 3 % 8 != 0)
-    smaller = taken(params, compact, transformer.shapes(compact.config))
-    state, small = init_state(params, ADAMW), init_state(smaller, ADAMW)
+    smaller = networks.smaller(params, compact)
+    state, small = begun(params, ADAMW), begun(smaller, ADAMW)
     step, small_step = jax.jit(stepped(config)), jax.jit(stepped(compact.config))
     for seed in range(2):
         state, metrics = step(state, networks.rows(seed=seed))
         small, of_small = small_step(small, networks.rows(seed=seed))
         np.testing.assert_allclose(of_small["loss"], metrics["loss"], rtol=1e-5)
-    expected = taken(state, compact, jax.eval_shape(lambda: small))
+    expected = networks.smaller(state, compact, jax.eval_shape(lambda: small))
     for path, leaf in flat(expected).items():
         np.testing.assert_allclose(flat(small)[path], leaf, atol=2e-5, err_msg=path)
 
@@ -199,7 +208,7 @@ def test_widths_are_rounded_up_with_zeros():
         0,
         networks.PLAIN.stacks[0].mlp_width % 8,
     }
-    smaller = taken(params, compact, transformer.shapes(compact.config))
+    smaller = networks.smaller(params, compact)
     number = groups.parameters(config, groups.counts(live))
     zeros = sum(int((leaf == 0).sum()) for leaf in jax.tree.leaves(smaller))
     assert zeros == parameter_count(compact.config) - number > 0
@@ -208,7 +217,7 @@ def test_widths_are_rounded_up_with_zeros():
 def test_the_record_says_where_everything_was():
     config, params, live = pruned(networks.TWO)
     compact = compacted(config, live)
-    smaller = taken(params, compact, transformer.shapes(compact.config))
+    smaller = networks.smaller(params, compact)
     record = compact.to_dict()
     blocks = iter(record["blocks"])
     residual = record["residual"]

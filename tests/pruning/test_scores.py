@@ -67,14 +67,14 @@ def test_a_score_is_that_of_the_weights_that_a_cut_makes_zero(config):
     weights = networks.measures(config).scores("magnitude")
     for kind, live, at in single_groups(config):
         kill(kind, live, config)
-        left = groups.masked(by_weight, live)
+        left = networks.masked(by_weight, live)
         lost = sum(
             float(a.sum() - b.sum())
             for a, b in zip(*map(jax.tree.leaves, (by_weight, left)), strict=True)
         )
         np.testing.assert_allclose(at(found), lost, rtol=2e-4, err_msg=kind)
         params = networks.parameters(config)
-        zeroed = groups.masked(params, live)
+        zeroed = networks.masked(params, live)
         lost = sum(
             float((a**2).sum() - (b**2).sum())
             for a, b in zip(*map(jax.tree.leaves, (params, zeroed)), strict=True)
@@ -109,7 +109,7 @@ def test_a_slice_is_the_derivative_by_a_factor_on_the_group(config, kind):
         network = networks.network(config)
         return next_token(with_factors(config, params, factors), batch, network).total
 
-    expected = jax.grad(cost)(ones)
+    expected = jax.jit(jax.grad(cost))(ones)
     found = networks.measures(config).scores(kind)
     finish = {"taylor_slice": np.abs, "fisher": np.square}[kind]
     for a, b in zip(found.stacks, expected.stacks, strict=True):
@@ -172,7 +172,8 @@ def test_statistics_are_those_of_the_activations(config):
     """Against the same network walked through block by block with every activation at hand."""
     params, batch = networks.parameters(config), networks.rows()
     network = networks.network(config)
-    found = jax.device_get(activations.statistics(params, batch, network))
+    statistics = jax.jit(activations.statistics, static_argnames="network")
+    found = jax.device_get(statistics(params, batch, network=network))
     singles, single = transformer.unstacked(params, config)
     seen = {f"stack_{i}": [] for i in range(len(config.stacks))}
     order = [(i, layer) for i, s in enumerate(config.stacks) for layer in s.applications]
@@ -180,7 +181,7 @@ def test_statistics_are_those_of_the_activations(config):
         until = dataclasses.replace(single, stacks=single.stacks[: depth + 1])
         part = {k: v for k, v in singles.items() if not k.startswith("stack_")}
         part |= {f"stack_{j}": singles[f"stack_{j}"] for j in range(depth + 1)}
-        own = activations.statistics(part, batch, dataclasses.replace(network, model=until))
+        own = statistics(part, batch, network=dataclasses.replace(network, model=until))
         seen[f"stack_{i}"].append((layer, jax.device_get(own[f"stack_{depth}"])))
     for i, stack in enumerate(config.stacks):
         for layer in range(stack.layers):

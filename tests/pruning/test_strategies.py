@@ -14,7 +14,7 @@ from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import Stack, parameter_count
 from mobilellm_jax.pruning import groups, one_shot, slicegpt_full
-from mobilellm_jax.pruning.compaction import compacted, taken
+from mobilellm_jax.pruning.compaction import compacted
 from mobilellm_jax.pruning.flap import compensated, flap, standardised
 from mobilellm_jax.pruning.names import STRATEGIES
 from mobilellm_jax.pruning.slicegpt import folded, slicegpt, turned
@@ -80,7 +80,7 @@ def test_what_is_left_is_the_network_that_was_cut(name):
     target, rounds = int(0.6 * parameter_count(networks.PLAIN)), 1 if name in ONCE else 2
     found = cut(networks.PLAIN, STRATEGIES[name], target, rounds)
     compact = compacted(found.config, found.live)
-    smaller = taken(found.params, compact, transformer.shapes(compact.config))
+    smaller = networks.smaller(found.params, compact)
     tokens = networks.rows()["tokens"][:, :-1]
     close(logits(smaller, compact.config, tokens), logits(found.params, found.config, tokens), 1e-4)
 
@@ -241,9 +241,9 @@ def test_biases_keep_what_was_given_on_average(config, kind, weight):
     statistics = networks.measures(config).statistics
     biased = dataclasses.replace(config, out_bias=True)
     made = compensated(params, config, statistics, groups.everything(config), live)
-    made = groups.masked(made, live)
+    made = networks.masked(made, live)
     before, after = (mean_given(*of, kind, weight) for of in ((config, params), (biased, made)))
-    lost = before - mean_given(config, groups.masked(params, live), kind, weight)
+    lost = before - mean_given(config, networks.masked(params, live), kind, weight)
     assert np.abs(lost).max() > 0.01 * np.abs(before).max()
     close(after, before, 1e-4)
 
@@ -307,11 +307,11 @@ def test_a_network_turned_block_by_block_is_the_same_function(config):
     changed = slicegpt_full.turned(networks.parameters(config), config, bases)
     config_of = dataclasses.replace(config, tied=False, block=slicegpt_full.BLOCK)
     tokens = networks.rows()["tokens"][:, :-1]
-    logits = [
-        transformer.logits(params, c, transformer.apply(params, c, tokens))
+    before, after = (
+        logits(params, c, tokens)
         for params, c in ((networks.parameters(config), config), (changed, config_of))
-    ]
-    np.testing.assert_allclose(*logits, atol=2e-4 * float(jnp.abs(logits[0]).max()))
+    )
+    np.testing.assert_allclose(before, after, atol=2e-4 * float(jnp.abs(before).max()))
     count = sum(leaf.size for leaf in jax.tree.leaves(changed))
     assert count == groups.parameters(config_of, groups.counts(groups.everything(config_of)))
 
@@ -356,13 +356,13 @@ def test_a_stream_that_fills_a_part_of_its_channels_loses_nothing():
     live = groups.everything(config)
     narrow = groups.Groups(np.arange(config.width) < width, live.stacks)
     params = turned(
-        groups.masked(networks.parameters(config), narrow), config, rotation(config.width)
+        networks.masked(networks.parameters(config), narrow), config, rotation(config.width)
     )
     found = slicegpt(view(config, networks.measures(config, params)), parameters_of(config, width))
     assert found.live.residual_D.sum() == width
-    made = groups.masked(found.update(params), found.live)
+    made = networks.masked(found.update(params), found.live)
     compact = compacted(found.config, found.live)
-    smaller = taken(made, compact, transformer.shapes(compact.config))
+    smaller = networks.smaller(made, compact)
     assert compact.config.width == width and not compact.config.dead_channels
     tokens = networks.rows()["tokens"][:, :-1]
 

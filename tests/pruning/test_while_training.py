@@ -26,6 +26,8 @@ from mobilellm_jax.training.objectives import next_token
 from mobilellm_jax.training.setup import set_up
 from mobilellm_jax.training.step import Pruning, init_state, train_step
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
@@ -57,7 +59,7 @@ def test_what_is_dead_stays_zero_to_the_end(whole):
     state = whole[1]
     live = jax.device_get(state.pruning.live)
     for tree in (state.params, state.opt_state):
-        kept = flat(groups.masked(tree, live))
+        kept = flat(networks.masked(tree, live))
         assert kept and all((leaf == flat(tree)[path]).all() for path, leaf in kept.items())
     assert not live.stacks[0].mlp_LF.all()
     assert (state.params["stack_0"]["mlp"]["up"] == 0).any()
@@ -105,7 +107,7 @@ def test_a_fork_goes_on_pruning_or_says_why_not(plan, whole, tmp_path):
     state = runs.run(config(plan, **forked), tmp_path / "fork")
     before = load_model(whole[0] / "checkpoints" / "4").params
     live = jax.device_get(state.pruning.live)
-    for path, leaf in flat(groups.masked(before, live)).items():  # no rate: only the cuts act
+    for path, leaf in flat(networks.masked(before, live)).items():  # no rate: only the cuts act
         np.testing.assert_array_equal(flat(state.params)[path], leaf)
     runs.run(tiny.config(plan, 8), tmp_path / "plain")
     with pytest.raises(UserError, match="that run does not prune and this one does"):
@@ -162,10 +164,10 @@ def test_dead_query_heads_stay_dead():
     live = groups.everything(networks.PLAIN)
     live.stacks[0].heads_LN[1, ::2] = False
     state = pruning_state(networks.PLAIN, live)
-    state = dataclasses.replace(state, params=groups.masked(state.params, live))
+    state = dataclasses.replace(state, params=networks.masked(state.params, live))
     step = functools.partial(stepped(networks.PLAIN), schedule=optax.constant_schedule(0.1))
     state, _ = jax.jit(step)(state, networks.rows())
-    for path, leaf in flat(groups.masked(state.params, live)).items():
+    for path, leaf in flat(networks.masked(state.params, live)).items():
         np.testing.assert_array_equal(leaf, flat(state.params)[path])
 
 

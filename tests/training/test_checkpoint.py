@@ -19,6 +19,8 @@ from mobilellm_jax.training.provenance import PACKAGES
 from mobilellm_jax.training.saving import Checkpoints
 from mobilellm_jax.training.step import init_state
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):

@@ -26,6 +26,7 @@ from mobilellm_jax.training.objectives import Network, next_token, split_rows
 from mobilellm_jax.training.teacher import Teacher, described
 from mobilellm_jax.training.workdir import read_config
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
 VOCAB, BOS, EOS = 64, 1, 2
 STUDENT = ModelConfig(VOCAB, 16, (Stack(2, 2, 1, 24),), head_dim=8, max_length=64, init_std=0.3)
 LARGER = ModelConfig(
@@ -43,7 +44,8 @@ def network(model, chunks=1):
 def case():
     """Weights of a student, a teacher, and rows of several documents with padding."""
     params, teacher = (
-        transformer.init(model, jax.random.key(i)) for i, model in enumerate((STUDENT, LARGER))
+        jax.jit(transformer.init, static_argnums=0)(model, jax.random.key(i))
+        for i, model in enumerate((STUDENT, LARGER))
     )
     tokens = np.random.default_rng(0).integers(3, VOCAB, (8, 25))
     tokens[:, [0, 7, 15]], tokens[:, 14] = BOS, EOS
@@ -66,6 +68,19 @@ def plain(params, teacher, batch, temperature, labels, reverse):
     nll = -jnp.take_along_axis(jax.nn.log_softmax(own), rows.targets_BT[..., None], -1)[..., 0]
     mixed = (1 - reverse) * forward + reverse * backward
     return (rows.weight_BT * ((1 - labels) * temperature**2 * mixed + labels * nll)).sum()
+
+
+def compiled(objective, *static):
+    """What an objective gives: in all, of each target, and whether it counts."""
+
+    def parts(*given, **settings):
+        losses = objective(*given, **settings)
+        return losses.total, losses.nll_BT, losses.weight_BT
+
+    return jax.jit(parts, static_argnums=2, static_argnames=static)
+
+
+distilled = compiled(distillation, "labels")
 
 
 def close(got, wanted, tolerance=1e-5):
@@ -95,9 +110,8 @@ def test_value_and_gradient_equal_the_unchunked_formulas(
 
 def test_labels_alone_are_the_loss_of_the_next_token(case):
     params, teacher, batch = case
-    got = distillation(params, batch, network(STUDENT, 2), teacher, labels=1.0)
-    wanted = next_token(params, batch, network(STUDENT))
-    close((got.total, got.nll_BT, got.weight_BT), (wanted.total, wanted.nll_BT, wanted.weight_BT))
+    got = distilled(params, batch, network(STUDENT, 2), teacher, labels=1.0)
+    close(got, compiled(next_token)(params, batch, network(STUDENT)))
 
 
 @pytest.mark.parametrize("reverse", [0.0, 0.5])
@@ -116,13 +130,13 @@ def test_what_does_not_count_and_what_is_in_another_document_teaches_nothing(cas
     changed[3, 19:] = 5  # behind a target that does not count, in a document of its own
     mask = np.array(batch["tokens"])[3, 1:] != BOS
     rows = split_rows(jnp.asarray(changed), BOS, EOS)
-    losses = distillation(
+    _, nll_BT, _ = distilled(
         params, {**batch, "tokens": jnp.asarray(changed)}, network(STUDENT), teacher
     )
-    before = distillation(params, batch, network(STUDENT), teacher)
-    np.testing.assert_array_equal(losses.nll_BT[3, :17], before.nll_BT[3, :17])
+    _, before_BT, weight_BT = distilled(params, batch, network(STUDENT), teacher)
+    np.testing.assert_array_equal(nll_BT[3, :17], before_BT[3, :17])
     assert not mask[17:].any()
-    assert float(before.weight_BT[3, 17:].sum()) == 0 < float(rows.weight_BT[3, 17:].sum())
+    assert float(weight_BT[3, 17:].sum()) == 0 < float(rows.weight_BT[3, 17:].sum())
     without = {name: values[np.array([0, 1, 2, 4, 5, 6, 7, 3])] for name, values in batch.items()}
     close(value_and_gradient(params, without, teacher=teacher), want)
 
@@ -135,12 +149,17 @@ def test_neither_logits_tensor_ever_exists_whole(case):
     assert max(np.prod(s) // VOCAB for s in with_vocabulary) <= 8 * 24 // 4
 
 
+@jax.jit
+def teachers_logits(params, inputs_BT, segment_ids_BT):
+    hidden = transformer.apply(params, LARGER, inputs_BT, segment_ids_BT)
+    return transformer.logits(params, LARGER, hidden)
+
+
 def written(case, k, temperature=1.0):
     """What the teacher would have written down of its k likeliest tokens."""
     _, teacher, batch = case
     rows = split_rows(batch["tokens"], BOS, EOS)
-    hidden = transformer.apply(teacher.params, LARGER, rows.inputs_BT, rows.segment_ids_BT)
-    logits = transformer.logits(teacher.params, LARGER, hidden)
+    logits = teachers_logits(teacher.params, rows.inputs_BT, rows.segment_ids_BT)
     log_p, ids = jax.lax.top_k(jax.nn.log_softmax(logits / temperature), k)
     return {**batch, TAUGHT_IDS: ids, TAUGHT_LOG_PROBS: log_p}
 

@@ -33,7 +33,7 @@ MATRICES = ("query", "key", "value", "out", "gate", "up", "down")
 
 @functools.cache
 def params():
-    return transformer.init(MODEL, jax.random.key(0))
+    return jax.jit(transformer.init, static_argnums=0)(MODEL, jax.random.key(0))
 
 
 def gradients(step):
@@ -41,12 +41,23 @@ def gradients(step):
     return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), params())
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def updated(make, gradients, state, p, rate):
+    """Updates and parameters after them, and optimizer state."""
+    updates, state = make(rate).update(gradients, state, p)
+    return updates, optax.apply_updates(p, updates), state
+
+
+def begun(make, p):
+    """Optimizer state before the first step."""
+    return jax.jit(make(0.0).init)(p)
+
+
 def trained(make, steps=3, rate=1e-2):
     """Parameters and optimizer state after a few steps on random gradients."""
-    p, state = params(), make(0.0).init(params())
+    p, state = params(), begun(make, params())
     for step in range(steps):
-        updates, state = make(rate).update(gradients(step), state, p)
-        p = optax.apply_updates(p, updates)
+        _, p, state = updated(make, gradients(step), state, p, rate)
     return p, state
 
 
@@ -97,9 +108,8 @@ def test_muon_equals_its_definition_on_each_layer_alone_and_is_adamw_on_the_rest
 
 def test_an_update_of_muon_is_as_large_as_one_of_adamw():
     """So that a peak carries over: 0.2 per element and unit of rate, as AdamW's usually is."""
-    settings = {**SETTINGS, "weight_decay": 0.0}
-    tx = optimizer.muon(1.0, **settings)
-    updates, _ = tx.update(gradients(0), tx.init(params()), params())
+    make = functools.partial(optimizer.muon, **{**SETTINGS, "weight_decay": 0.0})
+    updates, _, _ = updated(make, gradients(0), begun(make, params()), params(), 1.0)
     for path, update in flat(updates).items():
         if path.split("/")[-1] in MATRICES:
             assert 0.15 < float(jnp.sqrt(jnp.mean(update**2))) < 0.23, path
@@ -119,10 +129,9 @@ def test_what_was_cut_to_zero_stays_zero_under_muon():
     grads = gradients(0)
     for name, at in zero.items():
         grads["stack_0"]["mlp"][name] = grads["stack_0"]["mlp"][name].at[at].set(0)
-    state = MUON(0.0).init(cut)
+    state = begun(MUON, cut)
     for _ in range(3):
-        updates, state = MUON(1e-2).update(grads, state, cut)
-        cut = optax.apply_updates(cut, updates)
+        _, cut, state = updated(MUON, grads, state, cut, 1e-2)
     for name, at in zero.items():
         assert not cut["stack_0"]["mlp"][name][at].any()
 

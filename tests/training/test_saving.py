@@ -23,10 +23,13 @@ from mobilellm_jax.training.saving import Checkpoints
 from mobilellm_jax.training.step import init_state
 
 # Threads of Orbax stumble over a checkpoint that cannot be read or written, after it has been told.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning",
-    "ignore::pytest.PytestUnhandledThreadExceptionWarning",
-)
+pytestmark = [
+    pytest.mark.usefixtures("shared_programs"),
+    pytest.mark.filterwarnings(
+        "ignore::pytest.PytestUnraisableExceptionWarning",
+        "ignore::pytest.PytestUnhandledThreadExceptionWarning",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,14 @@ def plan(tmp_path_factory):
 def whole(plan, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole") / "run"
     return workdir, run(tiny.config(plan), workdir)
+
+
+@pytest.fixture(scope="module")
+def unfinished(plan, tmp_path_factory):
+    """The workdir of the same run stopped at step 9, of which tests damage copies."""
+    workdir = tmp_path_factory.mktemp("unfinished") / "run"
+    run(tiny.config(plan), workdir, stop_at=9)
+    return workdir
 
 
 @pytest.fixture
@@ -194,9 +205,9 @@ DAMAGES = {
     [pytest.param(d, marks=[pytest.mark.slow] if d.startswith("torn") else []) for d in DAMAGES],
 )
 def test_a_damaged_newest_is_set_aside_and_the_one_before_used(
-    plan, whole, tmp_path, capsys, damage
+    plan, whole, unfinished, tmp_path, capsys, damage
 ):
-    run(tiny.config(plan), tmp_path / "run", stop_at=9)
+    shutil.copytree(unfinished, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "9"
     DAMAGES[damage](newest)
     content = {p.relative_to(newest): data for p, data in files(newest).items()}
@@ -212,8 +223,8 @@ def test_a_damaged_newest_is_set_aside_and_the_one_before_used(
     assert int(run(tiny.config(plan), tmp_path / "run").step) == 12  # it hinders nobody
 
 
-def test_another_runs_checkpoint_is_refused_and_not_taken_for_damaged(plan, tmp_path):
-    run(tiny.config(plan), tmp_path / "run", stop_at=9)
+def test_another_runs_checkpoint_is_refused_and_not_taken_for_damaged(plan, unfinished, tmp_path):
+    shutil.copytree(unfinished, tmp_path / "run")
     meta = tmp_path / "run" / "checkpoints" / "9" / "meta" / "metadata"
     told = json.loads(meta.read_text())
     told["config"]["seed"] = 7

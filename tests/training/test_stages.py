@@ -9,6 +9,8 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.interop.stored import open_model, write_checkpoint
 from mobilellm_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):

@@ -160,20 +160,26 @@ def test_a_batch_of_padding_alone_changes_no_moment():
 
 
 def test_z_loss_is_minimised_but_not_reported():
-    heavy = functools.partial(objectives.next_token, z_loss=0.1)
-    plain = objectives.next_token(start().params, batch(), NETWORK)
-    with_z = heavy(start().params, batch(), NETWORK)
-    np.testing.assert_array_equal(plain.nll_BT, with_z.nll_BT)
-    hidden = transformer.apply(
-        start().params,
-        tiny.MODEL,
-        batch()["tokens"][:, :-1],
-        split_rows(batch()["tokens"], BOS, EOS).segment_ids_BT,
-    )
-    log_z = jax.nn.logsumexp(transformer.logits(start().params, tiny.MODEL, hidden), -1)
-    added = (0.1 * log_z**2 * plain.weight_BT).sum()
-    np.testing.assert_allclose(with_z.total - plain.total, added, rtol=1e-4)
-    np.testing.assert_allclose(plain.total, (plain.nll_BT * plain.weight_BT).sum(), rtol=1e-6)
+
+    @functools.partial(jax.jit, static_argnames="z_loss")
+    def losses(params, batch, **settings):
+        found = objectives.next_token(params, batch, NETWORK, **settings)
+        return found.total, found.nll_BT, found.weight_BT
+
+    plain, nll_BT, weight_BT = losses(start().params, batch())
+    with_z, nll_with_z_BT, _ = losses(start().params, batch(), z_loss=0.1)
+    np.testing.assert_array_equal(nll_BT, nll_with_z_BT)
+
+    @jax.jit
+    def logits(params, tokens):
+        segment_ids_BT = split_rows(tokens, BOS, EOS).segment_ids_BT
+        hidden = transformer.apply(params, tiny.MODEL, tokens[:, :-1], segment_ids_BT)
+        return transformer.logits(params, tiny.MODEL, hidden)
+
+    log_z = jax.nn.logsumexp(logits(start().params, batch()["tokens"]), -1)
+    added = (0.1 * log_z**2 * weight_BT).sum()
+    np.testing.assert_allclose(with_z - plain, added, rtol=1e-4)
+    np.testing.assert_allclose(plain, (nll_BT * weight_BT).sum(), rtol=1e-6)
 
 
 def test_decay_acts_on_matrices_and_embedding_only():
@@ -181,7 +187,7 @@ def test_decay_acts_on_matrices_and_embedding_only():
     flat = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(mask)}
     assert {k for k, v in flat.items() if not v} == {k for k in flat if "norm" in k}
     zero = jax.tree.map(jnp.zeros_like, start().params)
-    updates, _ = ADAMW(0.5).update(zero, ADAMW(0.5).init(start().params), start().params)
+    updates, _ = jax.jit(lambda p: ADAMW(0.5).update(zero, ADAMW(0.5).init(p), p))(start().params)
     np.testing.assert_allclose(updates["embedding"], -0.05 * start().params["embedding"], rtol=1e-6)
     assert not updates["final_norm"]["scale"].any()
 
