@@ -110,7 +110,9 @@ def convert(
         family = "hf_shared" if to == "hf-shared" else architecture
         huggingface.export(*arguments, family, dtype, source.description)
         if parts_of(model.quantization):
-            print("note: its matrices are integers, for which transformers needs compressed-tensors.")
+            print(
+                "note: its matrices are integers, for which transformers needs compressed-tensors."
+            )
     print(f"{source.directory} as {to}:")
     path = epath.Path(out)
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:

@@ -179,7 +179,9 @@ def test_what_is_refused(tmp_path, monkeypatch):
     other = dataclasses.replace(NETWORKS["shared twice"], ls_kv="first_pass")
     with pytest.raises(UserError, match="ONNX cannot express .* read the keys of their first_pass"):
         export(random_leaves(other), other, tokenizer, tmp_path / "out")
-    with pytest.raises(UserError, match=r"embedding has rows of 48 numbers, .* blocks of 32: .* f32"):
+    with pytest.raises(
+        UserError, match=r"embedding has rows of 48 numbers, .* blocks of 32: .* f32"
+    ):
         export(leaves, SMALL, tokenizer, tmp_path / "out", "q8_0")
     with pytest.raises(UserError, match="quantization='f16' is not one of f32, q8_0, q4_0"):
         export(leaves, SMALL, tokenizer, tmp_path / "out", "f16")
