@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mobilellm_jax.model.axes import axes_of
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.model.quantization import parts_of, rounded_tokens, rounded_weight
+from mobilellm_jax.model.quantization import weight_of
 from mobilellm_jax.model.taps import TAPS, tapped
 
 
@@ -70,14 +70,7 @@ def matrix_of(
     """
     initialise = nn.initializers.normal(config.init_std)
     weight = with_tap(module, name, module.param(name, initialise, shape, jnp.float32))
-    if "blocks" in parts_of(config.quantization):
-        weight = rounded_weight(weight, inputs)
-    return weight.astype(dtype)
-
-
-def factor_of(config: ModelConfig, x_BT: jax.Array) -> jax.Array:
-    """What enters the products of a block, [B, T, ...]: as it is, or in 8 bits if they are of integers."""
-    return rounded_tokens(x_BT) if "blocks" in parts_of(config.quantization) else x_BT
+    return weight_of(config.quantization, "blocks", weight, inputs).astype(dtype)
 
 
 def with_tap(module: nn.Module, name: str, weight: jax.Array) -> jax.Array:

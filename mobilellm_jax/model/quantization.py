@@ -46,19 +46,23 @@ def parts_of(quantization: str) -> frozenset[str]:
     return found
 
 
-def rounded_weight(weight: jax.Array, inputs: int) -> jax.Array:
-    """A matrix as 8 bits hold it: its first `inputs` axes are summed over, the others are channels."""
+def weight_of(quantization: str, part: str, weight: jax.Array, inputs: int = 1) -> jax.Array:
+    """A matrix of a part as its products read it: its first `inputs` axes are summed over."""
+    if part not in parts_of(quantization):
+        return weight
     return _rounded(weight, tuple(range(inputs, weight.ndim)), _SYMMETRIC)
 
 
-def rounded_table(embedding_VD: jax.Array) -> jax.Array:
-    """An embedding as 8 bits hold it."""
+def table_of(quantization: str, embedding_VD: jax.Array) -> jax.Array:
+    """An embedding as its rows are looked up."""
+    if "embedding" not in parts_of(quantization):
+        return embedding_VD
     return _rounded(embedding_VD, (0,), _SYMMETRIC)
 
 
-def rounded_tokens(x_BT: jax.Array) -> jax.Array:
-    """What enters a product, [B, T, ...], as 8 bits hold it."""
-    return _rounded(x_BT, (0, 1), _BETWEEN)
+def factor_of(quantization: str, part: str, x_BT: jax.Array) -> jax.Array:
+    """What enters the products of a part, [B, T, ...]."""
+    return _rounded(x_BT, (0, 1), _BETWEEN) if part in parts_of(quantization) else x_BT
 
 
 def integers(x: jax.typing.ArrayLike, channels: tuple[int, ...], ranges: str = _SYMMETRIC) -> Any:

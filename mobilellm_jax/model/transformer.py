@@ -24,14 +24,7 @@ from mobilellm_jax.imports import import_path
 from mobilellm_jax.model.attention import KERNELS, of_rows, rope, rope_frequencies
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.model.embedding import look_up
-from mobilellm_jax.model.layers import (
-    RMSNorm,
-    factor_of,
-    gated,
-    matrix_of,
-    with_bias,
-    with_tap,
-)
+from mobilellm_jax.model.layers import RMSNorm, gated, matrix_of, with_bias, with_tap
 from mobilellm_jax.model.notes import (
     GRAMS,
     INPUTS,
@@ -43,12 +36,7 @@ from mobilellm_jax.model.notes import (
     products,
 )
 from mobilellm_jax.model.plain import attention, cached_attention, visible
-from mobilellm_jax.model.quantization import (
-    parts_of,
-    rounded_table,
-    rounded_tokens,
-    rounded_weight,
-)
+from mobilellm_jax.model.quantization import factor_of, table_of, weight_of
 from mobilellm_jax.model.taps import TAPS
 from mobilellm_jax.parallel.sharding import batch_sharded
 
@@ -120,7 +108,7 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """Attends; with a cache ({"key", "value"}: [AKB, S, H]) first writes new slots into it."""
         c, s = self.config, self.stack
-        x_BTD = factor_of(c, x_BTD)
+        x_BTD = factor_of(c.quantization, "blocks", x_BTD)
 
         matrix = functools.partial(matrix_of, self, c, x_BTD.dtype)
 
@@ -165,7 +153,7 @@ class Attention(nn.Module):
         note(self, INPUTS, of_out=products(y_BTNH))
         out_NHD = matrix("out", s.heads, c.head_dim, c.width, inputs=2)
         # Over N and H in this order: einsum's would be H, N, for which XLA copies the weights.
-        y_BTD = jnp.tensordot(factor_of(c, y_BTNH), out_NHD, 2)
+        y_BTD = jnp.tensordot(factor_of(c.quantization, "blocks", y_BTNH), out_NHD, 2)
         return with_bias(self, c, "out_bias", y_BTD), cache
 
 
@@ -192,7 +180,7 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         c, width, hidden = self.config, self.config.width, self.stack.mlp_width
-        x_BTD = factor_of(c, x_BTD)
+        x_BTD = factor_of(c.quantization, "blocks", x_BTD)
 
         matrix = functools.partial(matrix_of, self, c, x_BTD.dtype)
 
@@ -204,7 +192,7 @@ class MLP(nn.Module):
             hidden_BTF = nn.relu(jnp.einsum("BTD,DF->BTF", x_BTD, matrix("up", width, hidden)))
         note(self, STATISTICS, **moments(hidden_BTF))
         note(self, INPUTS, of_down=products(hidden_BTF))
-        hidden_BTF = factor_of(c, hidden_BTF)
+        hidden_BTF = factor_of(c.quantization, "blocks", hidden_BTF)
         y_BTD = jnp.einsum("BTF,FD->BTD", hidden_BTF, matrix("down", hidden, width))
         return with_bias(self, c, "down_bias", y_BTD)
 
@@ -259,10 +247,8 @@ class Transformer(nn.Module):
         embedding_VD = self.param("embedding", normal, (c.vocab_size, c.width), jnp.float32)
         if not c.tied:  # read by `unembedding`; declared here so that it is created with the rest
             self.param("head", normal, (c.width, c.vocab_size), jnp.float32)
-        eight_bit = parts_of(c.quantization)
-        if "embedding" in eight_bit:
-            embedding_VD = rounded_table(embedding_VD)
-        x_BTD = look_up(embedding_VD, tokens_BT, self.execution.dtype)
+        table_VD = table_of(c.quantization, embedding_VD)
+        x_BTD = look_up(table_VD, tokens_BT, self.execution.dtype)
         new_caches = {}
         for i, stack in enumerate(c.stacks):
             name = f"stack_{i}"
@@ -270,8 +256,7 @@ class Transformer(nn.Module):
             x_BTD, new_caches[name] = self._run(name, stack, x_BTD, context, cache)
         hidden_BTD = RMSNorm(c.norm_eps, dead=c.dead_channels, name="final_norm")(x_BTD)
         note(self, INPUTS, of_head=products(hidden_BTD))
-        if "head" in eight_bit:
-            hidden_BTD = rounded_tokens(hidden_BTD)
+        hidden_BTD = factor_of(c.quantization, "head", hidden_BTD)
         return hidden_BTD, None if caches is None else new_caches
 
     def _run(
@@ -499,7 +484,7 @@ def _zeros(
 def unembedding(params: Params, config: ModelConfig) -> jax.Array:
     """The matrix [D, V] that turns hidden states into logits: the embedding's transpose if tied."""
     head_DV = params["embedding"].T if config.tied else params["head"]
-    return rounded_weight(head_DV, 1) if "head" in parts_of(config.quantization) else head_DV
+    return weight_of(config.quantization, "head", head_DV)
 
 
 def logits(params: Params, config: ModelConfig, hidden_BTD: jax.Array) -> jax.Array:

@@ -17,16 +17,21 @@ from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.model.quantization import (
     PARTS,
+    factor_of,
     integers,
     parts_of,
-    rounded_table,
-    rounded_tokens,
-    rounded_weight,
+    table_of,
+    weight_of,
 )
 
 PLAIN = ModelConfig(64, 32, (Stack(2, 4, 2, 48),), head_dim=8, max_length=32, init_std=0.3)
 LS = dataclasses.replace(PLAIN, stacks=(Stack(2, 4, 2, 48, repeats=2),))
 UNTIED = dataclasses.replace(PLAIN, tied=False, mlp="relu")
+
+
+rounded_weight = functools.partial(weight_of, "w8a8", "blocks")
+rounded_tokens = functools.partial(factor_of, "w8a8", "blocks")
+rounded_table = functools.partial(table_of, "w8a8")
 
 
 def eight_bit(model, quantization="w8a8"):
