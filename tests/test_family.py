@@ -88,7 +88,7 @@ def test_the_frontier_is_what_nothing_beats():
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"to": ["onnx"]}, "choose of checkpoint"),
+        ({"to": ["safetensors"]}, "choose of checkpoint"),
         ({"runs": ["nowhere"]}, "config.json is missing"),
     ],
 )
