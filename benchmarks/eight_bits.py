@@ -82,10 +82,10 @@ def measured(loaded: LoadedModel, rows: np.ndarray) -> Iterator[tuple[str, np.nd
         yield name, by_us(loaded, rows, dtype, quantization), 0
     if importlib.util.find_spec("llama_cpp") is None:
         return
+    leaves = flat(jax.device_get(loaded.params))
     with tempfile.TemporaryDirectory() as folder:
         for quantization in FILES:
             path = Path(folder) / f"{quantization}.gguf"
-            leaves = flat(jax.device_get(loaded.params))
             export(leaves, loaded.model, loaded.tokenizer, path, quantization)
             yield f"GGUF {quantization}", by_llama_cpp(path, rows), path.stat().st_size
 
@@ -98,9 +98,8 @@ def main(_: list[str]) -> None:
         loaded = load_model(checkpoint)
         splits = open_split(plan, "heldout", args.row_length, loaded.model.vocab_size)
         rows = np.concatenate([s.read(np.arange(min(args.rows, len(s)))) for s in splits.values()])
-        rows = rows[
-            rows[:, -1] != loaded.tokenizer.bos_id
-        ]  # the last of a source may end in padding
+        # The last row of a source may end in padding.
+        rows = rows[rows[:, -1] != loaded.tokenizer.bos_id]
         bytes_ = loaded.tokenizer.piece_bytes()[rows[:, 1:]].sum()
         titles += [f"{Path(checkpoint).name}, {parameter_count(loaded.model):,}", "change"]
         found = {}

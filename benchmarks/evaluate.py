@@ -13,8 +13,6 @@ most likely token there, by how much, and whether that is a near tie.
 import dataclasses
 import gzip
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
+from benchmarks.children import told
 from benchmarks.step import network
 from mobilellm_jax.tables import aligned
 
@@ -144,16 +143,8 @@ def main(_: list[str]) -> None:
         export(Path(folder))
         both = {}
         for way in WAYS:
-            command = [sys.executable, "-m", "benchmarks.evaluate", f"--way={way}"]
-            command += [f"--folder={folder}", f"--data={data}", f"--limit={args.limit}"]
-            done = subprocess.run(
-                [*command, f"--rows={args.rows}"],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-                cwd=Path(__file__).parent.parent,
-            )
-            both[way] = json.loads(done.stdout.splitlines()[-1])
+            given = f"--folder={folder}", f"--data={data}", f"--limit={args.limit}"
+            both[way] = told("benchmarks.evaluate", f"--way={way}", *given, f"--rows={args.rows}")
     a, b = both.values()
     lines = [["task", "requests", "largest difference", "greedy", "acc", "acc_norm", "seconds"]]
     lines[0] += ["theirs", "theirs / ours"]

@@ -12,8 +12,6 @@ it held before it began to score.
 import importlib.util
 import json
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
+from benchmarks.children import told
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.tables import aligned
 
@@ -172,8 +171,7 @@ def main(_: list[str]) -> None:
         for samples in map(int, args.counts):
             both = []
             for way in WAYS:
-                command = [sys.executable, "-m", "benchmarks.influence", f"--way={way}"]
-                command += [f"--folder={folder}", f"--samples={samples}"]
+                given = [f"--way={way}", f"--folder={folder}", f"--samples={samples}"]
                 names = (
                     "network",
                     "probes",
@@ -184,15 +182,8 @@ def main(_: list[str]) -> None:
                     "layers",
                     "datainf",
                 )
-                command += [f"--{name}={getattr(args, name)}" for name in names]
-                done = subprocess.run(
-                    command,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    check=True,
-                    cwd=Path(__file__).parent.parent,
-                )
-                both.append(json.loads(done.stdout.splitlines()[-1]))
+                given += [f"--{name}={getattr(args, name)}" for name in names]
+                both.append(told("benchmarks.influence", *given))
             one, other = (np.array(found["benefits"]) for found in both)
             speeds = [samples / found["seconds"] for found in both]
             cells = [str(samples), *(f"{speed:.1f}" for speed in speeds)]

@@ -17,8 +17,6 @@ import importlib.util
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
+from benchmarks.children import told
 from benchmarks.convert import memory
 from benchmarks.step import network
 from mobilellm_jax.model.config import ModelConfig, flops_per_token
@@ -251,10 +250,8 @@ def copied() -> float:
 
 def in_a_process(args: Any, runtime: str, path: Path) -> dict[str, float]:
     """`measured`, by a process of its own."""
-    child = [sys.executable, "-m", "benchmarks.on_device", f"--runtime={runtime}", f"--path={path}"]
-    child += [f"--{key}={getattr(args, key)}" for key in ("prompt", "tokens", "threads")]
-    ended = subprocess.run(child, stdout=subprocess.PIPE, check=True)
-    return json.loads(ended.stdout.splitlines()[-1])
+    given = [f"--{key}={getattr(args, key)}" for key in ("prompt", "tokens", "threads")]
+    return told("benchmarks.on_device", f"--runtime={runtime}", f"--path={path}", *given)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ from unittest import mock
 import jax
 from absl import app, flags
 
+from benchmarks.children import told
 from benchmarks.convert import memory
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.leaves import flat
@@ -90,11 +90,8 @@ def measured(settings: dict[str, Any]) -> dict[str, Any]:
 
 def in_a_process(settings: dict[str, Any]) -> dict[str, Any]:
     """`measured`, by a process of its own."""
-    child = [sys.executable, "-m", "benchmarks.prune_speed", f"--plan={settings['plan']}"]
-    ended = subprocess.run(
-        [*child, f"--child={json.dumps(settings)}"], stdout=subprocess.PIPE, check=True
-    )
-    return json.loads(ended.stdout.splitlines()[-1])
+    given = f"--plan={settings['plan']}", f"--child={json.dumps(settings)}"
+    return told("benchmarks.prune_speed", *given)
 
 
 def main(_: list[str]) -> None:

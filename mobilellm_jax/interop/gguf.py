@@ -43,6 +43,7 @@ from mobilellm_jax.interop.layout import (
     Family,
     Kind,
     Row,
+    by_leaf,
     entries,
     obstacles,
 )
@@ -227,9 +228,7 @@ def _tensors(model: ModelConfig, architecture: str, quantization: str) -> Iterat
     Raises:
       UserError: the architecture cannot express the network; a row cannot be cut into blocks.
     """
-    found = entries(model, ARCHITECTURES[architecture])
-    paths = list(dict.fromkeys(entry.path for entry in found))
-    for entry in sorted(found, key=lambda entry: paths.index(entry.path)):
+    for entry in by_leaf(entries(model, ARCHITECTURES[architecture])):
         shape = entry.foreign_shape
         kind = quantization.upper() if len(shape) > 1 else "F32"
         if kind == "Q4_0" and entry.path == ("embedding" if model.tied else "head"):

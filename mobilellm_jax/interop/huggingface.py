@@ -12,7 +12,6 @@ has it, which transformers and vLLM load: integers, and beside them the scales o
 """
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Callable, Mapping
 from importlib import resources
@@ -26,7 +25,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import new_folder
 from mobilellm_jax.interop import hf_config, safetensors_files
 from mobilellm_jax.interop.hf_tokenizer import write_tokenizer
-from mobilellm_jax.interop.layout import Entry, default_family, entries
+from mobilellm_jax.interop.layout import Entry, by_leaf, default_family, entries
 from mobilellm_jax.interop.model_card import model_card
 from mobilellm_jax.leaves import DTYPES, Leaf, Leaves, Whole
 from mobilellm_jax.model.config import ModelConfig
@@ -106,13 +105,10 @@ def tensors(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
-    by_path: dict[str | None, list[Entry]] = {}
-    for entry in entries(model, family):
-        by_path.setdefault(entry.path, []).append(entry)
     whole = Whole(leaves)
     eight_bit = parts_of(model.quantization)
     found: dict[str, Leaf] = {}
-    for entry in itertools.chain.from_iterable(by_path.values()):
+    for entry in by_leaf(entries(model, family)):
         kept = DTYPES[dtype] if dtype else entry.dtype(leaves)
         tensor = ExportedTensor(entry, whole, kept)
         if _part(entry) in eight_bit:

@@ -266,6 +266,12 @@ def entries(model: ModelConfig, family: str | Family) -> list[Entry]:
     return [top[0], *itertools.chain.from_iterable(blocks.values()), *top[1:]]
 
 
+def by_leaf(found: list[Entry]) -> list[Entry]:
+    """The same leaf by leaf: who takes their tensors in this order reads each leaf of a checkpoint once."""
+    paths = list(dict.fromkeys(entry.path for entry in found))
+    return sorted(found, key=lambda entry: paths.index(entry.path))
+
+
 @functools.lru_cache
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flat(transformer.shapes(model)).items()}

@@ -15,6 +15,7 @@ MatMulNBits, which multiplies integers. These hold 32 weights of a row, as integ
 scale, as GGUF's types of these names do; with `q4_0` embedding and head stay at 8 bits.
 """
 
+import dataclasses
 from types import ModuleType
 from typing import Any
 
@@ -29,19 +30,20 @@ from mobilellm_jax.interop.hf_tokenizer import write_tokenizer
 from mobilellm_jax.interop.huggingface import ExportedTensor, check_vocabulary, write_json
 from mobilellm_jax.interop.integer_blocks import BlockScales, BlocksTensor
 from mobilellm_jax.interop.layout import (
+    FAMILIES,
     HEADS_BIAS,
     VECTOR,
     Constant,
-    Family,
     Kind,
     Row,
+    by_leaf,
     default_family,
     entries,
 )
 from mobilellm_jax.interop.onnx_graph import graph_text, parsed
 from mobilellm_jax.leaves import Leaf, Leaves, Whole
 from mobilellm_jax.model.attention import rope_frequencies
-from mobilellm_jax.model.config import MLPS, QK_NORMS, ModelConfig
+from mobilellm_jax.model.config import ModelConfig
 
 GRAPH, DATA = "onnx/model.onnx", "onnx/model.onnx_data"
 _PAGE = 4096  # bytes: weights begin at a multiple of it, so that they can be mapped into memory
@@ -73,17 +75,14 @@ _BLOCK: tuple[Row, ...] = (
     ("down_bias", "mlp/down_bias", VECTOR),
 )
 _ONES = Constant(1.0, "H", lambda model: model.qk_norm == "unit")
-FAMILY = Family(
-    "ONNX",
-    _TOP,
-    _BLOCK,
-    "stack_{i}.{l}.",
-    uniform=False,
-    rope=(True, False),
-    mlps=MLPS,
-    qk_norms=QK_NORMS,
-    qkv_bias=(True, False),
-    out_bias=(True, False),
+FAMILY = dataclasses.replace(
+    FAMILIES["hf_shared"],  # whose networks it can express as well, but for these
+    name="ONNX",
+    top=_TOP,
+    block=_BLOCK,
+    blocks="stack_{i}.{l}.",
+    ls_kvs=("fresh",),
+    eight_bit=(),
     constants={"attention/query_norm/scale": _ONES, "attention/key_norm/scale": _ONES},
 )
 
@@ -159,9 +158,7 @@ def _weights(leaves: Leaves, model: ModelConfig, bits: int) -> dict[str, Leaf]:
     """All tensors of the file by name, leaf by leaf; the angles of RoPE are two of them."""
     whole, float32 = Whole(leaves), np.dtype(np.float32)
     found: dict[str, Leaf] = {}
-    of_file = entries(model, FAMILY)
-    paths = list(dict.fromkeys(entry.path for entry in of_file))
-    for entry in sorted(of_file, key=lambda entry: paths.index(entry.path)):
+    for entry in by_leaf(entries(model, FAMILY)):
         tensor = ExportedTensor(entry, whole, float32)
         if bits and len(tensor.shape) > 1:
             own = TABLE_BITS if entry.path in ("embedding", "head") else bits

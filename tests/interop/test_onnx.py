@@ -1,20 +1,17 @@
 """A network as an ONNX graph: onnxruntime computes with it what we do, with and without a cache."""
 
 import dataclasses
-import functools
 import json
 
-import jax
 import numpy as np
 import pytest
 import runs
 import tiny
-from weights import NETWORKS, SMALL, changed, random_leaves, random_tokens
+from weights import NETWORKS, SMALL, changed, logits, random_leaves, random_tokens
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.interop.onnx import DATA, GRAPH, export
 from mobilellm_jax.leaves import nested
-from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import Stack, parameter_count
 from mobilellm_jax.training.checkpoint import write_model
 
@@ -37,12 +34,7 @@ def exported(model, out):
 
 
 def ours(model, leaves, tokens_BT):
-    return np.asarray(_logits(nested(leaves), tokens_BT, model=model))
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _logits(params, tokens_BT, *, model):
-    return transformer.logits(params, model, transformer.apply(params, model, tokens_BT))
+    return np.asarray(logits(nested(leaves), model, tokens_BT))
 
 
 class Theirs:
