@@ -14,7 +14,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help run recipe ladder distillation pruning mixing-demo test test-slow lint format bench clean
+.PHONY: help run recipe ladder distillation pruning mixing-demo test test-slow test-executorch lint format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -75,6 +75,9 @@ test: $(VENV)/.installed-test ## the tests, in minutes
 test-slow: $(VENV)/.installed-test ## the long tests as well: whole runs, kills, full sizes
 	$(BIN)/python -m pytest -m "slow or not slow"  # one by one: some measure time and memory
 
+test-executorch: $(VENV)-executorch/.installed ## compile and run programs for phones, in an environment of its own
+	$(VENV)-executorch/bin/python -m pytest -m "slow or not slow" tests/interop/test_executorch.py
+
 lint: $(VENV)/.installed-test ## style, types and formatting, changing nothing
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
@@ -86,7 +89,7 @@ bench: $(VENV)/.installed ## speed of the stream, and time and quality of `make 
 	$(BIN)/python -m benchmarks.smoke
 
 clean: ## remove the environment, the prepared data and the run that `make run` made
-	rm -rf $(VENV) $(DATA) $(RUN) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-executorch $(DATA) $(RUN) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 $(VENV)/.installed: setup.cfg constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -97,4 +100,12 @@ $(VENV)/.installed: setup.cfg constraints.txt
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,gguf,onnx,eval,quantization,dev]'
+	touch $@
+
+# Of its own, because executorch and lm-eval need different versions of antlr4.
+$(VENV)-executorch/.installed: setup.cfg constraints.txt
+	test -x $(VENV)-executorch/bin/python || $(PYTHON) -m venv $(VENV)-executorch
+	grep -v antlr4 constraints.txt > $(VENV)-executorch/constraints.txt
+	$(VENV)-executorch/bin/python -m pip install --quiet --constraint $(VENV)-executorch/constraints.txt \
+	  --editable '.[executorch,quantization]' $(TORCH) pytest
 	touch $@

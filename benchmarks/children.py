@@ -1,8 +1,9 @@
-"""Measurements in processes of their own, so that none inherits memory, caches or threads of another."""
+"""What benchmarks share: measurements in processes of their own, that inherit nothing, and sizes of files."""
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -15,3 +16,9 @@ def told(module: str, *arguments: str) -> Any:
     command = [sys.executable, "-m", module, *arguments]
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(ended.stdout.splitlines()[-1])
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())

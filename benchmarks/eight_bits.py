@@ -4,8 +4,8 @@ r"""What 8 bits cost (MobileLLM, table 15): bits per byte of one text under ever
 
 Each network reads the first rows of the held-out part of each source, a row as one document (as
 runtimes without documents in rows do): in float32, in bfloat16, and as `--quantize=w8a8` rounds it, all
-of it and some parts. Where llama-cpp-python is installed, llama.cpp reads the same rows from GGUF files of
-f16, q8_0 and q4_0, whose sizes stand beside. Changes are in % of the bits per byte in bfloat16.
+of it and some parts. Those of llama-cpp-python, onnxruntime and executorch that are installed read the
+same rows from files, whose sizes stand beside. Changes are in % of the bits per byte in bfloat16.
 """
 
 import dataclasses
@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from benchmarks.children import size_of
 from mobilellm_jax.data.opening import open_split
 from mobilellm_jax.data.plan import Plan
-from mobilellm_jax.interop.gguf import export
+from mobilellm_jax.interop import executorch, gguf, onnx
 from mobilellm_jax.interop.stored import load_model
 from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
@@ -40,7 +41,6 @@ OURS = (  # name, dtype, quantization
     ("w8a8:blocks+head", "float32", "w8a8:blocks+head"),
     ("w8a8", "float32", "w8a8"),
 )
-FILES = ("f16", "q8_0", "q4_0")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "execution"))
@@ -76,18 +76,65 @@ def by_llama_cpp(path: Path, rows: np.ndarray) -> np.ndarray:
     return np.array(found)
 
 
+def by_onnxruntime(folder: Path, rows: np.ndarray) -> np.ndarray:
+    """Losses [B, T] in nats."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / onnx.GRAPH)
+    empty = {
+        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
+        for i in session.get_inputs()
+        if i.name.startswith("past")
+    }
+    places_1T = np.arange(rows.shape[1] - 1)[None]
+    found = []
+    for row in rows:
+        given = {"input_ids": row[None, :-1].astype(np.int64), "position_ids": places_1T}
+        given |= {"attention_mask": np.ones_like(places_1T)} | empty
+        log_TV = jax.nn.log_softmax(session.run(["logits"], given)[0][0])
+        found.append(-np.take_along_axis(np.asarray(log_TV), row[1:, None], -1)[:, 0])
+    return np.array(found)
+
+
+def by_executorch(folder: Path, rows: np.ndarray) -> np.ndarray:
+    """Losses [B, T] in nats, token by token."""
+    import torch
+    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
+    from executorch.runtime import Runtime
+
+    forward = Runtime.get().load_program(folder / executorch.PROGRAM).load_method("forward")
+    found = []
+    for row in rows:
+        logits_TV = [
+            forward.execute((torch.tensor([[token]]), torch.tensor([at])))[0][0].clone()
+            for at, token in enumerate(row[:-1].tolist())
+        ]
+        log_TV = torch.stack(logits_TV).log_softmax(-1).numpy()
+        found.append(-np.take_along_axis(log_TV, row[1:, None].astype(np.int64), -1)[:, 0])
+    return np.array(found)
+
+
+# Name, package, what writes the file, its quantizations, what reads it.
+RUNTIMES = (
+    ("GGUF", "llama_cpp", gguf.export, ("f16", "q8_0", "q4_0"), by_llama_cpp),
+    ("ONNX", "onnxruntime", onnx.export, ("q8_0", "q4_0"), by_onnxruntime),
+    ("ExecuTorch", "executorch", executorch.export, ("f16", "8da8w", "8da4w-32"), by_executorch),
+)
+
+
 def measured(loaded: LoadedModel, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray, int]]:
     """Each arithmetic, its losses, and the bytes of its file (0: none)."""
     for name, dtype, quantization in OURS:
         yield name, by_us(loaded, rows, dtype, quantization), 0
-    if importlib.util.find_spec("llama_cpp") is None:
-        return
     leaves = flat(jax.device_get(loaded.params))
-    with tempfile.TemporaryDirectory() as folder:
-        for quantization in FILES:
-            path = Path(folder) / f"{quantization}.gguf"
-            export(leaves, loaded.model, loaded.tokenizer, path, quantization)
-            yield f"GGUF {quantization}", by_llama_cpp(path, rows), path.stat().st_size
+    for name, package, export, quantizations, read in RUNTIMES:
+        if importlib.util.find_spec(package) is None:
+            continue
+        for quantization in quantizations:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "file"
+                export(leaves, loaded.model, loaded.tokenizer, path, quantization)
+                yield f"{name} {quantization}", read(path, rows), size_of(path)
 
 
 def main(_: list[str]) -> None:

@@ -5,14 +5,19 @@ r"""The latency table (MobileLLM, table 7): what each runtime needs to load a ne
 
 Networks of random weights and the vocabulary of 32,000: 125M, LS-125M (its 30 blocks applied twice) and 60
 blocks of their own. Runtimes are our decoder (`jax`) and, where they are installed, onnxruntime (`onnx-`
-f32, q8_0, q4_0) and llama.cpp (`gguf-` f16, q8_0, q4_0), in processes of their own, in turns; medians
-over rounds. *Load* is from a file to a network that is ready; *first* the time to the first token behind a
-prompt of --prompt tokens, *token* that of each further one. Memory is by how much the process grew at
-most from before the load on. Predicted are the bytes of weights that the passes of all blocks and the
-head read for a token, and two operations for each weight; beside them what the token's time makes
-of that.
+f32, q8_0, q4_0), ExecuTorch (`executorch-` f32, f16, 8da8w, 8da4w-32, 8da4w-64, minutes to compile) and
+llama.cpp (`gguf-` f16, q8_0, q4_0), in processes of their own, in turns; medians over rounds. With --files
+they are kept there, and taken from there. *Load* is from a file to a network that is ready, *first*
+the time to the first token behind a prompt of --prompt tokens, *token* that of each further one. Memory is
+by how much the process grew at most from before the load on. Predicted are the bytes of weights that the
+passes of all blocks and the head read for a token, and two operations for each weight; beside them what
+the token's time makes of that.
+
+The second table is of one pass of a block. 60 blocks make 30 passes more than 125M, each with weights of its
+own, and LS-125M 30 more over weights that were just read: by the difference of a token's times.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -26,7 +31,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
-from benchmarks.children import told
+from benchmarks.children import size_of, told
 from benchmarks.convert import memory
 from benchmarks.step import network
 from mobilellm_jax.model.config import ModelConfig, flops_per_token
@@ -34,9 +39,14 @@ from mobilellm_jax.tables import markdown_table
 
 NETWORKS = ("125m", "ls-125m", "60-layers")
 RUNTIMES = ("jax", *(f"onnx-{q}" for q in ("f32", "q8_0", "q4_0")))
+RUNTIMES += tuple(f"executorch-{q}" for q in ("f32", "8da8w", "8da4w-32"))
 RUNTIMES += tuple(f"gguf-{q}" for q in ("f16", "q8_0", "q4_0"))
+# Of a weight in a block; the scales of groups are float16, or bfloat16.
 BITS = {"jax": 32, "f32": 32, "f16": 16, "q8_0": 8.5, "q4_0": 4.5}
-PACKAGES = {"onnx": "onnxruntime", "gguf": "llama_cpp"}
+BITS |= {"8da8w": 8, "8da4w-32": 4.5, "8da4w-64": 4.25}
+TABLE_BITS = {"q4_0": 8.5, "8da4w-32": 8, "8da4w-64": 8}  # of the head, where it differs
+PACKAGES = {"onnx": "onnxruntime", "gguf": "llama_cpp", "executorch": "executorch"}
+PASSES = "runtime|MB a pass|MFLOP|own weights, ms|GB/s|GFLOP/s|same weights, ms|/ own"
 HEADER = (
     "network|runtime|file, MB|load, s|first, ms|token, ms|/ 125m|grown, MB|MB a token|GB/s|GFLOP/s"
 )
@@ -119,6 +129,34 @@ def by_onnx(path: Path, prompt: np.ndarray, count: int, threads: int) -> dict[st
     return _timed(load, prompt, count)
 
 
+def by_executorch(path: Path, prompt: np.ndarray, count: int, threads: int) -> dict[str, float]:
+    import torch
+    from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
+    from executorch.extension.pybindings import portable_lib
+    from executorch.runtime import Runtime
+
+    from mobilellm_jax.interop.executorch import PROGRAM
+
+    torch.set_num_threads(threads)
+    portable_lib._unsafe_reset_threadpool(threads)
+
+    def load() -> Reader:
+        program = Runtime.get().load_program(path / PROGRAM)
+        forward = program.load_method("forward")
+        state = {"program": program, "at": 0}
+
+        def read(tokens_T: np.ndarray) -> np.ndarray:
+            at = 0 if len(tokens_T) > 1 else state["at"]
+            state["at"] = at + len(tokens_T)
+            return forward.execute((torch.from_numpy(tokens_T)[None], torch.tensor([at])))[
+                0
+            ].numpy()
+
+        return read
+
+    return _timed(load, prompt, count)
+
+
 def by_gguf(path: Path, prompt: np.ndarray, count: int, threads: int) -> dict[str, float]:
     import llama_cpp
 
@@ -156,16 +194,16 @@ def measured(args: Any) -> dict[str, float]:
     kind, path = args.runtime.partition("-")[0], Path(args.path)
     if kind == "jax":
         return by_jax(path, prompt, args.tokens)
-    ways = {"onnx": by_onnx, "gguf": by_gguf}
+    ways = {"onnx": by_onnx, "gguf": by_gguf, "executorch": by_executorch}
     return ways[kind](path, prompt, args.tokens, args.threads)
 
 
 def write(name: str, runtimes: list[str], folder: Path) -> dict[str, Path]:
-    """A network with random weights in the files of the runtimes."""
+    """A network with random weights in the files of the runtimes, but for those that are there."""
     import jax
 
     from mobilellm_jax.data.sentencepiece_tokenizer import train_tokenizer
-    from mobilellm_jax.interop import gguf, onnx
+    from mobilellm_jax.interop import executorch, gguf, onnx
     from mobilellm_jax.leaves import flat
     from mobilellm_jax.model import transformer
     from mobilellm_jax.training.checkpoint import write_model
@@ -177,10 +215,16 @@ def write(name: str, runtimes: list[str], folder: Path) -> dict[str, Path]:
     for runtime in runtimes:
         kind, _, quantization = runtime.partition("-")
         path = paths[runtime] = folder / f"{name}-{runtime}{'.gguf' * (kind == 'gguf')}"
+        if path.exists():
+            continue
         if kind == "jax":
             write_model(leaves, model, tokenizer, {}, path)
         elif kind == "onnx":
             onnx.export(leaves, model, tokenizer, path, quantization)
+        elif kind == "executorch":
+            executorch.export(
+                leaves, model, tokenizer, path, quantization, min(1024, model.max_length)
+            )
         else:
             gguf.export(leaves, model, tokenizer, path, quantization)
     return paths
@@ -188,14 +232,29 @@ def write(name: str, runtimes: list[str], folder: Path) -> dict[str, Path]:
 
 def read_for_a_token(model: ModelConfig, runtime: str) -> tuple[float, float]:
     """Bytes of weights and FLOPs, predicted."""
-    weights = flops_per_token(model, 0) / 6
-    return weights * BITS[runtime.rpartition("-")[2]] / 8, 2 * weights
+    quantization = runtime.partition("-")[2] or runtime
+    head, bits = model.vocab_size * model.width, BITS[quantization]
+    blocks = flops_per_token(model, 0) / 6 - head
+    bytes_ = (blocks * bits + head * TABLE_BITS.get(quantization, bits)) / 8
+    return bytes_, 2 * (blocks + head)
 
 
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
+def of_a_pass(runtime: str, tokens: dict[tuple[str, str], float]) -> list[str]:
+    """A line of the second table: what a block's pass reads and computes, and by what a token is longer."""
+    plain, shared, deep = (network(name) for name in NETWORKS)
+    passes = deep.depth - plain.depth
+    assert passes == shared.depth - plain.depth
+    (more, flops_more), (less, flops_less) = (read_for_a_token(m, runtime) for m in (deep, plain))
+    bytes_, flops = (more - less) / passes, (flops_more - flops_less) / passes
+    own, same = (
+        (tokens[name, runtime] - tokens["125m", runtime]) / passes
+        for name in ("60-layers", "ls-125m")
+    )
+    return (
+        [runtime, f"{bytes_ / 1e6:.2f}", f"{flops / 1e6:.1f}", f"{1e3 * own:.2f}"]
+        + [f"{bytes_ / own / 1e9:.1f}", f"{flops / own / 1e9:.0f}"]
+        + [f"{1e3 * same:.2f}", f"{same / own:.2f}"]
+    )
 
 
 def main(_: list[str]) -> None:
@@ -210,7 +269,9 @@ def main(_: list[str]) -> None:
         if importlib.util.find_spec(PACKAGES.get(runtime.partition("-")[0], "jax"))
     ]
     lines, tokens = [HEADER.split("|")], {}
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+        folder = args.files or stack.enter_context(tempfile.TemporaryDirectory())
+        Path(folder).mkdir(parents=True, exist_ok=True)
         paths = {name: write(name, runtimes, Path(folder)) for name in args.networks}
         found: dict[tuple[str, str], list[dict[str, float]]] = {}
         for _round in range(args.rounds):
@@ -230,6 +291,9 @@ def main(_: list[str]) -> None:
                 + [f"{bytes_ / one['token'] / 1e9:.1f}", f"{flops / one['token'] / 1e9:.0f}"]
             )
     print(markdown_table(lines, "<<" + ">" * (len(lines[0]) - 2)))
+    if set(NETWORKS) <= set(args.networks):
+        passes = [of_a_pass(runtime, tokens) for runtime in runtimes]
+        print("\n" + markdown_table([PASSES.split("|"), *passes], "<" + ">" * 7))
     print(
         f"\n{args.threads} threads of {os.cpu_count()}; this machine copies {copied():.1f} GB/s\n"
     )
@@ -260,7 +324,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rounds", 3, "Each runtime and network once in each.", 1)
     flags.DEFINE_integer("prompt", 32, "Tokens of the prompt.", 2)
     flags.DEFINE_integer("tokens", 64, "Drawn behind it.", 1)
-    flags.DEFINE_integer("threads", 2, "Of onnxruntime and llama.cpp.", 1)
+    flags.DEFINE_integer("threads", 2, "Of onnxruntime, ExecuTorch and llama.cpp.", 1)
+    flags.DEFINE_string("files", "", "Folder to keep the files in.")
     flags.DEFINE_string("runtime", "", "Measure this one here.")
     flags.DEFINE_string("path", "", "Where --runtime finds the network.")
     app.run(main)

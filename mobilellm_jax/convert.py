@@ -15,6 +15,8 @@ MobileLLM); --from says which of them it must be. --to is one of
                 of different widths keep them (architecture deci), unless --architecture names one that
                 has one width for all and more readers (llama): then they are filled up with zeros
     onnx        a folder for onnxruntime: a graph with a cache of keys and values, shared blocks once
+    web         a folder with a page that chats without a network, in the browser of a phone; needs npm
+    executorch  a folder for phones: a program for ExecuTorch's runners, shared blocks once
     torch       a folder for the code published with MobileLLM
 
 Weights keep the dtype they are stored in unless --dtype names another. With --quantize=w8a8 (or parts of
@@ -32,7 +34,16 @@ from etils import epath
 from mobilellm_jax import cli
 from mobilellm_jax.data.embedded import topics
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.interop import gguf, huggingface, inspection, official_torch, onnx, stored
+from mobilellm_jax.interop import (
+    executorch,
+    gguf,
+    huggingface,
+    inspection,
+    official_torch,
+    onnx,
+    stored,
+    web,
+)
 from mobilellm_jax.interop.padding import padded, widest
 from mobilellm_jax.interop.perplexity import perplexity
 from mobilellm_jax.interop.stored import StoredModel
@@ -42,12 +53,22 @@ from mobilellm_jax.model.quantization import parts_of
 
 SAMPLE = 30_000  # characters of Python's help topics: four windows, minutes for 125M on a CPU
 
-FORMATS = ("checkpoint", "hf", "hf-shared", "gguf", "onnx", "torch")
+FORMATS = ("checkpoint", "hf", "hf-shared", "gguf", "onnx", "web", "executorch", "torch")
 
 _HF = """from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{out}"{more})
 tokenizer = AutoTokenizer.from_pretrained("{out}")"""
-QUANTIZED = ("gguf", "onnx")  # whose matrices have types of their own
+_EXECUTORCH = """from executorch.extension.llm.custom_ops import custom_ops  # operators of the program
+from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+runner = TextLLMRunner("{out}/model.pte", "{out}/tokenizer.json")
+runner.generate("Once upon a time", GenerationConfig(num_bos=1))"""
+# Formats whose matrices have types of their own, the first where none is named.
+QUANTIZED = {
+    "gguf": ("f16", *(q for q in gguf.QUANTIZATIONS if q != "f16")),
+    "onnx": tuple(onnx.QUANTIZATIONS),
+    "web": web.QUANTIZATIONS,
+    "executorch": executorch.QUANTIZATIONS,
+}
 
 LOADS = {  # what to type to use what was written
     "checkpoint": 'import mobilellm_jax\nmodel, params, tokenizer = mobilellm_jax.load("{out}")',
@@ -55,6 +76,8 @@ LOADS = {  # what to type to use what was written
     "hf-shared": _HF.replace("{more}", ", trust_remote_code=True"),
     "gguf": 'llama-cli -m {out} -p "Once upon a time"',
     "onnx": 'import onnxruntime\nsession = onnxruntime.InferenceSession("{out}/onnx/model.onnx")',
+    "web": "python -m http.server --directory {out}  # and http://localhost:8000 in a browser",
+    "executorch": _EXECUTORCH,
     "torch": "bash eval.sh  # of the MobileLLM repository, with {out} as its input model",
 }
 
@@ -67,6 +90,7 @@ def convert(
     dtype: str | None = None,
     architecture: str | None = None,
     quantization: str | None = None,
+    cache_length: int | None = None,
 ) -> None:
     """Writes a network in another format and prints what was written and how to load it.
 
@@ -74,10 +98,11 @@ def convert(
       source: the network.
       to: one of `FORMATS`.
       out: the folder (for gguf the file) to make; a folder may exist if it is empty.
-      dtype: of the weights, one of `leaves.DTYPES`; None keeps that of the source. Not for gguf and onnx.
+      dtype: of the weights, one of `leaves.DTYPES`; None keeps that of the source. Not for those of
+        `QUANTIZED`.
       architecture: for hf and gguf, the one to write where there is a choice; None chooses.
-      quantization: for gguf and onnx, of the matrices (see `gguf.QUANTIZATIONS` and
-        `onnx.QUANTIZATIONS`); None: f16 for gguf, f32 for onnx.
+      quantization: for those of `QUANTIZED`, of the matrices; None: the first there.
+      cache_length: for executorch, tokens that the cache has room for; None: the network's `max_length`.
 
     Raises:
       UserError: the format cannot express the network or its tokenizer, or something is in the way.
@@ -86,7 +111,15 @@ def convert(
         raise UserError(f"--dtype={dtype} is not for {to}, which has --quantization: leave it out.")
     if quantization is not None and to not in QUANTIZED:
         raise UserError(
-            f"--quantization={quantization} is for {' and '.join(QUANTIZED)}, not for {to}: leave it out."
+            f"--quantization={quantization} is for {', '.join(QUANTIZED)}, not for {to}: leave it out."
+        )
+    if to in QUANTIZED and quantization not in (None, *QUANTIZED[to]):
+        raise UserError(
+            f"--quantization={quantization} is not one of {', '.join(QUANTIZED[to])}, which {to} has."
+        )
+    if cache_length is not None and to != "executorch":
+        raise UserError(
+            f"--cache_length={cache_length} is for executorch; the cache of {to} grows: leave it out."
         )
     leaves, model = source.leaves, source.model
     if widest(model) != model and _one_width(to, model, architecture):
@@ -97,13 +130,19 @@ def convert(
             f"with zeros, {there:,} parameters are {here:,}; hf-shared keeps their own."
         )
     arguments = leaves, model, source.needed_tokenizer, out
+    kind = quantization or QUANTIZED.get(to, ("",))[0]
     if to == "checkpoint":
         stored.write_checkpoint(source, out, dtype)
     elif to == "gguf":
-        for note in gguf.export(*arguments, quantization or "f16", architecture=architecture):
+        for note in gguf.export(*arguments, kind, architecture=architecture):
             print(f"note: {note}")
     elif to == "onnx":
-        onnx.export(*arguments, quantization or "f32")
+        onnx.export(*arguments, kind)
+    elif to == "web":
+        web.export(*arguments, kind)
+    elif to == "executorch":
+        print(f"compiling {model.depth} applications of blocks, seconds for each ...", flush=True)
+        executorch.export(*arguments, kind, cache_length)
     elif to == "torch":
         official_torch.export(*arguments, dtype)
     else:
@@ -196,6 +235,7 @@ def main() -> None:
         dtype=args.dtype,
         architecture=args.architecture,
         quantization=args.quantization,
+        cache_length=args.cache_length,
     )
 
 
@@ -216,8 +256,16 @@ if __name__ == "__main__":
     flags.DEFINE_enum(
         "quantization",
         None,
-        gguf.QUANTIZATIONS,
-        "For gguf (by default f16) and onnx (f32, q8_0 or q4_0; by default f32): of the matrices.",
+        sorted({kind for kinds in QUANTIZED.values() for kind in kinds}),
+        "Of the matrices; by default the first of "
+        + "; of ".join(f"{to}'s {', '.join(kinds)}" for to, kinds in QUANTIZED.items())
+        + ".",
+    )
+    flags.DEFINE_integer(
+        "cache_length",
+        None,
+        "For executorch: tokens its cache has room for; by default what the network reads.",
+        lower_bound=2,
     )
     flags.DEFINE_string(
         "quantize",

@@ -25,7 +25,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import new_folder
 from mobilellm_jax.interop import hf_config, safetensors_files
 from mobilellm_jax.interop.hf_tokenizer import write_tokenizer
-from mobilellm_jax.interop.layout import Entry, by_leaf, default_family, entries
+from mobilellm_jax.interop.layout import Entry, Family, by_leaf, default_family, entries
 from mobilellm_jax.interop.model_card import model_card
 from mobilellm_jax.leaves import DTYPES, Leaf, Leaves, Whole
 from mobilellm_jax.model.config import ModelConfig
@@ -93,7 +93,7 @@ def export(
 
 
 def tensors(
-    leaves: Leaves, model: ModelConfig, family: str, dtype: str | None = None
+    leaves: Leaves, model: ModelConfig, family: str | Family, dtype: str | None = None
 ) -> dict[str, Leaf]:
     """The tensors of a family's file by name, made when they are asked for.
 

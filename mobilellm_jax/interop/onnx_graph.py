@@ -10,6 +10,8 @@ from mobilellm_jax.model.config import ModelConfig, Stack
 
 OPSET, IR_VERSION = 23, 11
 DOMAIN, RUNTIME = "mobilellm_jax", "com.microsoft"
+# As optimum names them; transformers.js makes an empty cache by these names.
+B, T, P, S = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 
 _MASK = """
 tokens_1 = Shape <start: int = 1> (input_ids)
@@ -43,14 +45,15 @@ def graph_text(model: ModelConfig, weights: Mapping[str, Leaf]) -> Iterator[str]
     applied = [
         (i, stack, layer) for i, stack in enumerate(model.stacks) for layer in stack.applications
     ]
-    inputs = ["int64[B,T] input_ids", "int64[B,S] attention_mask", "int64[B,T] position_ids"]
-    outputs, calls = [f"float[B,T,{model.vocab_size}] logits"], []
+    inputs = [f"int64[{B},{T}] input_ids", f"int64[{B},{S}] attention_mask"]
+    inputs.append(f"int64[{B},{T}] position_ids")
+    outputs, calls = [f"float[{B},{T},{model.vocab_size}] logits"], []
     for d, (i, stack, layer) in enumerate(applied):
         cached = []
         for part in ("key", "value"):
             cached.append(f"past_key_values__{d}__{part}")
-            inputs.append(f"float[B,{stack.kv_heads},P,{model.head_dim}] {cached[-1]}")
-            outputs.append(f"float[B,{stack.kv_heads},S,{model.head_dim}] present__{d}__{part}")
+            inputs.append(f"float[{B},{stack.kv_heads},{P},{model.head_dim}] {cached[-1]}")
+            outputs.append(f"float[{B},{stack.kv_heads},{S},{model.head_dim}] present__{d}__{part}")
         prefix = f"stack_{i}.{layer}."
         handed_over = [
             _wide(name) if isinstance(tensor, BlockScales) else name.replace(".", "__")

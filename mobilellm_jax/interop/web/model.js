@@ -1,0 +1,66 @@
+// The network, through transformers.js and onnxruntime-web: loads, then writes what it is asked for.
+
+import {
+  AutoModelForCausalLM, AutoTokenizer, InterruptableStoppingCriteria, TextStreamer, env,
+} from "./runtime/transformers.min.js";
+
+const tell = (kind, value) => self.postMessage({ kind, value });
+const stopping = new InterruptableStoppingCriteria();
+
+env.allowRemoteModels = false;
+env.allowLocalModels = true;
+env.useBrowserCache = false; // the service worker keeps the files
+env.localModelPath = "./";
+const wasm = env.backends.onnx.wasm;
+wasm.wasmPaths = new URL("./runtime/", self.location).href;
+// More threads than that wait for each other: phones have slow cores beside the fast ones.
+wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
+
+async function load() {
+  const parts = new Map();
+  const progress_callback = ({ status, file, loaded, total }) => {
+    if (status !== "progress" || !total) return;
+    parts.set(file, [loaded, total]);
+    const [have, all] = [...parts.values()].reduce(([a, b], [c, d]) => [a + c, b + d], [0, 0]);
+    tell("progress", { part: have / all, file });
+  };
+  const settings = { dtype: "fp32", device: "wasm", progress_callback }; // the name of the file, not of what is in it
+  const tokenizer = await AutoTokenizer.from_pretrained("model");
+  const template = await fetch("model/chat_template.jinja");
+  if (template.ok) tokenizer.chat_template = await template.text();
+  const model = await AutoModelForCausalLM.from_pretrained("model", settings);
+  tell("ready", wasm.numThreads);
+  return { tokenizer, model };
+}
+
+async function write({ messages, text, chat, temperature, longest }) {
+  const { tokenizer, model } = await loaded;
+  const inputs = chat
+    ? tokenizer.apply_chat_template(messages, { add_generation_prompt: true, return_dict: true })
+    : tokenizer(text);
+  const begin = performance.now();
+  let [tokens, first] = [0, 0];
+  const streamer = new TextStreamer(tokenizer, {
+    skip_prompt: true,
+    skip_special_tokens: true,
+    callback_function: (piece) => tell("piece", piece),
+    token_callback_function: () => {
+      if (!tokens++) first = (performance.now() - begin) / 1000;
+    },
+  });
+  stopping.reset();
+  await model.generate({
+    ...inputs,
+    max_new_tokens: longest,
+    do_sample: temperature > 0,
+    temperature: temperature || 1,
+    streamer,
+    stopping_criteria: stopping,
+  });
+  tell("done", { tokens, first, seconds: (performance.now() - begin) / 1000 });
+}
+
+const report = (error) => tell("failed", error.message ?? String(error));
+self.onmessage = ({ data }) => (data.kind === "stop" ? stopping.interrupt() : write(data).catch(report));
+const loaded = load();
+loaded.catch(report);
