@@ -118,6 +118,7 @@ def test_in_a_browser(tmp_path):
     put(out, "logits.html", LOGITS.replace("TOKENS", str(tokens_T)))
     put(out, "text.html", CHAT.replace("MODE", "text"))
     put(out, "chat.html", CHAT.replace("MODE", "chat"))
+    put(out, "long.html", CHAT.replace("MODE", "text").replace("some text", "some text " * 64))
     with browser.served(out) as site:
         with browser.opened(site, "logits.html", tmp_path / "profile"):
             found = np.array(answer(site)["logits"]).reshape(20, -1)
@@ -139,6 +140,9 @@ def test_in_a_browser(tmp_path):
         assert first["text"].removeprefix("some text").strip() == greedy(prompt).strip()
         assert "12 tokens" in first["speed"] and "tokens/s" in first["speed"]
         assert first["name"] == "Mine" and "f32" in first["about"] and "thread" in first["about"]
+
+        with browser.opened(site, "long.html", tmp_path / "profile"):
+            assert "reads 64 tokens at most" in site.sent.get(timeout=120)["error"]
 
         site.only = ["/chat.html"]  # of its own the page has all that it needs
         with browser.opened(site, "chat.html", tmp_path / "profile"):

@@ -13,7 +13,7 @@ env.useBrowserCache = false; // the service worker keeps the files
 env.localModelPath = "./";
 const wasm = env.backends.onnx.wasm;
 wasm.wasmPaths = new URL("./runtime/", self.location).href;
-// More threads than that wait for each other: phones have slow cores beside the fast ones.
+// Up to four: phones have slow cores beside a few fast ones, for which those would wait.
 wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
 
 async function load() {
@@ -38,6 +38,11 @@ async function write({ messages, text, chat, temperature, longest }) {
   const inputs = chat
     ? tokenizer.apply_chat_template(messages, { add_generation_prompt: true, return_dict: true })
     : tokenizer(text);
+  const room = model.config.max_position_embeddings - inputs.input_ids.dims[1];
+  if (room < 1) {
+    const most = model.config.max_position_embeddings.toLocaleString();
+    throw new Error(`the network reads ${most} tokens at most, and this is more. Begin a new conversation (⚙).`);
+  }
   const begin = performance.now();
   let [tokens, first] = [0, 0];
   const streamer = new TextStreamer(tokenizer, {
@@ -51,7 +56,7 @@ async function write({ messages, text, chat, temperature, longest }) {
   stopping.reset();
   await model.generate({
     ...inputs,
-    max_new_tokens: longest,
+    max_new_tokens: Math.min(longest, room),
     do_sample: temperature > 0,
     temperature: temperature || 1,
     streamer,
