@@ -17,7 +17,8 @@ import tiny
 
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.sweeps import statistics, summary, tuning
+from mobilellm_jax.reporting.history import read_history
+from mobilellm_jax.sweeps import outcomes, statistics, summary, tuning
 from mobilellm_jax.sweeps.description import Line, Sweep, Table, Tuned, load_sweep, seeded_plan
 from mobilellm_jax.sweeps.outcomes import Outcome
 from mobilellm_jax.sweeps.processes import core_shares
@@ -79,6 +80,14 @@ def swept(tmp_path_factory):
     directory = tmp_path_factory.mktemp("swept")
     file, only = sweep_file(directory), "--cells=low|high|broken-s1"
     return file, directory / "out", sweep(file, directory / "out", only, f"--parallel={PARALLEL}")
+
+
+def test_a_network_that_was_cut_has_the_parameters_that_are_left(tmp_path):
+    begun = [{"kind": "start", "step": 0, "parameters": 100}, {"kind": "train", "step": 1}]
+    cuts = [{"kind": "cut", "step": step, "parameters": left} for step, left in ((2, 80), (4, 60))]
+    for records, wanted in ((begun, 100), ([*begun, *cuts], 60)):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        assert outcomes._parameters(read_history(tmp_path)) == wanted
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from etils import epath
 
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.reporting.history import read_history
+from mobilellm_jax.reporting.history import History, read_history
 from mobilellm_jax.sweeps.description import Cell
 from mobilellm_jax.training.checkpoint import FOLDER
 from mobilellm_jax.training.config import FREE, differences
@@ -26,7 +26,7 @@ class Outcome:
     value: float | None  # of what is tuned in the row
     bits_per_byte: float
     bits_per_byte_of: dict[str, float]  # by source
-    parameters: int
+    parameters: int  # of the network that was measured, after all cuts
     flops_per_token: int
     tokens: int  # targets, padding included
     seconds: float  # of training steps, the first one's compilation included, evaluation not
@@ -65,7 +65,7 @@ def read_outcome(cell: Cell, directory: epath.Path) -> Outcome | None:
         value=cell.value,
         bits_per_byte=bits,
         bits_per_byte_of={source: float(values_N[-1]) for source, values_N in of.items()},
-        parameters=start["parameters"],
+        parameters=_parameters(history),
         flops_per_token=start["flops_per_token"],
         tokens=(int(history.train.last("rows")) - cell.config.first_row) * cell.config.row_length,
         seconds=float(history.train.column("step_seconds").sum()),
@@ -73,6 +73,12 @@ def read_outcome(cell: Cell, directory: epath.Path) -> Outcome | None:
         commit=start["commit"],
         plan=start["plan"],
     )
+
+
+def _parameters(history: History) -> int:
+    """What is left after the last cut, or what the run began with."""
+    left = history.cuts.last("parameters")
+    return int(left) if math.isfinite(left) else history.starts[-1]["parameters"]
 
 
 def _is_run_of(cell: Cell, directory: epath.Path) -> bool:
