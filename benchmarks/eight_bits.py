@@ -21,8 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from scipy.special import log_softmax
 
 from benchmarks.children import size_of
+from benchmarks.on_device import empty_cache
 from mobilellm_jax.data.opening import open_split
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.interop import executorch, gguf, onnx
@@ -60,6 +62,12 @@ def by_us(loaded: LoadedModel, rows: np.ndarray, dtype: str, quantization: str) 
     return np.concatenate([np.asarray(part) for part in parts])
 
 
+def of_next(logits_TV: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """Losses [T] in nats of a runtime's logits behind the tokens of a row, [T + 1]."""
+    log_TV = log_softmax(logits_TV.astype(np.float64), axis=-1)
+    return -np.take_along_axis(log_TV, row[1:, None].astype(np.int64), -1)[:, 0]
+
+
 def by_llama_cpp(path: Path, rows: np.ndarray) -> np.ndarray:
     """Losses [B, T] in nats."""
     import llama_cpp
@@ -71,8 +79,7 @@ def by_llama_cpp(path: Path, rows: np.ndarray) -> np.ndarray:
     for row in rows:
         loaded.reset()
         loaded.eval(row[:-1].tolist())
-        log_TV = jax.nn.log_softmax(loaded.scores[: len(row) - 1].astype(np.float64))
-        found.append(-np.take_along_axis(np.asarray(log_TV), row[1:, None], -1)[:, 0])
+        found.append(of_next(loaded.scores[: len(row) - 1], row))
     return np.array(found)
 
 
@@ -81,18 +88,13 @@ def by_onnxruntime(folder: Path, rows: np.ndarray) -> np.ndarray:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / onnx.GRAPH)
-    empty = {
-        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
-        for i in session.get_inputs()
-        if i.name.startswith("past")
-    }
+    empty = empty_cache(session)
     places_1T = np.arange(rows.shape[1] - 1)[None]
     found = []
     for row in rows:
         given = {"input_ids": row[None, :-1].astype(np.int64), "position_ids": places_1T}
         given |= {"attention_mask": np.ones_like(places_1T)} | empty
-        log_TV = jax.nn.log_softmax(session.run(["logits"], given)[0][0])
-        found.append(-np.take_along_axis(np.asarray(log_TV), row[1:, None], -1)[:, 0])
+        found.append(of_next(session.run(["logits"], given)[0][0], row))
     return np.array(found)
 
 
@@ -109,8 +111,7 @@ def by_executorch(folder: Path, rows: np.ndarray) -> np.ndarray:
             forward.execute((torch.tensor([[token]]), torch.tensor([at])))[0][0].clone()
             for at, token in enumerate(row[:-1].tolist())
         ]
-        log_TV = torch.stack(logits_TV).log_softmax(-1).numpy()
-        found.append(-np.take_along_axis(log_TV, row[1:, None].astype(np.int64), -1)[:, 0])
+        found.append(of_next(torch.stack(logits_TV).numpy(), row))
     return np.array(found)
 
 

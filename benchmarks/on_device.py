@@ -95,6 +95,15 @@ def by_jax(path: Path, prompt: np.ndarray, count: int) -> dict[str, float]:
     }
 
 
+def empty_cache(session: Any) -> dict[str, np.ndarray]:
+    """Keys and values of a graph for onnxruntime before the first token of one text."""
+    return {
+        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
+        for i in session.get_inputs()
+        if i.name.startswith("past")
+    }
+
+
 def by_onnx(path: Path, prompt: np.ndarray, count: int, threads: int) -> dict[str, float]:
     import onnxruntime
 
@@ -103,11 +112,7 @@ def by_onnx(path: Path, prompt: np.ndarray, count: int, threads: int) -> dict[st
         settings.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(path / "onnx" / "model.onnx", settings)
         outputs = [output.name for output in session.get_outputs()]
-        empty = {
-            i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
-            for i in session.get_inputs()
-            if i.name.startswith("past")
-        }
+        empty = empty_cache(session)
         cached = dict(empty)
 
         def read(tokens_T: np.ndarray) -> np.ndarray:

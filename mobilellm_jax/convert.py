@@ -113,10 +113,6 @@ def convert(
         raise UserError(
             f"--quantization={quantization} is for {', '.join(QUANTIZED)}, not for {to}: leave it out."
         )
-    if to in QUANTIZED and quantization not in (None, *QUANTIZED[to]):
-        raise UserError(
-            f"--quantization={quantization} is not one of {', '.join(QUANTIZED[to])}, which {to} has."
-        )
     if cache_length is not None and to != "executorch":
         raise UserError(
             f"--cache_length={cache_length} is for executorch; the cache of {to} grows: leave it out."

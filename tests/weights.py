@@ -125,6 +125,15 @@ def logits(params, model, tokens_BT):
     return transformer.logits(params, model, transformer.apply(params, model, tokens_BT))
 
 
+def greedy(params, model, row, count):
+    """The tokens that are likeliest, one after the other, behind a row of them."""
+    row = list(row)
+    for _ in range(count):
+        found = np.asarray(logits(params, model, np.array([row])))
+        row.append(int(found[0, -1].argmax()))
+    return row[-count:]
+
+
 def ours(model, leaves, tokens_BT):
     """Logits, and the loss's gradients by path."""
     params = nested({path: jnp.asarray(leaf[:], jnp.float32) for path, leaf in leaves.items()})

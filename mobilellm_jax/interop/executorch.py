@@ -32,7 +32,7 @@ from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import new_folder
 from mobilellm_jax.interop.hf_tokenizer import write_tokenizer
-from mobilellm_jax.interop.huggingface import check_vocabulary, tensors
+from mobilellm_jax.interop.huggingface import check_quantization, check_vocabulary, tensors
 from mobilellm_jax.interop.layout import FAMILIES
 from mobilellm_jax.leaves import Leaves
 from mobilellm_jax.model.config import ModelConfig
@@ -65,19 +65,15 @@ def export(
       UserError: the package executorch is missing; `out` holds something; the program cannot express the
         network, or Hugging Face the tokenizer; rows cannot be cut into groups; a weight is not finite.
     """
-    with _quiet():
-        _check_packages()
+    check_quantization(quantization, QUANTIZATIONS)
     slots = model.max_length if slots is None else slots
-    if quantization not in QUANTIZATIONS:
-        raise UserError(
-            f"quantization={quantization!r} is not one of {', '.join(QUANTIZATIONS)}, which ExecuTorch files "
-            "have."
-        )
     if not 2 <= slots <= model.max_length:
         raise UserError(
             f"a cache of {slots} tokens is not one of 2 to {model.max_length}, what the network reads."
         )
     check_vocabulary(tokenizer, model)
+    with _quiet():
+        _check_packages()
     with new_folder(out) as folder, _quiet():
         program = _lowered(
             network(leaves, model, slots, quantization), slots, _facts(model, tokenizer, slots)

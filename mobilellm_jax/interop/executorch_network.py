@@ -195,6 +195,25 @@ class Network(nn.Module):
         return self.lm_head(self.norm(x_TD[-1:]).to(self.dtype)).float()
 
 
+def _range(bits: int) -> tuple[int, int]:
+    """Least and largest integer: of 8 bits symmetric, of 4 all that there are."""
+    return -(2 ** (bits - 1)) + (bits == 8), 2 ** (bits - 1) - 1
+
+
+def rounded(
+    weight: torch.Tensor, bits: int, group: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix [out, in] as int8, and scales of its rows, [out, 1], or of groups, [out, in / group]."""
+    least, largest = _range(bits)
+    rows = weight.unflatten(1, (-1, group or weight.shape[1]))
+    exact = rows.abs().amax(2) / ((largest - least) / 2)
+    # XNNPACK holds the scales of groups in bfloat16, whose rounding the integers shall know of.
+    scale = exact.bfloat16().float() if group else exact
+    scale = scale.clamp(min=torch.finfo(torch.bfloat16).tiny)
+    integers = torch.round(rows / scale[..., None]).clamp(least, largest)
+    return integers.flatten(1).to(torch.int8), scale
+
+
 class IntegerLinear(nn.Module):
     """A product of integers: each of its factors rounded to a row's scale, or that of a group in it.
 
@@ -208,15 +227,9 @@ class IntegerLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, bits: int, group: int | None = None) -> None:
         super().__init__()
-        self.range, self.group = (-(2 ** (bits - 1)) + (bits == 8), 2 ** (bits - 1) - 1), group
-        weight = linear.weight.detach()
-        rows = weight.unflatten(1, (-1, group or weight.shape[1]))
-        # XNNPACK holds the scales of groups in bfloat16, whose rounding the integers shall know of.
-        exact = rows.abs().amax(2) / ((self.range[1] - self.range[0]) / 2)
-        scale = exact.bfloat16().float() if group else exact
-        scale = scale.clamp(min=torch.finfo(torch.bfloat16).tiny)
-        integers = torch.round(rows / scale[..., None]).clamp(*self.range)
-        self.register_buffer("integers", integers.flatten(1).to(torch.int8))
+        self.range, self.group = _range(bits), group
+        integers, scale = rounded(linear.weight.detach(), bits, group)
+        self.register_buffer("integers", integers)
         self.register_buffer("scale", scale if group else scale[:, 0])
         self.register_buffer("zero", torch.zeros_like(self.scale, dtype=torch.int64))
         self.bias = linear.bias
@@ -244,9 +257,8 @@ class IntegerTable(nn.Module):
 
     def __init__(self, weight_VD: torch.Tensor) -> None:
         super().__init__()
-        scale_V1 = weight_VD.abs().amax(1, keepdim=True) / 127
-        integers_VD = torch.round(weight_VD / scale_V1.clamp(min=torch.finfo(torch.float32).tiny))
-        self.register_buffer("integers_VD", integers_VD.to(torch.int8))
+        integers_VD, scale_V1 = rounded(weight_VD, 8)
+        self.register_buffer("integers_VD", integers_VD)
         self.register_buffer("scale_V1", scale_V1)
 
     def forward(self, tokens_T: torch.Tensor) -> torch.Tensor:

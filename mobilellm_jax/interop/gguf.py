@@ -30,6 +30,7 @@ from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import new_file
 from mobilellm_jax.interop.gguf_tokenizer import vocabulary, write_vocabulary
+from mobilellm_jax.interop.huggingface import check_quantization
 from mobilellm_jax.interop.layout import (
     HEADS,
     HEADS_BIAS,
@@ -165,8 +166,7 @@ def export(
         network; a row is no multiple of 32 and shall be quantised; a weight is not finite or too
         large for its type.
     """
-    if quantization not in QUANTIZATIONS:
-        raise UserError(f"quantization={quantization!r} is not one of {', '.join(QUANTIZATIONS)}.")
+    check_quantization(quantization, QUANTIZATIONS)
     if architecture is not None and architecture not in ARCHITECTURES:
         raise UserError(f"architecture={architecture!r} is not one of {', '.join(ARCHITECTURES)}.")
     if "://" in str(out):

@@ -13,7 +13,7 @@ has it, which transformers and vLLM load: integers, and beside them the scales o
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib import resources
 from typing import Any
 
@@ -188,6 +188,14 @@ class ScaleTensor:
     def __getitem__(self, index: Any) -> np.ndarray:
         """The scales, in the dtype that the weights would have."""
         return np.asarray(integers(self.of[:], (0,)).scale).astype(self.dtype)[index]
+
+
+def check_quantization(quantization: str, known: Collection[str]) -> None:
+    """Raises `UserError` where matrices shall be stored in a type that the files do not have."""
+    if quantization not in known:
+        raise UserError(
+            f"quantization={quantization!r} is not one of {', '.join(known)}, which these files have."
+        )
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:

@@ -27,7 +27,12 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import new_folder
 from mobilellm_jax.interop import hf_config
 from mobilellm_jax.interop.hf_tokenizer import write_tokenizer
-from mobilellm_jax.interop.huggingface import ExportedTensor, check_vocabulary, write_json
+from mobilellm_jax.interop.huggingface import (
+    ExportedTensor,
+    check_quantization,
+    check_vocabulary,
+    write_json,
+)
 from mobilellm_jax.interop.integer_blocks import BlockScales, BlocksTensor
 from mobilellm_jax.interop.layout import (
     FAMILIES,
@@ -113,10 +118,7 @@ def export(
         weight is not finite.
     """
     onnx = _package()
-    if quantization not in QUANTIZATIONS:
-        raise UserError(
-            f"quantization={quantization!r} is not one of {', '.join(QUANTIZATIONS)}, which ONNX files have."
-        )
+    check_quantization(quantization, QUANTIZATIONS)
     check_vocabulary(tokenizer, model)
     weights = _weights(leaves, model, QUANTIZATIONS[quantization])
     graph = parsed(onnx, "\n".join(graph_text(model, weights)))

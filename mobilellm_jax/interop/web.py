@@ -67,9 +67,9 @@ def export(
       UserError: see `onnx.export`; npm is missing, or does not bring the libraries.
     """
     with new_folder(out) as folder:
-        onnx.export(leaves, model, tokenizer, folder / "model", quantization)
         for library in LIBRARIES:
             _bring(*library, folder / "runtime")
+        onnx.export(leaves, model, tokenizer, folder / "model", quantization)
         for source in (resources.files("mobilellm_jax") / "interop" / "web").iterdir():
             (folder / source.name).write_bytes(source.read_bytes())
         name = epath.Path(out).name

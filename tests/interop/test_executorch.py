@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import runs
 import tiny
-from weights import LLAMA4, NETWORKS, SMALL, changed, logits, random_leaves, random_tokens
+from weights import LLAMA4, NETWORKS, SMALL, changed, greedy, logits, random_leaves, random_tokens
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.interop import executorch
@@ -228,11 +228,8 @@ def test_the_runner_of_phones_writes_what_ours_writes(tmp_path):
     runner.generate("some text", settings, pieces.append)
     tokenizer, model = tiny.tokenizer(), SMALL
     row = [tokenizer.bos_id, *tokenizer.encode("some text")]
-    begin = len(row)
-    for _ in range(len(pieces)):
-        found = logits(nested(random_leaves(model)), model, np.array([row]))
-        row.append(int(np.asarray(found)[0, -1].argmax()))
-    assert [tokenizer.pieces[i].replace("▁", " ") for i in row[begin:]] == pieces
+    wanted = greedy(nested(random_leaves(model)), model, row, len(pieces))
+    assert [tokenizer.pieces[i].replace("▁", " ") for i in wanted] == pieces
 
 
 @contextlib.contextmanager

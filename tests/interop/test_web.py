@@ -1,5 +1,6 @@
 """A network as a web page: in Chromium it computes what ours does, and chats, also without the server."""
 
+import base64
 import dataclasses
 import hashlib
 import io
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import runs
 import tiny
-from weights import changed, logits, random_leaves, random_tokens
+from weights import changed, greedy, logits, random_leaves, random_tokens
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.interop import onnx, web
@@ -125,19 +126,16 @@ def test_in_a_browser(tmp_path):
         wanted = np.asarray(logits(nested(leaves), MODEL, np.array([tokens_T])))[0]
         np.testing.assert_allclose(found, wanted, atol=1e-4)
 
-        def greedy(row):
+        def written(prompt):
             """What the network writes behind some tokens."""
-            begin, row = len(row), list(row)
-            for _ in range(12):
-                after = np.asarray(logits(nested(leaves), MODEL, np.array([row])))[0, -1]
-                row.append(int(after.argmax()))
-            assert tokenizer.eos_id not in row[begin:]
-            return tokenizer.decode(row[begin:])
+            found = greedy(nested(leaves), MODEL, prompt, 12)
+            assert tokenizer.eos_id not in found
+            return tokenizer.decode(found)
 
         with browser.opened(site, "text.html", tmp_path / "profile"):
             first = answer(site)
         prompt = [tokenizer.bos_id, *tokenizer.encode("some text")]
-        assert first["text"].removeprefix("some text").strip() == greedy(prompt).strip()
+        assert first["text"].removeprefix("some text").strip() == written(prompt).strip()
         assert "12 tokens" in first["speed"] and "tokens/s" in first["speed"]
         assert first["name"] == "Mine" and "f32" in first["about"] and "thread" in first["about"]
 
@@ -150,7 +148,7 @@ def test_in_a_browser(tmp_path):
         theirs = transformers.AutoTokenizer.from_pretrained(out / "model")
         said = [{"role": "user", "content": "some text"}]
         prompt = theirs.apply_chat_template(said, add_generation_prompt=True)["input_ids"]
-        assert found.strip() == greedy(prompt).strip()
+        assert found.strip() == written(prompt).strip()
 
 
 def npm(folder, monkeypatch, script):
@@ -172,7 +170,7 @@ def test_the_folder(tmp_path, monkeypatch):
                 member.size = len(file)
                 archive.addfile(member, io.BytesIO(file.encode()))
         (tmp_path / f"{name.rpartition('/')[2]}.tgz").write_bytes(content.getvalue())
-        found = web.base64.b64encode(hashlib.sha512(content.getvalue()).digest()).decode()
+        found = base64.b64encode(hashlib.sha512(content.getvalue()).digest()).decode()
         libraries.append((name, version, found, files))
     # npm pack NAME@VERSION --silent --pack-destination FOLDER
     npm(tmp_path / "bin", monkeypatch, f'name=${{2%@*}}; cp "{tmp_path}/${{name##*/}}.tgz" "$5"')
