@@ -8,7 +8,7 @@ onnx/ the graph and its weights, which lie in a file of their own. The graph tak
     logits [B, T, V]
     present.{i}.key, .value [B, K, P + T, H]
 
-in float32. A block is a function of the graph (one for each stack), called once for each application: a
+in float32, or all of it in float16 (`f16`). A block is a function of the graph (one for each stack), called once for each application: a
 block that is applied twice has its weights in the file once. Operators are the standard's (opset 23, which
 has attention over a cache); but products with matrices of `q8_0` and `q4_0` are onnxruntime's own
 MatMulNBits, which multiplies integers. These hold 32 weights of a row, as integers of 8 or 4 bits, and one
@@ -92,7 +92,13 @@ FAMILY = dataclasses.replace(
 )
 
 
-QUANTIZATIONS = {"f32": 0, "q8_0": 8, "q4_0": 4}  # bits of a weight of a block's matrix
+# Of the numbers of the graph, and bits of a weight of a block's matrix, where it is an integer.
+QUANTIZATIONS = {
+    "f32": (np.float32, None),
+    "f16": (np.float16, None),
+    "q8_0": (np.float32, 8),
+    "q4_0": (np.float32, 4),
+}
 TABLE_BITS = 8  # of embedding and head, where matrices are quantised
 
 
@@ -120,7 +126,7 @@ def export(
     onnx = _package()
     check_quantization(quantization, QUANTIZATIONS)
     check_vocabulary(tokenizer, model)
-    weights = _weights(leaves, model, QUANTIZATIONS[quantization])
+    weights = _weights(leaves, model, *QUANTIZATIONS[quantization])
     graph = parsed(onnx, "\n".join(graph_text(model, weights)))
     ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     with new_folder(out) as folder:
@@ -156,12 +162,14 @@ def _config(model: ModelConfig) -> dict[str, Any]:
     )
 
 
-def _weights(leaves: Leaves, model: ModelConfig, bits: int) -> dict[str, Leaf]:
+def _weights(
+    leaves: Leaves, model: ModelConfig, number: type[np.floating], bits: int | None
+) -> dict[str, Leaf]:
     """All tensors of the file by name, leaf by leaf; the angles of RoPE are two of them."""
-    whole, float32 = Whole(leaves), np.dtype(np.float32)
+    whole, dtype = Whole(leaves), np.dtype(number)
     found: dict[str, Leaf] = {}
     for entry in by_leaf(entries(model, FAMILY)):
-        tensor = ExportedTensor(entry, whole, float32)
+        tensor = ExportedTensor(entry, whole, dtype)
         if bits and len(tensor.shape) > 1:
             own = TABLE_BITS if entry.path in ("embedding", "head") else bits
             blocks = BlocksTensor(tensor, own, entry.path != "embedding")
@@ -169,7 +177,7 @@ def _weights(leaves: Leaves, model: ModelConfig, bits: int) -> dict[str, Leaf]:
         else:
             found[entry.name] = tensor
     angles = np.arange(model.max_length)[:, None] * rope_frequencies(model).astype(np.float64)
-    return found | {"cos": np.cos(angles).astype(float32), "sin": np.sin(angles).astype(float32)}
+    return found | {"cos": np.cos(angles).astype(dtype), "sin": np.sin(angles).astype(dtype)}
 
 
 def _described(onnx: Any, name: str, tensor: Leaf, offset: int) -> Any:

@@ -9,6 +9,7 @@ from mobilellm_jax.leaves import Leaf
 from mobilellm_jax.model.config import ModelConfig, Stack
 
 OPSET, IR_VERSION = 23, 11
+NUMBERS = {"float32": "float", "float16": "float16"}  # ONNX's names of them
 DOMAIN, RUNTIME = "mobilellm_jax", "com.microsoft"
 # As optimum names them; transformers.js makes an empty cache by these names.
 B, T, P, S = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
@@ -40,20 +41,23 @@ def graph_text(model: ModelConfig, weights: Mapping[str, Leaf]) -> Iterator[str]
 
     Args:
       model: the network.
-      weights: all that the file holds, by name, a weight of a block as `stack_{i}.{layer}.{name}`.
+      weights: all that the file holds, by name, a weight of a block as `stack_{i}.{layer}.{name}`. The
+        graph computes in the dtype of those that are no integers.
     """
+    number = NUMBERS[weights["final_norm"].dtype.name]
     applied = [
         (i, stack, layer) for i, stack in enumerate(model.stacks) for layer in stack.applications
     ]
     inputs = [f"int64[{B},{T}] input_ids", f"int64[{B},{S}] attention_mask"]
     inputs.append(f"int64[{B},{T}] position_ids")
-    outputs, calls = [f"float[{B},{T},{model.vocab_size}] logits"], []
+    outputs, calls = [f"{number}[{B},{T},{model.vocab_size}] logits"], []
     for d, (i, stack, layer) in enumerate(applied):
         cached = []
         for part in ("key", "value"):
             cached.append(f"past_key_values__{d}__{part}")
-            inputs.append(f"float[{B},{stack.kv_heads},{P},{model.head_dim}] {cached[-1]}")
-            outputs.append(f"float[{B},{stack.kv_heads},{S},{model.head_dim}] present__{d}__{part}")
+            heads, size = f"{number}[{B},{stack.kv_heads}", f"{model.head_dim}]"
+            inputs.append(f"{heads},{P},{size} {cached[-1]}")
+            outputs.append(f"{heads},{S},{size} present__{d}__{part}")
         prefix = f"stack_{i}.{layer}."
         handed_over = [
             _wide(name) if isinstance(tensor, BlockScales) else name.replace(".", "__")

@@ -27,9 +27,9 @@ ALL = NETWORKS | {
 }
 
 
-def exported(model, out):
+def exported(model, out, quantization="f32"):
     leaves = random_leaves(model)
-    export(leaves, model, tiny.tokenizer(), out)
+    export(leaves, model, tiny.tokenizer(), out, quantization)
     return leaves
 
 
@@ -45,8 +45,9 @@ class Theirs:
         settings.intra_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(folder / GRAPH, settings)
         self.outputs = [output.name for output in self.session.get_outputs()]
+        numbers = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
         self.cache = {
-            i.name: np.zeros((rows, i.shape[1], 0, i.shape[3]), np.float32)
+            i.name: np.zeros((rows, i.shape[1], 0, i.shape[3]), numbers[i.type])
             for i in self.session.get_inputs()
             if i.name.startswith("past")
         }
@@ -81,6 +82,27 @@ def test_logits_with_and_without_a_cache(name, tmp_path):
     parts = [graph.read(tokens_BT[:, i:j]) for i, j in ((0, 9), (9, 10), (10, 17), (17, 20))]
     np.testing.assert_allclose(np.concatenate(parts, 1), wanted, atol=1e-4)
     onnx.checker.check_model(tmp_path / "out" / GRAPH, full_check=True)
+
+
+HALVED = ("shared twice", "biases", "scaled QK-norm", next(reversed(ALL)))
+
+
+@pytest.mark.parametrize("name", HALVED)
+def test_a_graph_in_float16(name, tmp_path):
+    """All of it: half the bytes in the file and in the cache, logits but for what 11 bits leave."""
+    model, out = ALL[name], tmp_path / "out"
+    leaves = exported(model, out, "f16")
+    tokens_BT = random_tokens(model, length=20)
+    wanted, graph = ours(model, leaves, tokens_BT), Theirs(out, 2)
+    found = np.concatenate(
+        [graph.read(tokens_BT[:, i:j]) for i, j in ((0, 9), (9, 10), (10, 20))], 1
+    )
+    assert {x.dtype for x in (found, *graph.cache.values())} == {np.dtype(np.float16)}
+    error = np.abs(found - wanted)
+    assert 1e-5 < error.max() < 2e-2 * np.abs(wanted).max() and error.std() < 5e-3 * wanted.std()
+    onnx.checker.check_model(out / GRAPH, full_check=True)
+    stored = onnx.load(out / GRAPH, load_external_data=False).graph.initializer
+    assert {tensor.data_type for tensor in stored} == {onnx.TensorProto.FLOAT16}
 
 
 QUANTISED = changed(width=64, stacks=(Stack(2, 4, 2, 96, repeats=2),), head_dim=16)
@@ -175,11 +197,14 @@ def test_what_is_refused(tmp_path, monkeypatch):
         UserError, match=r"embedding has rows of 48 numbers, .* blocks of 32: .* f32"
     ):
         export(leaves, SMALL, tokenizer, tmp_path / "out", "q8_0")
-    with pytest.raises(UserError, match="quantization='f16' is not one of f32, q8_0, q4_0"):
-        export(leaves, SMALL, tokenizer, tmp_path / "out", "f16")
+    with pytest.raises(UserError, match="quantization='q2' is not one of f32, f16, q8_0, q4_0"):
+        export(leaves, SMALL, tokenizer, tmp_path / "out", "q2")
     eight = dataclasses.replace(SMALL, quantization="w8a8")
     with pytest.raises(UserError, match=r"ONNX cannot express .* have 8 bits"):
         export(leaves, eight, tokenizer, tmp_path / "out")
+    large = leaves | {"embedding": np.full_like(leaves["embedding"], 1e5)}
+    with pytest.raises(UserError, match="the weight embedding is not finite in float16"):
+        export(large, SMALL, tokenizer, tmp_path / "out", "f16")
     broken = leaves | {"embedding": np.full_like(leaves["embedding"], np.nan)}
     with pytest.raises(UserError, match="the weight embedding is not finite"):
         export(broken, SMALL, tokenizer, tmp_path / "out")
