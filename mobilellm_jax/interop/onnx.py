@@ -8,11 +8,11 @@ onnx/ the graph and its weights, which lie in a file of their own. The graph tak
     logits [B, T, V]
     present.{i}.key, .value [B, K, P + T, H]
 
-in float32, or all of it in float16 (`f16`). A block is a function of the graph (one for each stack), called once for each application: a
-block that is applied twice has its weights in the file once. Operators are the standard's (opset 23, which
-has attention over a cache); but products with matrices of `q8_0` and `q4_0` are onnxruntime's own
-MatMulNBits, which multiplies integers. These hold 32 weights of a row, as integers of 8 or 4 bits, and one
-scale, as GGUF's types of these names do; with `q4_0` embedding and head stay at 8 bits.
+in float32, or all of it in float16 (`f16`). A block is a function of the graph (one for each stack), called
+once for each application: a block that is applied twice has its weights in the file once. Operators are the
+standard's (opset 23, which has attention over a cache); but products with matrices of `q8_0` and `q4_0` are
+onnxruntime's own MatMulNBits, which multiplies integers. These hold 32 weights of a row, as integers of 8
+or 4 bits, and one scale, as GGUF's types of these names do; with `q4_0` embedding and head stay at 8 bits.
 """
 
 import dataclasses
@@ -92,12 +92,12 @@ FAMILY = dataclasses.replace(
 )
 
 
-# Of the numbers of the graph, and bits of a weight of a block's matrix, where it is an integer.
+# Dtype of the graph's numbers; bits of a weight of a block's matrix where it is an integer, else 0.
 QUANTIZATIONS = {
-    "f32": (np.float32, None),
-    "f16": (np.float16, None),
-    "q8_0": (np.float32, 8),
-    "q4_0": (np.float32, 4),
+    "f32": ("float32", 0),
+    "f16": ("float16", 0),
+    "q8_0": ("float32", 8),
+    "q4_0": ("float32", 4),
 }
 TABLE_BITS = 8  # of embedding and head, where matrices are quantised
 
@@ -162,9 +162,7 @@ def _config(model: ModelConfig) -> dict[str, Any]:
     )
 
 
-def _weights(
-    leaves: Leaves, model: ModelConfig, number: type[np.floating], bits: int | None
-) -> dict[str, Leaf]:
+def _weights(leaves: Leaves, model: ModelConfig, number: str, bits: int) -> dict[str, Leaf]:
     """All tensors of the file by name, leaf by leaf; the angles of RoPE are two of them."""
     whole, dtype = Whole(leaves), np.dtype(number)
     found: dict[str, Leaf] = {}

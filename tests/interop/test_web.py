@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 
@@ -12,6 +13,7 @@ import browser
 import numpy as np
 import pytest
 import runs
+import sentencepiece
 import tiny
 from weights import changed, greedy, logits, random_leaves, random_tokens
 
@@ -24,7 +26,8 @@ from mobilellm_jax.training.checkpoint import write_model
 pytest.importorskip("onnx", reason="onnx is not installed")
 
 # Shared blocks; and stacks with different heads, of which config.json knows only the first.
-MODEL = changed(width=64, stacks=(Stack(2, 4, 2, 96, repeats=2), Stack(1, 2, 1, 64)), head_dim=16)
+STACKS = Stack(2, 4, 2, 96, repeats=2), Stack(1, 2, 1, 64)
+MODEL = changed(max_length=96, width=64, stacks=STACKS, head_dim=16)
 
 PAGE = """<!doctype html><script type="module">
 const send = (x) => fetch("/", { method: "POST", body: JSON.stringify(x) });
@@ -74,21 +77,35 @@ CHAT = """
   at.getElementById("temperature").value = 0;
   at.getElementById("longest").value = 12;
   at.getElementById("mode").value = "MODE";
-  at.getElementById("prompt").value = "some text";
-  at.getElementById("send").click();
-  await seen(".speed");
-  const reply = at.querySelector("article.theirs");
+  const replies = at.getElementsByClassName("theirs");
+  for (const prompt of PROMPTS) {
+    at.getElementById("prompt").value = prompt;
+    at.getElementById("send").click();
+    await seen(`article.theirs:nth-of-type(${at.querySelectorAll("article").length}) .speed`);
+  }
   await send({
-    text: reply.firstChild.textContent,
-    speed: reply.querySelector(".speed").textContent,
+    texts: Array.from(replies, (reply) => reply.firstChild.textContent),
+    speeds: Array.from(replies, (reply) => reply.querySelector(".speed").textContent),
     about: at.getElementById("about").textContent,
     name: at.getElementById("name").textContent,
   });
 """
 
 
-TEMPLATE = """{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}
-{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
+TALK = "a text", "more", "words"
+TEMPLATE = """{{ bos_token }}{% for message in messages %}{{ message.role[0] }}:{{ message.content }}
+{% endfor %}{% if add_generation_prompt %}a:{% endif %}"""
+
+
+def writes_words(leaves, tokenizer):
+    """A network that never writes a byte: programs decode bytes that are no text in different ways."""
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
+    other = [
+        pieces.IsByte(i) or pieces.IsControl(i) or pieces.IsUnknown(i) for i in range(len(pieces))
+    ]
+    word = other.index(False)
+    leaves["embedding"][other] = leaves["embedding"][word] / 2  # never the likeliest, then
+    return leaves
 
 
 def put(folder, name, code):
@@ -106,8 +123,8 @@ def answer(site):
 @pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
 def test_in_a_browser(tmp_path):
     transformers = pytest.importorskip("transformers")
-    leaves = random_leaves(MODEL)
     tokenizer = dataclasses.replace(tiny.tokenizer(), chat_template=TEMPLATE)
+    leaves = writes_words(random_leaves(MODEL), tokenizer)
     write_model(leaves, MODEL, tokenizer, {}, tmp_path / "run")
     out = tmp_path / "Mine"
     given = f"--checkpoint={tmp_path}/run", "--to=web", "--quantization=f32", f"--out={out}"
@@ -117,9 +134,13 @@ def test_in_a_browser(tmp_path):
 
     tokens_T = random_tokens(MODEL, length=20)[0].tolist()
     put(out, "logits.html", LOGITS.replace("TOKENS", str(tokens_T)))
-    put(out, "text.html", CHAT.replace("MODE", "text"))
-    put(out, "chat.html", CHAT.replace("MODE", "chat"))
-    put(out, "long.html", CHAT.replace("MODE", "text").replace("some text", "some text " * 64))
+
+    def talk(name, mode, *prompts):
+        put(out, name, CHAT.replace("MODE", mode).replace("PROMPTS", json.dumps(prompts)))
+
+    talk("text.html", "text", "some text", "other words")
+    talk("chat.html", "chat", *TALK)
+    talk("long.html", "text", "some text " * 64)
     with browser.served(out) as site:
         with browser.opened(site, "logits.html", tmp_path / "profile"):
             found = np.array(answer(site)["logits"]).reshape(20, -1)
@@ -135,20 +156,34 @@ def test_in_a_browser(tmp_path):
         with browser.opened(site, "text.html", tmp_path / "profile"):
             first = answer(site)
         prompt = [tokenizer.bos_id, *tokenizer.encode("some text")]
-        assert first["text"].removeprefix("some text").strip() == written(prompt).strip()
-        assert "12 tokens" in first["speed"] and "tokens/s" in first["speed"]
+        assert first["texts"][0] == "some text" + written(prompt)
+        assert "tokens/s" in first["speeds"][0]
+        assert f"{len(prompt)} read, 12 written" in first["speeds"][0]
+        # Another text has BOS alone in common with it.
+        prompt = [tokenizer.bos_id, *tokenizer.encode("other words")]
+        assert first["texts"][1] == "other words" + written(prompt)
+        assert f"{len(prompt) - 1} read, 12 written" in first["speeds"][1]
         assert first["name"] == "Mine" and "f32" in first["about"] and "thread" in first["about"]
 
         with browser.opened(site, "long.html", tmp_path / "profile"):
-            assert "reads 64 tokens at most" in site.sent.get(timeout=120)["error"]
+            assert "reads 96 tokens at most" in site.sent.get(timeout=120)["error"]
 
         site.only = ["/chat.html"]  # of its own the page has all that it needs
         with browser.opened(site, "chat.html", tmp_path / "profile"):
-            found = answer(site)["text"]
+            found = answer(site)
         theirs = transformers.AutoTokenizer.from_pretrained(out / "model")
-        said = [{"role": "user", "content": "some text"}]
-        prompt = theirs.apply_chat_template(said, add_generation_prompt=True)["input_ids"]
-        assert found.strip() == written(prompt).strip()
+        said, before = [], []
+        for turn, asked in enumerate(TALK):
+            said.append({"role": "user", "content": asked})
+            prompt = theirs.apply_chat_template(said, add_generation_prompt=True)["input_ids"]
+            wrote = greedy(nested(leaves), MODEL, prompt, 12)
+            assert found["texts"][turn] == tokenizer.decode(wrote)
+            said.append({"role": "assistant", "content": found["texts"][turn]})
+            # What it knows already it does not read again.
+            known = os.path.commonprefix([before, prompt])
+            assert f"{len(prompt) - len(known)} read, 12 written" in found["speeds"][turn]
+            assert len(known) >= 0.9 * len(before)
+            before = [*prompt, *wrote[:-1]]
 
 
 def npm(folder, monkeypatch, script):

@@ -67,11 +67,11 @@ function piece(text) {
   at("conversation").scrollTop = at("conversation").scrollHeight;
 }
 
-function done({ tokens, seconds, first }) {
+function done({ read, tokens, seconds, first }) {
   const speed = document.createElement("p");
   speed.className = "speed";
   const rate = tokens > 1 ? ((tokens - 1) / (seconds - first)).toFixed(1) : "–";
-  speed.textContent = `${rate} tokens/s · first after ${first.toFixed(2)} s · ${tokens} tokens`;
+  speed.textContent = `${rate} tokens/s · first after ${first.toFixed(2)} s · ${read} read, ${tokens} written`;
   writing.append(speed);
   writing.classList.remove("writing");
   if (answers()) messages.push({ role: "assistant", content: writing.firstChild.textContent });

@@ -1,11 +1,12 @@
 // The network, through transformers.js and onnxruntime-web: loads, then writes what it is asked for.
 
 import {
-  AutoModelForCausalLM, AutoTokenizer, InterruptableStoppingCriteria, TextStreamer, env,
+  AutoModelForCausalLM, AutoTokenizer, DynamicCache, InterruptableStoppingCriteria, TextStreamer, env,
 } from "./runtime/transformers.min.js";
 
 const tell = (kind, value) => self.postMessage({ kind, value });
 const stopping = new InterruptableStoppingCriteria();
+let last = null; // what was read and written last, and its keys and values
 
 env.allowRemoteModels = false;
 env.allowLocalModels = true;
@@ -43,6 +44,8 @@ async function write({ messages, text, chat, temperature, longest }) {
     const most = model.config.max_position_embeddings.toLocaleString();
     throw new Error(`the network reads ${most} tokens at most, and this is more. Begin a new conversation (⚙).`);
   }
+  const cache = cached(inputs.input_ids.tolist()[0]);
+  const read = inputs.input_ids.dims[1] - cache.get_seq_length();
   const begin = performance.now();
   let [tokens, first] = [0, 0];
   const streamer = new TextStreamer(tokenizer, {
@@ -54,15 +57,26 @@ async function write({ messages, text, chat, temperature, longest }) {
     },
   });
   stopping.reset();
-  await model.generate({
+  const written = await model.generate({
     ...inputs,
+    past_key_values: cache,
     max_new_tokens: Math.min(longest, room),
     do_sample: temperature > 0,
     temperature: temperature || 1,
     streamer,
     stopping_criteria: stopping,
   });
-  tell("done", { tokens, first, seconds: (performance.now() - begin) / 1000 });
+  last = { ids: written.tolist()[0].slice(0, cache.get_seq_length()), cache };
+  tell("done", { read, tokens, first, seconds: (performance.now() - begin) / 1000 });
+}
+
+// The cache of what this text and the last have in common at their beginning, less the token whose logits
+// are wanted: a conversation is read once. A cache grows while it is used: the last one's is gone then.
+function cached(ids) {
+  const differs = last ? ids.findIndex((id, i) => i === ids.length - 1 || id !== last.ids[i]) : 0;
+  const parts = differs ? Object.entries(last.cache) : [];
+  last = null;
+  return new DynamicCache(Object.fromEntries(parts.map(([name, x]) => [name, x.slice(null, null, [0, differs])])));
 }
 
 const report = (error) => tell("failed", error.message ?? String(error));
