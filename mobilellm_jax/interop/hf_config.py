@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.interop import compressed_tensors
 from mobilellm_jax.model.config import ModelConfig, RopeScaling, Stack
-from mobilellm_jax.model.quantization import parts_of
 
 METADATA = "mobilellm_jax"  # the key under which config.json describes the network in our own words
 FORMAT = 1
@@ -64,25 +64,6 @@ def metadata(model: ModelConfig) -> dict[str, Any]:
     return {"format": FORMAT, "model": model.to_dict()}
 
 
-def eight_bit(model: ModelConfig) -> dict[str, Any]:
-    """`quantization_config` of W8A8 as `model.quantization` has it, in the words of compressed-tensors."""
-    numbers = {"num_bits": 8, "type": "int"}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": numbers | {"symmetric": True, "strategy": "channel", "dynamic": False},
-                "input_activations": numbers
-                | {"symmetric": False, "strategy": "token", "dynamic": True},
-            }
-        },
-        "ignore": [] if "head" in parts_of(model.quantization) else ["lm_head"],
-    }
-
-
 def write(model: ModelConfig, family: str) -> dict[str, Any]:
     """The part of config.json that describes a network.
 
@@ -121,6 +102,7 @@ def write(model: ModelConfig, family: str) -> dict[str, Any]:
         "tie_word_embeddings": model.tied,
         "initializer_range": model.init_std,
         "use_cache": True,
+        **compressed_tensors.described(model.quantization),
     }
     if family == "hf_shared":  # the metadata say the rest
         return config | {"auto_map": AUTO_MAP}
@@ -315,7 +297,6 @@ def _read_model(keys: _Keys, family: str, ls_kv: str) -> ModelConfig:
     repeats, qk_norm, ropes = 1, "none", [True] * layers
     keys.must_be("hidden_act", "silu")
     qkv_bias, out_bias = _read_biases(keys, family)
-    keys.must_be("quantization_config", None)
     match family:
         case "mistral":
             if keys.lacks("sliding_window") and max_length > 4096:  # what a missing one means
@@ -338,6 +319,10 @@ def _read_model(keys: _Keys, family: str, ls_kv: str) -> ModelConfig:
             if kind != "full_attention":
                 raise keys.refused("layer_types", kind)
     theta, scaling = _read_rope(keys, family, max_length)
+    quantized = keys.pop(compressed_tensors.KEY)
+    quantization = compressed_tensors.quantization_of(quantized, tied)
+    if quantization is None:
+        raise keys.refused(compressed_tensors.KEY, quantized)
     return ModelConfig(
         vocab_size=keys.count("vocab_size"),
         width=width,
@@ -356,6 +341,7 @@ def _read_model(keys: _Keys, family: str, ls_kv: str) -> ModelConfig:
         norm_eps=keys.number("rms_norm_eps", _DEFAULT_EPS.get(family, 1e-6)),
         max_length=max_length,
         init_std=keys.number("initializer_range", 0.02),
+        quantization=quantization,
     )
 
 

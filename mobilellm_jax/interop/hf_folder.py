@@ -14,11 +14,12 @@ import numpy as np
 from etils import epath
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.interop import hf_config
+from mobilellm_jax.interop import compressed_tensors, hf_config
 from mobilellm_jax.interop.layout import Entry, entries
 from mobilellm_jax.interop.weight_files import open_weights
 from mobilellm_jax.leaves import DTYPES, Leaf, Leaves
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.quantization import parts_of
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _ROWS = 8192  # of two tensors, compared at once
@@ -88,6 +89,8 @@ def open_folder(directory: epath.PathLike, ls_kv: str = "fresh") -> Folder:
     # The safetensors beside the official MobileLLM weights were converted by a program, wrongly.
     found = open_weights(directory, prefer_bin="share_embedding" in raw)
     found = {name: t for name, t in found.items() if not name.endswith("rotary_emb.inv_freq")}
+    if parts_of(model.quantization):
+        found = compressed_tensors.scaled(found)
     _check_tensors(entries(model, family), found, model, directory)
     if family != "hf_shared":
         try:

@@ -7,8 +7,8 @@
 A stock architecture cannot share blocks: one that is applied twice is written twice, and what the
 network really is stands as metadata in config.json. `hf_folder` reads such a folder back.
 
-Matrices of a network with products of integers (`model.quantization`) are written as compressed-tensors
-has it, which transformers and vLLM load: integers, and beside them the scales of their output channels.
+Matrices of a network with products of integers are written as compressed-tensors has it (see there),
+which transformers and vLLM load.
 """
 
 import dataclasses
@@ -24,12 +24,13 @@ from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import new_folder
 from mobilellm_jax.interop import hf_config, safetensors_files
+from mobilellm_jax.interop.compressed_tensors import IntegerTensor, ScaleTensor
 from mobilellm_jax.interop.hf_tokenizer import write_tokenizer
 from mobilellm_jax.interop.layout import Entry, Family, by_leaf, default_family, entries
 from mobilellm_jax.interop.model_card import model_card
 from mobilellm_jax.leaves import DTYPES, Leaf, Leaves, Whole
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.model.quantization import integers, parts_of
+from mobilellm_jax.model.quantization import parts_of
 
 EXPORTS = ("llama", "mistral", "qwen2", "qwen3", "llama4_text", "hf_shared")
 
@@ -77,8 +78,6 @@ def export(
     ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     config = hf_config.write(model, family) | ends | {"torch_dtype": stored, "dtype": stored}
     weights = tensors(leaves, model, family, dtype)
-    if parts_of(model.quantization):
-        config["quantization_config"] = hf_config.eight_bit(model)
     config[hf_config.METADATA] = hf_config.metadata(model)
     with new_folder(out) as folder:
         write_tokenizer(tokenizer, folder, model.max_length)
@@ -112,8 +111,8 @@ def tensors(
         kept = DTYPES[dtype] if dtype else entry.dtype(leaves)
         tensor = ExportedTensor(entry, whole, kept)
         if _part(entry) in eight_bit:
-            found[entry.name] = IntegerTensor(tensor, np.dtype(np.int8))
-            found[f"{entry.name}_scale"] = ScaleTensor(tensor, kept)
+            found[entry.name] = IntegerTensor(tensor)
+            found[f"{entry.name}_scale"] = ScaleTensor(tensor)
         else:
             found[entry.name] = tensor
     return found
@@ -154,40 +153,6 @@ class ExportedTensor:
                 "the model is not exported."
             )
         return array[index]
-
-
-@dataclasses.dataclass(frozen=True)
-class IntegerTensor:
-    """A matrix [out, in] as integers, for which `ScaleTensor` has the scales."""
-
-    of: ExportedTensor
-    dtype: np.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As in the file."""
-        return self.of.shape
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        """The integers."""
-        return np.asarray(integers(self.of[:], (0,)).qvalue)[index]
-
-
-@dataclasses.dataclass(frozen=True)
-class ScaleTensor:
-    """The scale of each row of a matrix of integers, [out, 1]."""
-
-    of: ExportedTensor
-    dtype: np.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As in the file."""
-        return self.of.shape[0], 1
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        """The scales, in the dtype that the weights would have."""
-        return np.asarray(integers(self.of[:], (0,)).scale).astype(self.dtype)[index]
 
 
 def check_quantization(quantization: str, known: Collection[str]) -> None:

@@ -13,7 +13,7 @@ from weights import NETWORKS, SMALL, V, load_stock, random_leaves, random_tokens
 pytest.importorskip("qwix", reason="qwix is not installed")
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.interop import gguf, huggingface, official_torch, safetensors_files
+from mobilellm_jax.interop import gguf, hf_folder, huggingface, official_torch, safetensors_files
 from mobilellm_jax.interop.layout import default_family
 from mobilellm_jax.leaves import nested
 from mobilellm_jax.training.checkpoint import write_model
@@ -29,7 +29,7 @@ def logits(model, leaves, tokens_BT):
     return np.asarray(weights.logits(nested(leaves), model, tokens_BT))
 
 
-@pytest.mark.parametrize(
+KINDS = pytest.mark.parametrize(
     "name, parts, family",
     [
         ("plain", "blocks", None),
@@ -39,6 +39,9 @@ def logits(model, leaves, tokens_BT):
         ("unit QK-norm", "blocks", "llama4_text"),
     ],
 )
+
+
+@KINDS
 def test_logits(name, parts, family, tmp_path):
     """Where a factor lies between two integers the two round it to one or the other: seldom."""
     torch = pytest.importorskip("torch")
@@ -55,6 +58,34 @@ def test_logits(name, parts, family, tmp_path):
     off = np.abs(their_logits - own)
     assert rounding.max() > 0.01 and off.mean() < 0.1 * rounding.mean()
     assert np.median(off) < 1e-3 * np.abs(own).max()
+
+
+@KINDS
+def test_a_folder_is_read_back(name, parts, family, tmp_path):
+    """As the network that it was, whose weights, rounded once, round to the same integers again."""
+    model, tokenizer = eight_bit(NETWORKS[name], f"w8a8:{parts}"), tiny.tokenizer()
+    leaves = random_leaves(model)
+    huggingface.export(leaves, model, tokenizer, tmp_path / "out", family)
+    found = hf_folder.open_folder(tmp_path / "out")
+    assert found.model == model
+    back = {path: leaf[:] for path, leaf in found.leaves.items()}
+    for path, leaf in back.items():
+        exact = path.endswith("scale") or path == "embedding" or (path, parts) == ("head", "blocks")
+        assert np.array_equal(leaf, leaves[path]) == exact, path
+        if exact:
+            continue
+        layer, some = found.leaves[path][1:2], found.leaves[path][0, 1:3]
+        np.testing.assert_array_equal(layer, leaf[1:2])
+        np.testing.assert_array_equal(some, leaf[0, 1:3])
+    huggingface.export(back, model, tokenizer, tmp_path / "again", family)
+    first, second = (
+        safetensors_files.open_file(tmp_path / name / "model.safetensors")
+        for name in ("out", "again")
+    )
+    assert first.keys() == second.keys()
+    for tensor in first:
+        close = 1e-6 if tensor.endswith("_scale") else 0
+        np.testing.assert_allclose(second[tensor][:], first[tensor][:], rtol=close, atol=0)
 
 
 def test_the_files_hold_integers_and_scales(tmp_path):
@@ -79,6 +110,60 @@ def test_the_files_hold_integers_and_scales(tmp_path):
     assert size < 0.7 * sum(2 * tensor[:].size for tensor in floats.values())
 
 
+def test_what_other_programs_say(tmp_path):
+    """What they add and changes no number is passed over; other integers are not taken for these."""
+    model = eight_bit(SMALL, "w8a8:blocks")
+    huggingface.export(random_leaves(model), model, tiny.tokenizer(), tmp_path / "out")
+    path = tmp_path / "out/config.json"
+    config = json.loads(path.read_text())
+    del config["mobilellm_jax"]
+
+    def read(weights=None, factors=None, **changes):
+        said = json.loads(json.dumps(config))
+        group = said["quantization_config"]["config_groups"].pop("group_0")
+        group["weights"] |= {"group_size": None, "observer": "minmax", "actorder": None} | (
+            weights or {}
+        )
+        group["input_activations"] |= factors or {}
+        group |= {"output_activations": None, "format": None}
+        said["quantization_config"]["config_groups"]["config_0"] = group
+        said["quantization_config"] |= {"kv_cache_scheme": None, "version": "0.17.0"} | changes
+        path.write_text(json.dumps(said))
+        return hf_folder.open_folder(tmp_path / "out")
+
+    assert read().model == model
+    for changes in (
+        {"weights": {"num_bits": 4}},
+        {"weights": {"strategy": "group", "group_size": 32}},
+        {"weights": {"symmetric": False}},
+        {"factors": {"symmetric": True}},
+        {"factors": {"dynamic": False}},
+        {"ignore": []},  # the head is the embedding
+        {"ignore": ["lm_head", "model.layers.0.self_attn.q_proj"]},
+        {"kv_cache_scheme": {"num_bits": 8}},
+        {"format": "pack-quantized"},
+        {"quant_method": "gptq"},
+        {"config_groups": {}},
+        {"config_groups": ["all"]},
+    ):
+        with pytest.raises(UserError, match="config.json: quantization_config=.* does not have"):
+            read(**changes)
+    read()
+    weights_path = tmp_path / "out/model.safetensors"
+    tensors = safetensors_files.open_file(weights_path)
+    for name, other in (("no", None), ("fewer", np.ones((3, 1), np.float32))):
+        kept = {n: t[:] for n, t in tensors.items()}
+        scales = kept.pop("model.layers.0.mlp.up_proj.weight_scale")
+        assert scales.shape != (3, 1)
+        if other is not None:
+            kept["model.layers.0.mlp.up_proj.weight_scale"] = other
+        (tmp_path / name).mkdir()
+        safetensors_files.write_files(tmp_path / name, kept)
+        (tmp_path / name / "config.json").write_text(path.read_text())
+        with pytest.raises(UserError, match=r"no model.layers.0.mlp.up_proj.weight_scale with one"):
+            hf_folder.open_folder(tmp_path / name)
+
+
 def test_what_no_file_can_say_is_refused(tmp_path):
     leaves, tokenizer = random_leaves(SMALL), tiny.tokenizer()
     with pytest.raises(
@@ -97,7 +182,7 @@ def test_what_no_file_can_say_is_refused(tmp_path):
 
 
 def test_the_program(tmp_path):
-    """A checkpoint becomes one that rounds; a folder of integers is not taken for one of floats."""
+    """A checkpoint becomes one that rounds, or a folder of integers, which becomes one again."""
     write_model(random_leaves(SMALL), SMALL, tiny.tokenizer(), {}, tmp_path / "run")
 
     def convert(*arguments):
@@ -115,6 +200,7 @@ def test_the_program(tmp_path):
     ended = convert(given[0], "--quantize=w8a8:blocks", "--to=hf", f"--out={tmp_path}/hf")
     assert ended.status == 0 and "transformers needs compressed-tensors" in ended.out, ended
     ended = convert(f"--checkpoint={tmp_path}/hf", f"--out={tmp_path}/back")
-    assert ended.status == 1 and "quantization_config" in ended.err
+    assert ended.status == 0, ended
+    assert mobilellm_jax.load(tmp_path / "back")[0] == eight_bit(SMALL, "w8a8:blocks")
     ended = convert(given[0], "--quantize=int8", "--to=hf", f"--out={tmp_path}/none")
     assert ended.status == 1 and "quantization='int8' is not none, w8a8" in ended.err
