@@ -13,11 +13,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from etils import epath
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.proto.summary_pb2 import Summary
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.training.events import EventFile
 
 STDERR = "stderr/"  # before the name of a task's figure: its standard error
 
@@ -82,8 +80,7 @@ class MetricsWriter:
             board.mkdir(exist_ok=True)
             self._file = self._path.open("ab+")
             _cut_torn_line(self._file)
-            # Not tensorboardX's SummaryWriter: its thread would hang for ever on a full disk.
-            self._board = EventsWriter(str(board / "events"), f".{time.time_ns()}")
+            self._board = EventFile(board)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Records one line; finite numbers of all kinds but `start` also go to TensorBoard.
@@ -99,7 +96,7 @@ class MetricsWriter:
             self._file.flush()
             if kind == "start":
                 return
-            self._board.write_event(_event(kind, step, line))
+            self._board.write(kind, step, _numbers(line))
         if self._wandb:
             self._wandb.log({f"{kind}/{k}": v for k, v in _numbers(line).items()}, step=step)
 
@@ -189,10 +186,3 @@ def _open_wandb(project: str, workdir: epath.Path) -> Any:
     if not path.exists():
         path.write_text(uuid.uuid4().hex)
     return wandb.init(project=project, name=workdir.name, id=path.read_text(), resume="allow")
-
-
-def _event(kind: str, step: int, line: Mapping[str, Any]) -> Event:
-    values = [
-        Summary.Value(tag=f"{kind}/{name}", simple_value=v) for name, v in _numbers(line).items()
-    ]
-    return Event(wall_time=time.time(), step=step, summary=Summary(value=values))
