@@ -62,7 +62,7 @@ pruning: $(VENV)/.installed ## pruning inside of training against its rivals, in
 	$(BIN)/python -m mobilellm_jax.sweep --sweep=configs/pruning_study.py:shapes --workdir=runs/pruning/shapes --parallel=2
 
 mixing-demo: $(VENV)/.installed ## sources -> probes -> influence, leave-one-out, RegMix -> mixtures -> trained comparison and report
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mixing]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[mixing]'
 	$(PREPARE) --out=data/mixing --vocab_size=2048
 	$(BIN)/python -m data_mixing.probes --embedded --out=data/mixing_probes --per_source=100 \
 	  --capability=code=code --capability=language=prose --capability=math=math
@@ -93,19 +93,19 @@ clean: ## remove the environment, the prepared data and the run that `make run` 
 
 $(VENV)/.installed: setup.cfg constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --no-compile --upgrade pip
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,gguf,onnx,eval,quantization,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[torch,gguf,onnx,eval,quantization,dev]'
 	touch $@
 
 # Of its own, because executorch and lm-eval need different versions of antlr4.
 $(VENV)-executorch/.installed: setup.cfg constraints.txt
 	test -x $(VENV)-executorch/bin/python || $(PYTHON) -m venv $(VENV)-executorch
 	grep -v antlr4 constraints.txt > $(VENV)-executorch/constraints.txt
-	$(VENV)-executorch/bin/python -m pip install --quiet --constraint $(VENV)-executorch/constraints.txt \
+	$(VENV)-executorch/bin/python -m pip install --quiet --no-compile --constraint $(VENV)-executorch/constraints.txt \
 	  --editable '.[executorch,quantization]' $(TORCH) pytest
 	touch $@

@@ -300,7 +300,7 @@ def test_chunks_and_growth_of_the_cache_change_nothing(monkeypatch, name, dtype)
     assert (rows(1) == whole).all() and (rows(8) == whole).all()
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_texts_that_have_ended_leave_the_batch(monkeypatch, devices):
     """The others go on as they would have, in fewer rows; the devices keep equally many."""
     mesh = make_mesh({"data": devices, "fsdp": 1}, jax.devices()[:devices])

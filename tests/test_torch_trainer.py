@@ -118,7 +118,11 @@ def torch_losses(folder, model, rows, recipe=Recipe()):
     return np.array(losses)
 
 
-@pytest.fixture(scope="module", params=[SHARED, PLAIN], ids=["shared", "plain"])
+@pytest.fixture(
+    scope="module",
+    params=[SHARED, pytest.param(PLAIN, marks=pytest.mark.slow)],
+    ids=["shared", "plain"],
+)
 def run(request, plan, tmp_path_factory):
     """Our losses, and what the other trainer needs: step 0 as a folder, the network, the rows."""
     model, directory = request.param, tmp_path_factory.mktemp("run")

@@ -77,7 +77,7 @@ TOPOLOGIES = [
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("fsdp", [1, 4, 8])
+@pytest.mark.parametrize("fsdp", [1, pytest.param(4, marks=pytest.mark.slow), 8])
 def test_one_gather_per_weight_and_pass_one_reduction_per_gradient(topology, fsdp):
     """Per microbatch. Over two axes a reduction has two parts.
 

@@ -188,7 +188,9 @@ def test_a_network_equals_the_one_by_hand(model):
     assert off.mean() < 0.1 * exact.mean()
 
 
-@pytest.mark.parametrize("model", [LS, UNTIED], ids=["shared", "untied"])
+@pytest.mark.parametrize(
+    "model", [LS, pytest.param(UNTIED, marks=pytest.mark.slow)], ids=["shared", "untied"]
+)
 def test_each_part_alone_changes_what_is_its_own(model):
     params, tokens_BT = random_params(model), tokens_of(model)
     hidden = {

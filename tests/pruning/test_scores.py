@@ -17,7 +17,7 @@ from mobilellm_jax.parallel.sharding import put_rows, shardings
 from mobilellm_jax.pruning import activations, groups, measures
 from mobilellm_jax.training.objectives import next_token
 
-QUICK = "two stacks, biases", "shared"
+QUICK = ("shared",)
 EACH = pytest.mark.parametrize(
     "config",
     [
@@ -56,7 +56,13 @@ def kill(kind, live, config):
         stack.heads_LN[1, each : 2 * each] = False
 
 
-@pytest.mark.parametrize("config", ONCE.values(), ids=ONCE)
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(c, id=name, marks=[] if name == "plain" else pytest.mark.slow)
+        for name, c in ONCE.items()
+    ],
+)
 def test_a_score_is_that_of_the_weights_that_a_cut_makes_zero(config):
     """So that what is scored as a KV head's query heads are those which go with it."""
     batch = networks.rows()

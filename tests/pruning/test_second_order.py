@@ -90,7 +90,7 @@ def test_sums_are_those_of_what_enters(config):
         np.testing.assert_allclose(read, expected["read"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("strategy", [efficient, adapt])
+@pytest.mark.parametrize("strategy", [efficient, pytest.param(adapt, marks=pytest.mark.slow)])
 def test_with_it_a_product_and_the_loss_change_less(strategy):
     """The error of each product against the whole one's is smaller, of every one that lost something."""
     config = dataclasses.replace(UNTIED, dead_channels=True)

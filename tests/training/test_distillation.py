@@ -32,7 +32,11 @@ STUDENT = ModelConfig(VOCAB, 16, (Stack(2, 2, 1, 24),), head_dim=8, max_length=6
 LARGER = ModelConfig(
     VOCAB, 32, (Stack(3, 4, 2, 48),), head_dim=8, max_length=64, tied=False, init_std=0.3
 )
-SHARES = [(1.0, 0.0, 0.0), (1.0, 0.3, 0.0), (2.0, 0.0, 0.0), (2.0, 0.25, 0.4), (0.5, 0.0, 1.0)]
+SHARES = [(1.0, 0.0, 0.0), (2.0, 0.25, 0.4)]
+SHARES += [
+    pytest.param(*s, marks=pytest.mark.slow)
+    for s in ((1.0, 0.3, 0.0), (2.0, 0.0, 0.0), (0.5, 0.0, 1.0))
+]
 DISTILLATION = "mobilellm_jax.training.distillation:distillation"
 
 
@@ -172,7 +176,9 @@ def test_all_tokens_written_down_teach_what_the_teacher_does(case, temperature, 
     close(got, value_and_gradient(params, batch, teacher=teacher, **shares), 3e-5)
 
 
-@pytest.mark.parametrize("reverse", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "reverse", [0.5, *(pytest.param(r, marks=pytest.mark.slow) for r in (0.0, 1.0))]
+)
 def test_a_few_tokens_and_the_rest_as_one_event(case, reverse):
     params, teacher, batch = case
     top = written(case, 5)

@@ -88,7 +88,11 @@ def stepped(rows, objective, **options):
 
 
 @pytest.mark.parametrize(
-    ("name", "loss"), [("plain", {}), ("BOS inside", {"all_tokens": True, "z_loss": 0.1})]
+    ("name", "loss"),
+    [
+        ("BOS inside", {"all_tokens": True, "z_loss": 0.1}),
+        pytest.param("plain", {}, marks=pytest.mark.slow),
+    ],
 )
 def test_packed_or_alone_in_a_row_is_the_same_step(name, loss):
     """Loss and gradients to 1e-5, whatever conversations share a row, a microbatch or a chunk."""
