@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from weights import random_leaves
 
 from mobilellm_jax.data.plan import Plan, PlanSource, Stage
 from mobilellm_jax.errors import UserError
@@ -320,6 +321,18 @@ def test_the_optimizers_are_compared_in_all_else_alike(tmp_path):
         whole(row.config)
     found = differences(adamw.config.to_dict(), muon.config.to_dict())
     assert set(found) == {"optimizer.use"} and adamw.values == muon.values
+
+
+def test_rounding_is_all_that_eight_bits_compares(tmp_path):
+    model = dataclasses.replace(tiny.MODEL, max_length=256)
+    write_model(random_leaves(model), model, tiny.tokenizer(), {}, tmp_path / "source")
+    sweep = load_sweep(f"{CONFIGS / 'eight_bits.py'}:{tmp_path}/source,{tmp_path}/mixture.json")
+    floats, rounded = (sweep.rows[name] for name in ("floats", "rounded"))
+    for config in (floats, rounded):
+        whole(config)
+        assert (config.init_from, config.plan) == (f"{tmp_path}/source", f"{tmp_path}/mixture.json")
+    found = differences(floats.to_dict(), rounded.to_dict())
+    assert set(found) == {"model.quantization"}
 
 
 def test_distillation():
