@@ -125,7 +125,7 @@ def epoch_rows(config: Mapping[str, Any]) -> int:
             f"config.epochs={epochs:g} counts the rows of a plan, but {str(error).rstrip('.')}; "
             f"{instead}"
         ) from None
-    shares = sum(share.sum(0) for share in plan.weights)
+    shares = np.sum(plan.weights, axis=(0, 1))
     read = [source for source, share in zip(plan.sources, shares, strict=True) if share > 0]
     if unknown := [source.name for source in read if source.tokens is None]:
         raise UserError(
