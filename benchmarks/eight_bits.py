@@ -118,7 +118,7 @@ def by_executorch(folder: Path, rows: np.ndarray) -> np.ndarray:
 # Name, package, what writes the file, its quantizations, what reads it.
 RUNTIMES = (
     ("GGUF", "llama_cpp", gguf.export, ("f16", "q8_0", "q4_0"), by_llama_cpp),
-    ("ONNX", "onnxruntime", onnx.export, ("q8_0", "q4_0"), by_onnxruntime),
+    ("ONNX", "onnxruntime", onnx.export, ("f16", "q8_0", "q4_0"), by_onnxruntime),
     ("ExecuTorch", "executorch", executorch.export, ("f16", "8da8w", "8da4w-32"), by_executorch),
 )
 
@@ -128,13 +128,14 @@ def measured(loaded: LoadedModel, rows: np.ndarray) -> Iterator[tuple[str, np.nd
     for name, dtype, quantization in OURS:
         yield name, by_us(loaded, rows, dtype, quantization), 0
     leaves = flat(jax.device_get(loaded.params))
+    floats = dataclasses.replace(loaded.model, quantization="none")  # the file rounds them itself
     for name, package, export, quantizations, read in RUNTIMES:
         if importlib.util.find_spec(package) is None:
             continue
         for quantization in quantizations:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "file"
-                export(leaves, loaded.model, loaded.tokenizer, path, quantization)
+                export(leaves, floats, loaded.tokenizer, path, quantization)
                 yield f"{name} {quantization}", read(path, rows), size_of(path)
 
 

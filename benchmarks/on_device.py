@@ -5,7 +5,7 @@ r"""The latency table (MobileLLM, table 7): what each runtime needs to load a ne
 
 Networks of random weights and the vocabulary of 32,000: 125M, LS-125M (its 30 blocks applied twice) and 60
 blocks of their own. Runtimes are our decoder (`jax`) and, where they are installed, onnxruntime (`onnx-`
-f32, q8_0, q4_0), ExecuTorch (`executorch-` f32, f16, 8da8w, 8da4w-32, 8da4w-64, minutes to compile) and
+f32, f16, q8_0, q4_0), ExecuTorch (`executorch-` f32, f16, 8da8w, 8da4w-32, 8da4w-64, minutes to compile) and
 llama.cpp (`gguf-` f16, q8_0, q4_0), in processes of their own, in turns; medians over rounds. With --files
 they are kept there, and taken from there. *Load* is from a file to a network that is ready, *first*
 the time to the first token behind a prompt of --prompt tokens, *token* that of each further one. Memory is
@@ -38,7 +38,7 @@ from mobilellm_jax.model.config import ModelConfig, flops_per_token
 from mobilellm_jax.tables import markdown_table
 
 NETWORKS = ("125m", "ls-125m", "60-layers")
-RUNTIMES = ("jax", *(f"onnx-{q}" for q in ("f32", "q8_0", "q4_0")))
+RUNTIMES = ("jax", *(f"onnx-{q}" for q in ("f32", "f16", "q8_0", "q4_0")))
 RUNTIMES += tuple(f"executorch-{q}" for q in ("f32", "8da8w", "8da4w-32"))
 RUNTIMES += tuple(f"gguf-{q}" for q in ("f16", "q8_0", "q4_0"))
 # Of a weight in a block; the scales of groups are float16, or bfloat16.
@@ -97,8 +97,9 @@ def by_jax(path: Path, prompt: np.ndarray, count: int) -> dict[str, float]:
 
 def empty_cache(session: Any) -> dict[str, np.ndarray]:
     """Keys and values of a graph for onnxruntime before the first token of one text."""
+    dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
     return {
-        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
+        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), dtypes[i.type])
         for i in session.get_inputs()
         if i.name.startswith("past")
     }
