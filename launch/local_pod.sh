@@ -50,6 +50,8 @@ free_port() {  # below those that the system gives to outgoing connections
 }
 port="${port:-$(free_port)}"
 
+# A process group of its own for each: Ctrl-C reaches them once, from here; twice, they would not save.
+set -m
 pids=()
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 [[ -z "$logs" || -n "$dry" ]] || mkdir -p "$logs"

@@ -69,6 +69,27 @@ def test_the_local_pod_numbers_its_processes():
     assert number == 2
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_each_process_of_the_local_pod_once(tmp_path, number):
+    """A second one would end them before they have saved."""
+    told = f"echo told >>{tmp_path}/told-$JAX_PROCESS_ID"
+    saving = f"trap '{told}' TERM INT; touch {tmp_path}/up-$JAX_PROCESS_ID"
+    saving += f"; for i in {{1..20}}; do sleep 0.05; done; echo saved >>{tmp_path}/told-$JAX_PROCESS_ID"
+    process = subprocess.Popen(
+        ["bash", LAUNCH / "local_pod.sh", "--processes=2", "--", "bash", "-c", saving],
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.glob("up-*"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, number)  # as a terminal does
+    assert process.wait(timeout=30) == 0
+    for each in range(2):
+        assert (tmp_path / f"told-{each}").read_text().split() == ["told", "saved"]
+
+
 def test_the_local_pod_ends_with_the_worst_status():
     worst = "import os, sys; sys.exit(int(os.environ['JAX_PROCESS_ID']) * 3)"
     status, _, err = launch("local_pod.sh", "--processes=3", "--", sys.executable, "-c", worst)
