@@ -74,7 +74,9 @@ def test_a_signal_reaches_each_process_of_the_local_pod_once(tmp_path, number):
     """A second one would end them before they have saved."""
     told = f"echo told >>{tmp_path}/told-$JAX_PROCESS_ID"
     saving = f"trap '{told}' TERM INT; touch {tmp_path}/up-$JAX_PROCESS_ID"
-    saving += f"; for i in {{1..20}}; do sleep 0.05; done; echo saved >>{tmp_path}/told-$JAX_PROCESS_ID"
+    saving += (
+        f"; for i in {{1..20}}; do sleep 0.05; done; echo saved >>{tmp_path}/told-$JAX_PROCESS_ID"
+    )
     process = subprocess.Popen(
         ["bash", LAUNCH / "local_pod.sh", "--processes=2", "--", "bash", "-c", saving],
         start_new_session=True,
