@@ -7,6 +7,9 @@ BIN    := $(VENV)/bin
 # Torch only checks what we export; the build for CPUs is enough, and this version is the tested one.
 TORCH  := torch==2.13.0
 
+# Only what is imported is compiled, when it is: compiling all of it takes longer than the rest.
+INSTALL := python -m pip install --quiet --no-compile
+
 # On Linux with glibc, large allocations in huge pages make training on a CPU a fifth faster.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
@@ -62,7 +65,7 @@ pruning: $(VENV)/.installed ## pruning inside of training against its rivals, in
 	$(BIN)/python -m mobilellm_jax.sweep --sweep=configs/pruning_study.py:shapes --workdir=runs/pruning/shapes --parallel=2
 
 mixing-demo: $(VENV)/.installed ## sources -> probes -> influence, leave-one-out, RegMix -> mixtures -> trained comparison and report
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[mixing]'
+	$(BIN)/$(INSTALL) --constraint constraints.txt --editable '.[mixing]'
 	$(PREPARE) --out=data/mixing --vocab_size=2048
 	$(BIN)/python -m data_mixing.probes --embedded --out=data/mixing_probes --per_source=100 \
 	  --capability=code=code --capability=language=prose --capability=math=math
@@ -93,19 +96,19 @@ clean: ## remove the environment, the prepared data and the run that `make run` 
 
 $(VENV)/.installed: setup.cfg constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable .
+	$(BIN)/$(INSTALL) --upgrade pip
+	$(BIN)/$(INSTALL) --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[torch,gguf,onnx,eval,quantization,dev]'
+	$(BIN)/$(INSTALL) --constraint constraints.txt $(TORCH)
+	$(BIN)/$(INSTALL) --constraint constraints.txt --editable '.[torch,gguf,onnx,eval,quantization,dev]'
 	touch $@
 
 # Of its own, because executorch and lm-eval need different versions of antlr4.
 $(VENV)-executorch/.installed: setup.cfg constraints.txt
 	test -x $(VENV)-executorch/bin/python || $(PYTHON) -m venv $(VENV)-executorch
 	grep -v antlr4 constraints.txt > $(VENV)-executorch/constraints.txt
-	$(VENV)-executorch/bin/python -m pip install --quiet --no-compile --constraint $(VENV)-executorch/constraints.txt \
+	$(VENV)-executorch/bin/$(INSTALL) --constraint $(VENV)-executorch/constraints.txt \
 	  --editable '.[executorch,quantization]' $(TORCH) pytest
 	touch $@

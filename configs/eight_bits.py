@@ -40,7 +40,7 @@ def row(source: str, plan: str, quantization: str) -> ConfigDict:
     c.global_batch = 4
     c.execution.dtype = "float32"
     c.loss_chunks = 8
-    c.schedule.peak = 3e-4  # a tenth of what the network was trained with
+    c.schedule.peak = 3e-4  # below a tenth of what the network was trained with
     c.schedule.warmup_steps = 20
     c.schedule.floor = 0.0
     c.eval.every = c.checkpoint.every = STEPS

@@ -447,7 +447,6 @@ def test_efficientllm_says_what_there_is():
             module("efficientllm").get_config(argument)
 
 
-@pytest.mark.slow
 def test_the_study_of_pruning(tmp_path, monkeypatch):
     """Every arm is a run that can be, comes to half of the source, and costs what its table says."""
     made = module("pruning_study")

@@ -52,7 +52,6 @@ def test_every_size_is_exported_measured_and_drawn(pruned_run, tmp_path):
     assert ended.status == 0 and runs.files(out) == before  # nothing is made or measured again
 
 
-@pytest.mark.slow
 def test_what_is_dead_in_the_newest_checkpoint_is_taken_out(tmp_path):
     plan = tiny.corpus(tmp_path / "data")
     runs.run(pruned.config(plan), tmp_path / "run")

@@ -57,6 +57,25 @@ def test_they_are_sound_shell_and_explain_themselves(script):
         subprocess.run([checker, LAUNCH / script], check=True)
 
 
+def stopped(number, begun, script, *arguments, **environment):
+    """How a script ends that a terminal sends a signal when some files are there."""
+    process = subprocess.Popen(
+        ["bash", LAUNCH / script, *arguments],
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        # Tests that run in the background ignore it, and so would all that they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 30
+    while not all(file.exists() for file in begun):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.killpg(process.pid, number)  # as a terminal does
+    return process.wait(timeout=30)
+
+
 def test_the_local_pod_numbers_its_processes():
     arguments = ("--processes=3", "--devices=2", "--port=20001", "--dry-run", "--", *TRAIN)
     status, out, _ = launch("local_pod.sh", *arguments)
@@ -77,17 +96,9 @@ def test_a_signal_reaches_each_process_of_the_local_pod_once(tmp_path, number):
     saving += (
         f"; for i in {{1..20}}; do sleep 0.05; done; echo saved >>{tmp_path}/told-$JAX_PROCESS_ID"
     )
-    process = subprocess.Popen(
-        ["bash", LAUNCH / "local_pod.sh", "--processes=2", "--", "bash", "-c", saving],
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 30
-    while len(list(tmp_path.glob("up-*"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, number)  # as a terminal does
-    assert process.wait(timeout=30) == 0
+    command = "local_pod.sh", "--processes=2", "--", "bash", "-c", saving
+    begun = [tmp_path / f"up-{each}" for each in range(2)]
+    assert stopped(number, begun, *command) == 0
     for each in range(2):
         assert (tmp_path / f"told-{each}").read_text().split() == ["told", "saved"]
 
@@ -215,21 +226,8 @@ def test_a_signal_reaches_the_stage_once_and_ends_the_recipe_behind_it(tmp_path,
     """The stage takes its time to save, is not told twice, and no other stage begins."""
     saving = f'trap "echo told >>{tmp_path}/told" TERM INT\nfor i in {{1..20}}; do sleep 0.05; done'
     fake = fake_python(tmp_path, f"{saving}\necho saved >>{tmp_path}/told")
-    process = subprocess.Popen(
-        ["bash", LAUNCH / "r1_recipe.sh", "--size=140m"],
-        env={**os.environ, "PYTHON": fake},
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-        # Tests that run in the background ignore it, and so would all that they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "stages").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(0.1)
-    os.killpg(process.pid, number)  # as a terminal does
-    assert process.wait(timeout=30) == status
+    begun = [tmp_path / "stages"]
+    assert stopped(number, begun, "r1_recipe.sh", "--size=140m", PYTHON=fake) == status
     assert (tmp_path / "told").read_text().split() == ["told", "saved"]
     assert (tmp_path / "stages").read_text().split() == STAGES[:1]
 

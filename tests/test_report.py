@@ -317,7 +317,6 @@ def test_text_from_outside_is_escaped():
     assert Tags(text).text.count(evil) > 8
 
 
-@pytest.mark.slow
 def test_a_million_steps_stay_small_and_quick():
     names = [f"source_{i}" for i in range(14)]
     start = time.process_time()

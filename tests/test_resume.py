@@ -58,6 +58,15 @@ def kills(number, steps, seed):
     return [(rng.randrange(1, steps // (number + 1)), rng.uniform(0, 0.1)) for _ in range(number)]
 
 
+def test_kill_9_changes_no_bit(plan, tmp_path):
+    config = config_file(tmp_path, plan, steps=60, checkpoint__every=2, eval__every=20)
+    weights, rows, _ = trained(config, tmp_path / "whole")
+    assert len(rows) == 60
+    killed, seen, _ = trained(config, tmp_path / "killed", kills(1, 60, seed=1))
+    assert killed == weights
+    assert seen == rows
+
+
 @pytest.mark.slow
 def test_kill_9_ten_times_changes_no_bit(plan, tmp_path):
     config = config_file(tmp_path, plan, steps=300, checkpoint__every=1, eval__every=50)

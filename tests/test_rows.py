@@ -132,7 +132,6 @@ def test_a_step_is_replayed_bit_for_bit_and_its_rows_ranked(prepared, trained):
     shutil.rmtree(trained / "replay")
 
 
-@pytest.mark.slow
 def test_a_step_with_a_teacher_is_replayed(prepared, trained, tmp_path):
     config = tiny.config(prepared[0], 5)
     distillation = "mobilellm_jax.training.distillation:distillation"

@@ -266,7 +266,6 @@ def test_a_trace_of_chosen_steps_changes_no_bit(plan, tmp_path):
     assert steps == {4, 5}
 
 
-@pytest.mark.slow
 def test_a_run_that_ends_inside_of_a_trace_still_writes_it(plan, tmp_path):
     config = tiny.config(plan)
     config.profile = "2:50"

@@ -65,16 +65,13 @@ def _essence(found: Any) -> Any:
     if not isinstance(found, Mapping):
         return found
     kept = {
-        key: list(value.values())
-        if key == "config_groups" and isinstance(value, Mapping)
-        else value
+        key: _essence(value)
         for key, value in found.items()
         if key not in _INERT and value not in (None, {}, [])
     }
-    return {
-        key: [_essence(one) for one in value] if isinstance(value, list) else _essence(value)
-        for key, value in kept.items()
-    }
+    if isinstance(groups := kept.get("config_groups"), dict):
+        kept["config_groups"] = list(groups.values())
+    return kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +127,7 @@ class ScaledTensor:
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """The numbers."""
-        first, *rest = index if isinstance(index, tuple) else (index,)
-        scaled = self.of[first].astype(np.float32) * self.scales[first].astype(np.float32)
-        return scaled[(slice(None), *rest)] if isinstance(first, slice) else scaled[tuple(rest)]
+        return (self.of[:].astype(self.dtype) * self.scales[:].astype(self.dtype))[index]
 
 
 def scaled(found: Mapping[str, Leaf]) -> dict[str, Leaf]:

@@ -231,7 +231,6 @@ def without_trees(monkeypatch):
     monkeypatch.setattr(regression, "models", lambda seed: {n: all_of(seed)[n] for n in cheap})
 
 
-@pytest.mark.slow
 def test_of_shuffled_losses_the_interval_holds_0(monkeypatch):
     mixtures = proxies(PRIOR, 60, seed=1)
     losses = losses_of(mixtures, logarithmic)

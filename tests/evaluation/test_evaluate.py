@@ -87,7 +87,6 @@ def test_a_file_of_questions_is_a_task(loaded, data):
     assert json.dumps(results, default=str)
 
 
-@pytest.mark.slow
 def test_a_task_of_the_harness_reads_local_files(loaded, data):
     (line, *_), _ = evaluate(loaded, ["arc_easy"], data=data, limit=5, shots=2)
     assert (line.label, line.shots, line.documents) == ("arc_easy", 2, 5)

@@ -101,7 +101,6 @@ def pairs():
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_log_likelihoods_equal_those_of_hugging_face(name, theirs):
     requests = instances("loglikelihood", *pairs())

@@ -55,7 +55,6 @@ def test_rows_lie_in_the_order_of_the_devices():
     assert starts == list(range(0, 16, 2))
 
 
-@pytest.mark.slow
 def test_a_third_axis_is_a_line_more(monkeypatch):
     """`tensor` over the MLP's width: one name in AXES, and in the rules; the same loss and gradient."""
     monkeypatch.setattr(meshes, "AXES", ("data", "fsdp", "tensor"))

@@ -92,10 +92,9 @@ def test_the_size_of_a_group_is_what_a_network_without_it_is_smaller_by(config):
 
 @pytest.mark.parametrize(
     "make_optimizer",
-    [ADAMW, MUON],
+    [ADAMW, pytest.param(MUON, marks=pytest.mark.slow)],
     ids=["adamw", "muon"],
 )
-@pytest.mark.slow
 def test_what_is_dead_has_no_gradient_and_stays_zero(make_optimizer):
     config = dataclasses.replace(networks.TWO, dead_channels=True)
     live = networks.some_dead(config, heads=False)
@@ -150,7 +149,7 @@ def same_outputs(config, params, live, layout):
     np.testing.assert_allclose(logits(smaller, compact.config), logits(params, config), atol=1e-5)
 
 
-QUICK = ("two stacks, biases", "stacks"), ("relu, reverse", "stacks")
+QUICK = ("two stacks, biases", "stacks"), ("plain", "padded"), ("relu, reverse", "stacks")
 
 
 @pytest.mark.parametrize(

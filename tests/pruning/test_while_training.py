@@ -102,7 +102,6 @@ def train_attached():
     return step.attached
 
 
-@pytest.mark.slow
 def test_a_fork_goes_on_pruning_or_says_why_not(plan, whole, tmp_path):
     forked = {"init_from": f"{whole[0]}@4", "init_state": "all", "schedule.peak": 0.0}
     state = runs.run(config(plan, **forked), tmp_path / "fork")
@@ -142,9 +141,11 @@ def pruning_state(config, live=None):
 
 @pytest.mark.parametrize(
     ("scored", "microbatches"),
-    [("taylor", 2), ("fisher", 2), ("fisher", 1)],
+    [
+        ("taylor", 2),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in (("fisher", 2), ("fisher", 1))),
+    ],
 )
-@pytest.mark.slow
 def test_steps_add_up_the_scores_of_their_microbatches(scored, microbatches):
     config, batch = networks.TWO, networks.rows(4)
     state = pruning_state(config)
@@ -201,7 +202,6 @@ def test_efficient_cuts_the_least_kind_in_all_layers(plan, tmp_path):
     assert any("types" in record for record in cuts)
 
 
-@pytest.mark.slow
 def test_a_network_that_was_trained_without_begins_to_prune_its_stream(plan, tmp_path):
     runs.run(tiny.config(plan, 4), tmp_path / "before")
     changes = {"init_from": str(tmp_path / "before"), "pruning.target": int(0.9 * WHOLE)}

@@ -106,7 +106,6 @@ def test_muon_equals_its_definition_on_each_layer_alone_and_is_adamw_on_the_rest
     assert by_muon == 2 * len(MATRICES)
 
 
-@pytest.mark.slow
 def test_an_update_of_muon_is_as_large_as_one_of_adamw():
     """So that a peak carries over: 0.2 per element and unit of rate, as AdamW's usually is."""
     make = functools.partial(optimizer.muon, **{**SETTINGS, "weight_decay": 0.0})

@@ -59,7 +59,6 @@ def start():
 PIECE_BYTES = jnp.arange(tiny.VOCAB) % 5
 
 
-@pytest.mark.slow
 def test_parts_of_a_step_are_named_in_the_program():
     """As a trace shows them: see docs/profiling.md."""
     program = step().lower(start(), batch(), PIECE_BYTES).compile().as_text()
