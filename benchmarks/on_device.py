@@ -168,7 +168,8 @@ def by_gguf(path: Path, prompt: np.ndarray, count: int, threads: int) -> dict[st
 
     def load() -> Reader:
         settings = {"n_threads": threads, "n_threads_batch": threads, "n_ctx": 1024}
-        loaded = llama_cpp.Llama(str(path), verbose=False, **settings)
+        # As its own programs have it; the Python package leaves flash attention off.
+        loaded = llama_cpp.Llama(str(path), verbose=False, flash_attn=True, **settings)
 
         def read(tokens_T: np.ndarray) -> np.ndarray:
             if len(tokens_T) > 1:

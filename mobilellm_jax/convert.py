@@ -74,7 +74,8 @@ LOADS = {  # what to type to use what was written
     "checkpoint": 'import mobilellm_jax\nmodel, params, tokenizer = mobilellm_jax.load("{out}")',
     "hf": _HF.replace("{more}", ""),
     "hf-shared": _HF.replace("{more}", ", trust_remote_code=True"),
-    "gguf": 'llama-cli -m {out} -p "Once upon a time"',
+    "gguf": 'llama-completion -no-cnv -m {out} -p "Once upon a time"\n'
+    "llama-cli -m {out}  # to talk, if it has learnt a chat template",
     "onnx": 'import onnxruntime\nsession = onnxruntime.InferenceSession("{out}/onnx/model.onnx")',
     "web": "python -m http.server --directory {out}  # and http://localhost:8000 in a browser",
     "executorch": _EXECUTORCH,

@@ -15,9 +15,9 @@ from mobilellm_jax.leaves import Leaf
 from mobilellm_jax.model.quantization import W8A8, integers, parts_of
 
 KEY = "quantization_config"  # of config.json
+_HEAD = "lm_head"
 _NUMBERS = {"num_bits": 8, "type": "int"}
 _GROUP = {
-    "targets": ["Linear"],
     "weights": _NUMBERS | {"symmetric": True, "strategy": "channel", "dynamic": False},
     "input_activations": _NUMBERS | {"symmetric": False, "strategy": "token", "dynamic": True},
 }
@@ -36,13 +36,15 @@ def described(quantization: str) -> dict[str, Any]:
     parts = parts_of(quantization)
     if not parts:
         return {}
+    # To vLLM a head is no Linear, and has to be named; to transformers it is both.
+    targets = ["Linear", _HEAD] if "head" in parts else ["Linear"]
     return {
         KEY: {
             "quant_method": "compressed-tensors",
             "format": "int-quantized",
             "quantization_status": "compressed",
-            "config_groups": {"group_0": _GROUP},
-            "ignore": [] if "head" in parts else ["lm_head"],
+            "config_groups": {"group_0": {"targets": targets} | _GROUP},
+            "ignore": [] if "head" in parts else [_HEAD],
         }
     }
 
@@ -71,6 +73,8 @@ def _essence(found: Any) -> Any:
     }
     if isinstance(groups := kept.get("config_groups"), dict):
         kept["config_groups"] = list(groups.values())
+    if isinstance(targets := kept.get("targets"), list):
+        kept["targets"] = [target for target in targets if target != _HEAD]  # said twice, see above
     return kept
 
 

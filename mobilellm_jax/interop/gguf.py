@@ -1,6 +1,6 @@
 """A trained network as one GGUF file, which llama.cpp and the programs built on it run.
 
-    llama-cli -m model.gguf -p "Once"
+    llama-completion -no-cnv -m model.gguf -p "Once"
 
 Plain networks and MobileLLM-LS become architecture `llama`, networks with QK-norm (MobileLLM-R1)
 `qwen3`, with weights of one where the norm has none, and networks with biases of queries, keys and

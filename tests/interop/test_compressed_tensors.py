@@ -164,6 +164,25 @@ def test_what_other_programs_say(tmp_path):
             hf_folder.open_folder(tmp_path / name)
 
 
+def test_others_do_not_name_a_head_of_integers(tmp_path):
+    """vLLM has to be told of it; what wrote a folder for transformers may have said Linear alone."""
+    model = eight_bit(UNTIED, "w8a8:blocks+head")
+    huggingface.export(random_leaves(model), model, tiny.tokenizer(), tmp_path / "out")
+    path = tmp_path / "out/config.json"
+    config = json.loads(path.read_text())
+    del config["mobilellm_jax"]
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    assert group["targets"] == ["Linear", "lm_head"]
+    for targets in (["Linear", "lm_head"], ["Linear"]):
+        group["targets"] = targets
+        path.write_text(json.dumps(config))
+        assert hf_folder.open_folder(tmp_path / "out").model == model
+    group["targets"] = ["lm_head"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="config.json: quantization_config=.* does not have"):
+        hf_folder.open_folder(tmp_path / "out")
+
+
 def test_what_no_file_can_say_is_refused(tmp_path):
     leaves, tokenizer = random_leaves(SMALL), tiny.tokenizer()
     with pytest.raises(
