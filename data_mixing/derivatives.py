@@ -63,7 +63,7 @@ def differentiated(
 
     Args:
       params: of the network, float32.
-      network: with the reference attention: kernels know no forward mode.
+      network: with attention in plain XLA: kernels know no forward mode.
       layers: `embedding`, `output`, `all`, or several joined by `+`.
       mesh: devices that share the rows.
       batch_rows: rows of one call of a program; a multiple of the devices times `group`.
@@ -373,8 +373,8 @@ def _static(of: Differentiated) -> dict[str, Any]:
 
 
 def network_of(model: ModelConfig, bos_id: int, eos_id: int, dtype: str, chunks: int) -> Network:
-    """A network as it is differentiated forwards: with the reference attention."""
-    execution = transformer.Execution(dtype, attention="reference")
+    """A network as it is differentiated forwards: with attention in plain XLA."""
+    execution = transformer.Execution(dtype, attention="blocks")
     return Network(model, execution, bos_id, eos_id, chunks)
 
 

@@ -1,7 +1,7 @@
 """Attention over documents: causal, grouped-query, never across a document's border.
 
 Whole rows are computed by a kernel of the device they run on, in blocks where there is none, or by
-the reference, which is the meaning of all of them. With a cache it is `plain.cached_attention`.
+the reference, which is the meaning of all of them. With a cache it is `plain.attention_by_heads`.
 """
 
 import math

@@ -1,8 +1,9 @@
-"""Attention in plain XLA, for any device: the reference, in blocks of queries, and with a cache.
+"""Attention in plain XLA, for any device: the reference, by heads, and in blocks of queries.
 
 The reference computes all pairs of a query and a key and keeps their scores for the backward pass.
-In blocks a query meets the keys up to the end of its block alone, and the backward pass forms the
-scores of one block at a time again.
+By heads it computes them in one product for each KV head, with keys and values as a cache has them. In
+blocks a query meets the keys up to the end of its block alone, and the backward pass forms the scores
+of one block at a time again.
 """
 
 import functools
@@ -39,16 +40,22 @@ def attention(
     )
 
 
-def cached_attention(
+def heads_outermost(x_BSKH: jax.Array) -> jax.Array:
+    """[K * B, S, H], as a cache has it."""
+    x_KBSH = jnp.moveaxis(x_BSKH, 2, 0)
+    return x_KBSH.reshape(-1, *x_KBSH.shape[2:])
+
+
+def attention_by_heads(
     q_BTNH: jax.Array, k_RSH: jax.Array, v_RSH: jax.Array, visible_BTS: jax.Array
 ) -> jax.Array:
-    """What `attention` computes, of a few queries with the keys and values of a cache.
+    """What `attention` computes, with the keys and values of a cache, or in their order.
 
-    The queries of a KV head are the rows of one product, so that the cache is read as it lies.
+    The queries of a KV head are the rows of one product, so that a cache is read as it lies.
 
     Args:
       q_BTNH: queries.
-      k_RSH: keys of all rows and KV heads, the heads outermost.
+      k_RSH: keys of all rows and KV heads, see `heads_outermost`.
       v_RSH: values.
       visible_BTS: see `attention`.
     """
@@ -94,21 +101,21 @@ def blocks(
     Returns:
       [B, T, N, H] in the dtype of `q_BTNH`.
     """
-    rows, length = q_BTNH.shape[:2]
+    count, length = q_BTNH.shape[:2]
     size = max(LEAST, -(-length // BLOCKS))
-    slots_BT = jnp.broadcast_to(jnp.arange(length), (rows, length))
+    slots_BT = jnp.broadcast_to(jnp.arange(length), (count, length))
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def block(queries: tuple[jax.Array, ...], keys: tuple[jax.Array, ...]) -> jax.Array:
-        (q_BTNH, at_BT, segment_ids_BT), (k_BSKH, v_BSKH, at_BS, segment_ids_BS) = queries, keys
+    # Of the whole rows, so that these and not their parts are kept for the backward pass.
+    @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
+    def block(start: int, rows: tuple[Any, ...]) -> jax.Array:
+        def part(first: int) -> Any:
+            return jax.tree.map(lambda x: x[:, first : start + size], rows)
+
+        q_BTNH, _, _, at_BT, segment_ids_BT = part(start)
+        _, k_BSKH, v_BSKH, at_BS, segment_ids_BS = part(0)
         visible_BTS = visible(at_BT, at_BS, segment_ids_BT, segment_ids_BS)
-        return attention(q_BTNH, k_BSKH, v_BSKH, visible_BTS)
+        k_RSH, v_RSH = heads_outermost(k_BSKH), heads_outermost(v_BSKH)
+        return attention_by_heads(q_BTNH, k_RSH, v_RSH, visible_BTS)
 
-    def part(start: int, end: int, arrays: tuple[Any, ...]) -> Any:
-        return jax.tree.map(lambda x: x[:, start:end], arrays)
-
-    queries, keys = (q_BTNH, slots_BT, segment_ids_BT), (k_BTKH, v_BTKH, slots_BT, segment_ids_BT)
-    ends = range(size, length + size, size)
-    return jnp.concatenate(
-        [block(part(end - size, end, queries), part(0, end, keys)) for end in ends], axis=1
-    )
+    rows = q_BTNH, k_BTKH, v_BTKH, slots_BT, segment_ids_BT
+    return jnp.concatenate([block(start, rows) for start in range(0, length, size)], axis=1)

@@ -24,7 +24,14 @@ from mobilellm_jax.imports import import_path
 from mobilellm_jax.model.attention import KERNELS, of_rows, rope, rope_frequencies
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.model.embedding import look_up
-from mobilellm_jax.model.layers import RMSNorm, gated, matrix_of, with_bias, with_tap
+from mobilellm_jax.model.layers import (
+    RMSNorm,
+    gated,
+    matrix_of,
+    projection,
+    with_bias,
+    with_tap,
+)
 from mobilellm_jax.model.notes import (
     GRAMS,
     INPUTS,
@@ -35,7 +42,7 @@ from mobilellm_jax.model.notes import (
     note,
     products,
 )
-from mobilellm_jax.model.plain import attention, cached_attention, visible
+from mobilellm_jax.model.plain import attention, attention_by_heads, heads_outermost, visible
 from mobilellm_jax.model.quantization import factor_of, table_of, weight_of
 from mobilellm_jax.model.taps import TAPS
 from mobilellm_jax.parallel.sharding import batch_sharded
@@ -113,7 +120,7 @@ class Attention(nn.Module):
         matrix = functools.partial(matrix_of, self, c, x_BTD.dtype)
 
         def heads(name: str, count: int) -> jax.Array:
-            y_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, matrix(name, c.width, count, c.head_dim))
+            y_BTNH = projection("BTD,DNH->BTNH", x_BTD, matrix(name, c.width, count, c.head_dim))
             if not c.qkv_bias:
                 return y_BTNH
             zeros = nn.initializers.zeros
@@ -148,20 +155,21 @@ class Attention(nn.Module):
         elif context.whole_rows:
             y_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, context.visible_BTS)
         else:
-            y_BTNH = cached_attention(q_BTNH, k_RSH, v_RSH, context.visible_BTS)
+            y_BTNH = attention_by_heads(q_BTNH, k_RSH, v_RSH, context.visible_BTS)
         note(self, STATISTICS, **moments(y_BTNH))
         note(self, INPUTS, of_out=products(y_BTNH))
+        y_BTNH = factor_of(c.quantization, "blocks", y_BTNH)
         out_NHD = matrix("out", s.heads, c.head_dim, c.width, inputs=2)
-        # Over N and H in this order: einsum's would be H, N, for which XLA copies the weights.
-        y_BTD = jnp.tensordot(factor_of(c.quantization, "blocks", y_BTNH), out_NHD, 2)
+        # One axis for heads and their width: einsum would sum over H, N, for which XLA copies weights.
+        y_BTE, out_ED = y_BTNH.reshape(*y_BTNH.shape[:2], -1), out_NHD.reshape(-1, c.width)
+        y_BTD = projection("BTE,ED->BTD", y_BTE, out_ED)
         return with_bias(self, c, "out_bias", y_BTD), cache
 
 
 # Applications, their KV heads and the rows are one axis of a cache: with an axis more, or one of length
 # 1, XLA would copy the cache at each step. R stands for the heads and rows of one application.
 def _written(cache: jax.Array, new_BTKH: jax.Array, context: Context) -> jax.Array:
-    new_KBTH = jnp.moveaxis(new_BTKH, 2, 0).astype(cache.dtype)
-    new_RTH = new_KBTH.reshape(-1, *new_KBTH.shape[2:])
+    new_RTH = heads_outermost(new_BTKH).astype(cache.dtype)
     at = context.application * len(new_RTH), context.slot, 0
     return jax.lax.dynamic_update_slice(cache, new_RTH, at)
 
@@ -185,15 +193,15 @@ class MLP(nn.Module):
         matrix = functools.partial(matrix_of, self, c, x_BTD.dtype)
 
         if c.mlp == "swiglu":
-            gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, matrix("gate", width, hidden))
-            up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, matrix("up", width, hidden))
+            gate_BTF = projection("BTD,DF->BTF", x_BTD, matrix("gate", width, hidden))
+            up_BTF = projection("BTD,DF->BTF", x_BTD, matrix("up", width, hidden))
             hidden_BTF = gated(gate_BTF, up_BTF)
         else:
-            hidden_BTF = nn.relu(jnp.einsum("BTD,DF->BTF", x_BTD, matrix("up", width, hidden)))
+            hidden_BTF = nn.relu(projection("BTD,DF->BTF", x_BTD, matrix("up", width, hidden)))
         note(self, STATISTICS, **moments(hidden_BTF))
         note(self, INPUTS, of_down=products(hidden_BTF))
         hidden_BTF = factor_of(c.quantization, "blocks", hidden_BTF)
-        y_BTD = jnp.einsum("BTF,FD->BTD", hidden_BTF, matrix("down", hidden, width))
+        y_BTD = projection("BTF,FD->BTD", hidden_BTF, matrix("down", hidden, width))
         return with_bias(self, c, "down_bias", y_BTD)
 
 
