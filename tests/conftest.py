@@ -3,6 +3,7 @@
 import atexit
 import gc
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -21,7 +22,9 @@ flags = [
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_parallel_codegen_split_count=1",
 ]
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have no other emitters
+# Later versions have no other emitters; libtpu ends a process over a flag that it does not know.
+older = importlib.metadata.version("jaxlib").startswith("0.10.")
+if older and importlib.util.find_spec("libtpu") is None:
     flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(flags)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
