@@ -112,10 +112,10 @@ def blocks(
             return jax.tree.map(lambda x: x[:, first : start + size], rows)
 
         q_BTNH, _, _, at_BT, segment_ids_BT = part(start)
-        _, k_BSKH, v_BSKH, at_BS, segment_ids_BS = part(0)
+        _, k_RSH, v_RSH, at_BS, segment_ids_BS = part(0)
         visible_BTS = visible(at_BT, at_BS, segment_ids_BT, segment_ids_BS)
-        k_RSH, v_RSH = heads_outermost(k_BSKH), heads_outermost(v_BSKH)
         return attention_by_heads(q_BTNH, k_RSH, v_RSH, visible_BTS)
 
-    rows = q_BTNH, k_BTKH, v_BTKH, slots_BT, segment_ids_BT
+    k_RTH, v_RTH = heads_outermost(k_BTKH), heads_outermost(v_BTKH)
+    rows = q_BTNH, k_RTH, v_RTH, slots_BT, segment_ids_BT
     return jnp.concatenate([block(start, rows) for start in range(0, length, size)], axis=1)

@@ -110,13 +110,18 @@ def test_the_files_hold_integers_and_scales(tmp_path):
     assert size < 0.7 * sum(2 * tensor[:].size for tensor in floats.values())
 
 
+def as_of_others(model, folder):
+    """Writes a folder; its config.json, and what that says without our own words."""
+    huggingface.export(random_leaves(model), model, tiny.tokenizer(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["mobilellm_jax"]
+    return folder / "config.json", config
+
+
 def test_what_other_programs_say(tmp_path):
     """What they add and changes no number is passed over; other integers are not taken for these."""
     model = eight_bit(SMALL, "w8a8:blocks")
-    huggingface.export(random_leaves(model), model, tiny.tokenizer(), tmp_path / "out")
-    path = tmp_path / "out/config.json"
-    config = json.loads(path.read_text())
-    del config["mobilellm_jax"]
+    path, config = as_of_others(model, tmp_path / "out")
 
     def read(weights=None, factors=None, **changes):
         said = json.loads(json.dumps(config))
@@ -167,10 +172,7 @@ def test_what_other_programs_say(tmp_path):
 def test_others_do_not_name_a_head_of_integers(tmp_path):
     """vLLM has to be told of it; what wrote a folder for transformers may have said Linear alone."""
     model = eight_bit(UNTIED, "w8a8:blocks+head")
-    huggingface.export(random_leaves(model), model, tiny.tokenizer(), tmp_path / "out")
-    path = tmp_path / "out/config.json"
-    config = json.loads(path.read_text())
-    del config["mobilellm_jax"]
+    path, config = as_of_others(model, tmp_path / "out")
     group = config["quantization_config"]["config_groups"]["group_0"]
     assert group["targets"] == ["Linear", "lm_head"]
     for targets in (["Linear", "lm_head"], ["Linear"]):

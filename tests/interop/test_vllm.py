@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -57,9 +58,8 @@ def their_log_probabilities(folder: pathlib.Path, tokens_BT: np.ndarray) -> np.n
 
 
 def our_log_probabilities(model: ModelConfig, leaves, tokens_BT: np.ndarray) -> np.ndarray:
-    logits_BTV = np.asarray(weights.logits(nested(leaves), model, tokens_BT), np.float64)[:, :-1]
-    top_BT1 = logits_BTV.max(-1, keepdims=True)
-    return logits_BTV - top_BT1 - np.log(np.exp(logits_BTV - top_BT1).sum(-1, keepdims=True))
+    logits_BTV = weights.logits(nested(leaves), model, tokens_BT)
+    return np.asarray(jax.nn.log_softmax(logits_BTV))[:, :-1]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
