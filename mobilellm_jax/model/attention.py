@@ -1,7 +1,7 @@
 """Attention over documents: causal, grouped-query, never across a document's border.
 
 Whole rows are computed by a kernel of the device they run on, in blocks where there is none, or by
-the reference, which is the meaning of all of them. With a cache it is `plain.attention_by_heads`.
+the reference, which is the meaning of all of them. With a cache it is `by_heads.attention_by_heads`.
 """
 
 import math
@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.by_heads import blocks
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.flash_gpu import cudnn, flash
-from mobilellm_jax.model.plain import blocks
 from mobilellm_jax.model.splash import splash
 from mobilellm_jax.parallel.sharding import BATCH_AXES, batch_mesh
 

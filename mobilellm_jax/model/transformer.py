@@ -22,6 +22,7 @@ from mobilellm_jax.data.packing import positions
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.imports import import_path
 from mobilellm_jax.model.attention import KERNELS, of_rows, rope, rope_frequencies
+from mobilellm_jax.model.by_heads import attention_by_heads, heads_outermost
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.model.embedding import look_up
 from mobilellm_jax.model.layers import (
@@ -42,7 +43,7 @@ from mobilellm_jax.model.notes import (
     note,
     products,
 )
-from mobilellm_jax.model.plain import attention, attention_by_heads, heads_outermost, visible
+from mobilellm_jax.model.plain import attention, visible
 from mobilellm_jax.model.quantization import factor_of, table_of, weight_of
 from mobilellm_jax.model.taps import TAPS
 from mobilellm_jax.parallel.sharding import batch_sharded

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from mobilellm_jax.costs.flops import Flops, count
 from mobilellm_jax.costs.step import make_programs
+from mobilellm_jax.model.by_heads import blocks
 from mobilellm_jax.model.config import ModelConfig, Stack, flops_per_token
-from mobilellm_jax.model.plain import blocks
 from mobilellm_jax.parallel.mesh import make_mesh
 
 

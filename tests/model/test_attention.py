@@ -68,6 +68,36 @@ def test_kernels_equal_the_reference(kernel, segments, length, width, interprete
         np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.parametrize("segments", [False, True], ids=["one document", "documents"])
+def test_attention_in_blocks_has_the_derivative_forwards_of_the_reference(segments):
+    """Along two directions at once, and that of the loss's gradient, which is what curvature asks for."""
+    length = 200
+    inputs = heads(2, length, 6, 2, 64)[:3]
+    directions = [
+        jnp.stack(pair)
+        for pair in zip(*(heads(2, length, 6, 2, 64, s)[:3] for s in (1, 2)), strict=True)
+    ]
+    ids = documents(2, length) if segments else None
+    at = jnp.broadcast_to(jnp.arange(length), (2, length))
+
+    def reference(q, k, v):
+        return attention(q, k, v, visible(at, at, ids, ids))
+
+    def outcome(function):
+        def gradient(*inputs):
+            return jax.grad(lambda *inputs: jnp.square(function(*inputs)).sum(), (0, 1, 2))(*inputs)
+
+        def along(*direction):
+            changes = (jax.jvp(f, tuple(inputs), direction)[1] for f in (function, gradient))
+            return jax.tree.leaves(tuple(changes))
+
+        return jax.vmap(along)(*directions)
+
+    ours = outcome(lambda q, k, v: KERNELS["blocks"](q, k, v, ids))
+    for a, b in zip(ours, outcome(reference), strict=True):
+        np.testing.assert_allclose(a, b, atol=4e-6 * float(jnp.abs(b).max()))
+
+
 # Compiling kernels for whole networks takes long: of those that are interpreted one is quick.
 FLASH_QUICK = [
     kernel if kernel == "blocks" else pytest.param(kernel, marks=pytest.mark.slow)
