@@ -2,8 +2,10 @@
 
     python -m benchmarks.attention --rows=16 --length=2048 --heads=9 --kv_heads=3
 
-Forwards and backwards on random rows, as one document each and as documents of about 256 tokens.
-Printed: the median of the tokens per second of several calls, the largest difference of output and
+Forwards and backwards on random rows, as one document each and as documents of about 256 tokens, in a
+scan over a few layers, each of which reads the output of the one before as its queries: in a single
+call XLA would keep for the backward pass what it computes again in a network.
+Printed: the median of the tokens per second and layer of several calls, the largest difference of output and
 gradients from the reference in float32, relative to their largest value, and the memory that XLA
 reserves beside arguments and results. On a CPU rows are few and short unless flags say otherwise.
 `model/attention.py` says which of them "auto" takes.
@@ -31,6 +33,7 @@ DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of all 
 REPEATS = flags.DEFINE_integer("repeats", 20, "Calls that are timed.", lower_bound=1)
 
 DOCUMENT = 256  # mean tokens of a document
+LAYERS = 4
 
 Attend = Callable[..., jax.Array]
 
@@ -48,7 +51,13 @@ def step(attend: Attend) -> Callable[..., Any]:
     """Arrays of `inputs` -> output and gradients."""
 
     def both(q: jax.Array, k: jax.Array, v: jax.Array, out: jax.Array, segments: Any) -> Any:
-        y, back = jax.vjp(lambda q, k, v: attend(q, k, v, segments), q, k, v)
+        def layers(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            def layer(q: jax.Array, _: None) -> tuple[jax.Array, None]:
+                return attend(q, k, v, segments), None
+
+            return jax.lax.scan(layer, q, length=LAYERS)[0]
+
+        y, back = jax.vjp(layers, q, k, v)
         return y, *back(out)
 
     return jax.jit(both)
@@ -76,7 +85,7 @@ def measure(attend: Attend, arrays: list[jax.Array], segments: Any, exact: Any) 
         begin = time.perf_counter()
         jax.block_until_ready(compiled(*arrays, segments))
         seconds.append(time.perf_counter() - begin)
-    tokens = arrays[0].shape[0] * arrays[0].shape[1]
+    tokens = LAYERS * arrays[0].shape[0] * arrays[0].shape[1]
     memory = compiled.memory_analysis().temp_size_in_bytes
     return [f"{tokens / np.median(seconds):,.0f}", f"{error:.1e}", f"{memory / 2**20:,.0f}"]
 

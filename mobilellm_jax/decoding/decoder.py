@@ -20,8 +20,9 @@ from mobilellm_jax.decoding.sampling import Sampling, sample
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.attention import choose
+from mobilellm_jax.model.cache import Cache, cache_of, empty_cache
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.model.transformer import Cache, Execution, Params
+from mobilellm_jax.model.transformer import Execution, Params
 from mobilellm_jax.parallel.mesh import one_device
 from mobilellm_jax.parallel.sharding import ROWS, WHOLE, gathered, on_each_device
 
@@ -89,7 +90,7 @@ def _read(
     slots: int,
 ) -> tuple[jax.Array, Cache]:
     """Reads prompts, padded on the left, into a cache and draws the first token of each."""
-    cache = transformer.empty_cache(model, len(tokens_BT), slots, execution.dtype)
+    cache = empty_cache(model, len(tokens_BT), slots, execution.dtype)
     hidden_BTD, cache = transformer.apply_cached(
         params, model, tokens_BT, cache, begin_B, execution=execution
     )
@@ -141,7 +142,7 @@ def _grown(cache: Cache, kept_B: jax.Array, *, rows: int, slots: int) -> Cache:
     """A larger cache, of some of each device's `rows` rows."""
     return jax.tree.map(
         lambda leaf: jnp.pad(leaf, ((0, 0), (0, slots - leaf.shape[1]), (0, 0))),
-        transformer.cache_of(cache, rows, kept_B),
+        cache_of(cache, rows, kept_B),
     )
 
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from mobilellm_jax.decoding.decoder import bucket
 from mobilellm_jax.model import transformer
+from mobilellm_jax.model.cache import cache_of, empty_cache
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import Execution, Params
 from mobilellm_jax.parallel.mesh import one_device
@@ -184,11 +185,11 @@ def _score(
     """Sum of the targets' log-likelihoods and whether each is the most likely token, [R] each."""
     (groups, width), (rows, tail) = prefix_GT.shape, tokens_RT.shape
     if width:
-        cache = transformer.empty_cache(model, groups, width + tail, execution.dtype)
+        cache = empty_cache(model, groups, width + tail, execution.dtype)
         _, cache = transformer.apply_cached(
             params, model, prefix_GT, cache, begin_G, execution=execution
         )
-        cache = transformer.cache_of(cache, groups, group_R)
+        cache = cache_of(cache, groups, group_R)
         hidden_RTD, _ = transformer.apply_cached(
             params, model, tokens_RT, cache, begin_G[group_R], jnp.int32(width), execution
         )

@@ -16,13 +16,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from mobilellm_jax.data.packing import positions
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.imports import import_path
 from mobilellm_jax.model.attention import KERNELS, of_rows, rope, rope_frequencies
-from mobilellm_jax.model.by_heads import attention_by_heads, heads_outermost
+from mobilellm_jax.model.by_heads import attention_by_heads
+from mobilellm_jax.model.cache import Cache, kept, written, zeros
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.model.embedding import look_up
 from mobilellm_jax.model.layers import (
@@ -49,7 +49,6 @@ from mobilellm_jax.model.taps import TAPS
 from mobilellm_jax.parallel.sharding import batch_sharded
 
 Params = dict[str, Any]
-Cache = dict[str, Any]  # per stack: {"key", "value"}, each [B, A * K, S, H], in order of execution
 
 REMAT = {
     "none": None,
@@ -124,8 +123,8 @@ class Attention(nn.Module):
             y_BTNH = projection("BTD,DNH->BTNH", x_BTD, matrix(name, c.width, count, c.head_dim))
             if not c.qkv_bias:
                 return y_BTNH
-            zeros = nn.initializers.zeros
-            bias_NH = self.param(f"{name}_bias", zeros, (count, c.head_dim), jnp.float32)
+            shape = count, c.head_dim
+            bias_NH = self.param(f"{name}_bias", nn.initializers.zeros, shape, jnp.float32)
             return y_BTNH + with_tap(self, f"{name}_bias", bias_NH).astype(x_BTD.dtype)
 
         q_BTNH = heads("query", s.heads)
@@ -142,9 +141,13 @@ class Attention(nn.Module):
         if cache is not None:
             if context.own_keys:
                 new = {"key": k_BTKH, "value": v_BTKH}
-                cache = {name: _written(cache[name], new[name], context) for name in new}
+                at = context.application, context.slot
+                cache = {name: written(cache[name], new[name], *at) for name in new}
             rows, length = x_BTD.shape[:2]
-            k_RSH, v_RSH = (_kept(cache[n], s.kv_heads * rows, context) for n in ("key", "value"))
+            k_RSH, v_RSH = (
+                kept(cache[name], s.kv_heads * rows, context.application)
+                for name in ("key", "value")
+            )
             if context.whole_rows and not context.own_keys:
                 k_BSKH, v_BSKH = (
                     jnp.moveaxis(x[:, :length].reshape(-1, rows, length, c.head_dim), 0, 2)
@@ -165,18 +168,6 @@ class Attention(nn.Module):
         y_BTE, out_ED = y_BTNH.reshape(*y_BTNH.shape[:2], -1), out_NHD.reshape(-1, c.width)
         y_BTD = projection("BTE,ED->BTD", y_BTE, out_ED)
         return with_bias(self, c, "out_bias", y_BTD), cache
-
-
-# Applications, their KV heads and the rows are one axis of a cache: with an axis more, or one of length
-# 1, XLA would copy the cache at each step. R stands for the heads and rows of one application.
-def _written(cache: jax.Array, new_BTKH: jax.Array, context: Context) -> jax.Array:
-    new_RTH = heads_outermost(new_BTKH).astype(cache.dtype)
-    at = context.application * len(new_RTH), context.slot, 0
-    return jax.lax.dynamic_update_slice(cache, new_RTH, at)
-
-
-def _kept(cache: jax.Array, count: int, context: Context) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(cache, context.application * count, count)
 
 
 class MLP(nn.Module):
@@ -290,7 +281,7 @@ class Transformer(nn.Module):
             slots, begin = cache, first
             if first_pass and cache is None:  # later passes need the first one's keys all the same
                 rows, length = x.shape[:2]
-                slots, begin = _zeros(1, self.config, stack, rows, length, x.dtype), 0
+                slots, begin = zeros(1, self.config, stack, rows, length, x.dtype), 0
             own = 1 if first_pass else times  # applications with keys of their own
             for r in range(times):
                 at = dataclasses.replace(context, application=begin + r % own, own_keys=r < own)
@@ -408,7 +399,7 @@ def apply_cached(
       params: as made by `init`.
       config: the network.
       tokens_BT: int token ids, padding included.
-      cache: as made by `empty_cache`; see there for its length.
+      cache: as made by `model.cache.empty_cache`; see there for its length.
       begin_B: int, slot of the first token of each row.
       slot: int scalar, slot of the first of the T tokens. None: the cache is empty, the tokens begin
         in slot 0, and attention is that of the execution.
@@ -455,39 +446,6 @@ def unstacked(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]
             flat[f"stack_{len(stacks)}"] = blocks[layer]
             stacks.append(single)
     return flat, dataclasses.replace(config, stacks=tuple(stacks))
-
-
-def empty_cache(config: ModelConfig, rows: int, length: int, dtype: str = "float32") -> Cache:
-    """A KV cache of zeros for `length` tokens a row, padding included.
-
-    Each application of a block has its own part, in order of execution; with `ls_kv="first_pass"`
-    those of a block share one.
-    """
-    per_stack = [
-        stack.layers if config.ls_kv == "first_pass" else len(stack.applications)
-        for stack in config.stacks
-    ]
-    return {
-        f"stack_{i}": _zeros(slots, config, stack, rows, length, dtype)
-        for i, (slots, stack) in enumerate(zip(per_stack, config.stacks, strict=True))
-    }
-
-
-def cache_of(cache: Cache, rows: int, chosen_C: jax.Array) -> Cache:
-    """A cache of `rows` rows as one of some of them, in any order, repeated or not."""
-
-    def of(leaf: jax.Array) -> jax.Array:
-        by_row = leaf.reshape(-1, rows, *leaf.shape[1:])
-        return by_row[:, chosen_C].reshape(-1, *leaf.shape[1:])
-
-    return jax.tree.map(of, cache)
-
-
-def _zeros(
-    slots: int, config: ModelConfig, stack: Stack, rows: int, length: int, dtype: DTypeLike
-) -> Cache:
-    shape = (slots * stack.kv_heads * rows, length, config.head_dim)
-    return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
 
 
 def unembedding(params: Params, config: ModelConfig) -> jax.Array:

@@ -12,6 +12,7 @@ import pytest
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.attention import KERNELS, PLATFORMS, choose
+from mobilellm_jax.model.cache import empty_cache
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.model.plain import attention, visible
 from mobilellm_jax.model.splash import BLOCK, block_size
@@ -145,9 +146,7 @@ def test_decoding_needs_no_kernel():
     params = jax.jit(transformer.init, static_argnums=0)(LS, jax.random.key(0))
     row, begin, slot = jnp.arange(8)[None] + 5, jnp.zeros(1, jnp.int32), jnp.int32(0)
     outs = [
-        transformer.apply_cached(
-            params, LS, row, transformer.empty_cache(LS, 1, 8), begin, slot, execution
-        )
+        transformer.apply_cached(params, LS, row, empty_cache(LS, 1, 8), begin, slot, execution)
         for execution in (Execution(attention="splash"), Execution())
     ]
     assert (outs[0][0] == outs[1][0]).all()

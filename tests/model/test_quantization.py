@@ -14,6 +14,7 @@ pytest.importorskip("qwix", reason="qwix is not installed")
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.leaves import nested
 from mobilellm_jax.model import transformer
+from mobilellm_jax.model.cache import empty_cache
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.model.quantization import (
     PARTS,
@@ -215,7 +216,7 @@ def test_with_a_cache_as_without():
     params, tokens_BT = random_params(model), tokens_of(model)
     whole = np.asarray(hidden_and_logits(params, model, tokens_BT)[0])
     apply_cached = jax.jit(transformer.apply_cached, static_argnums=1)
-    cache = transformer.empty_cache(model, 2, 12)
+    cache = empty_cache(model, 2, 12)
     begin_B = jnp.zeros(2, jnp.int32)
     first, cache = apply_cached(params, model, tokens_BT[:, :7], cache, begin_B)
     parts = [first]

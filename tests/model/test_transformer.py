@@ -10,6 +10,7 @@ import pytest
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
+from mobilellm_jax.model.cache import empty_cache
 from mobilellm_jax.model.config import (
     ModelConfig,
     RopeScaling,
@@ -196,7 +197,7 @@ def test_first_pass_keys_serve_every_pass():
         x_BTD = params["embedding"][row]
         for layer in range(network.stacks[0].layers):
             weights = {"params": jax.tree.map(lambda x, i=layer: x[i], params["stack_0"])}
-            kept = transformer.empty_cache(network, 1, 8)["stack_0"]
+            kept = empty_cache(network, 1, 8)["stack_0"]
             for own_keys in (True, False):
                 where = dataclasses.replace(context, own_keys=own_keys)
                 x_BTD, kept = block.apply(weights, x_BTD, where, kept)
@@ -276,7 +277,7 @@ def test_bfloat16_is_close_to_float32(config):
 def test_cached_equals_uncached_with_rows_of_different_lengths(config, count, execution):
     params, row = random_params(config), tokens(config, 3, 12)
     whole = apply(params, config, row)
-    cache = transformer.empty_cache(config, 3, 16)
+    cache = empty_cache(config, 3, 16)
     lengths = np.array([2, 5, 7])
     close = functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=2e-5)
     padded = np.full((3, 7), 3)
@@ -304,7 +305,7 @@ def test_unstacked_is_the_same_network(config):
         apply(single, flat, row), apply(params, config, row), atol=1e-5, rtol=1e-5
     )
     outs = [
-        apply_cached(p, c, row, transformer.empty_cache(c, 2, 8), jnp.zeros(2, jnp.int32))
+        apply_cached(p, c, row, empty_cache(c, 2, 8), jnp.zeros(2, jnp.int32))
         for p, c in ((single, flat), (params, config))
     ]
     np.testing.assert_allclose(outs[0][0], outs[1][0], atol=1e-5, rtol=1e-5)
@@ -324,7 +325,7 @@ def test_cache_slots_lie_in_order_of_execution():
         copies = jax.tree.map(lambda x, s=stack: x[np.array(s.applications)], params["stack_0"])
         both = {network: params, deep: {**params, "stack_0": copies}}
         one, other = (
-            apply_cached(p, c, row, transformer.empty_cache(c, 1, 8), np.zeros(1, int))[1]
+            apply_cached(p, c, row, empty_cache(c, 1, 8), np.zeros(1, int))[1]
             for c, p in both.items()
         )
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
@@ -334,7 +335,7 @@ def test_cache_slots_lie_in_order_of_execution():
 def test_first_pass_keys_are_not_reused():
     """Second passes have keys of their own; reusing the first pass's is a known defect."""
     params, row = random_params(SHARED), tokens(SHARED, 1, 8)
-    cache = transformer.empty_cache(SHARED, 1, 8)
+    cache = empty_cache(SHARED, 1, 8)
     _, cache = apply_cached(params, SHARED, row, cache, np.zeros(1, int))
     keys = cache["stack_0"]["key"].reshape(SHARED.depth, -1)
     assert jnp.abs(keys[0::2] - keys[1::2]).max() > 0.1
