@@ -6,12 +6,13 @@ rows of one product with it. Axes: R the KV heads of all rows, [K * B]; Q the qu
 In blocks of queries each meets the keys up to the end of its block alone. The backward pass keeps
 whole rows of queries, keys, values and outputs, with the logarithm of what each query's shares are
 divided by; from these it has the shares of a block again without their sums (FlashAttention 2, arXiv
-2307.08691, section 3.1). What is written is the derivative forwards, whose transpose that is, so that
-both modes are to be had.
+2307.08691, section 3.1). Written down is the derivative forwards, of which the backward pass is the
+transpose: so there are both.
 """
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -105,18 +106,20 @@ def _attended(
     return _sums(shares_RQS, v_RSH) / sum_RQ1, highest_RQ1 + jnp.log(sum_RQ1)
 
 
-def _parts(q_RQH: jax.Array, k_RTH: jax.Array, segment_ids_BT: jax.Array | None) -> Any:
+def _parts(
+    q_RQH: jax.Array, k_RTH: jax.Array, segment_ids_BT: jax.Array | None
+) -> Iterator[tuple[slice, int, jax.Array]]:
     """Of each block: the slice of its queries, the number of its keys, and its bias."""
     length = k_RTH.shape[1]
     group, size = q_RQH.shape[1] // length, max(LEAST, -(-length // BLOCKS))
     slots_1T = jnp.arange(length)[None]
     for start in range(0, length, size):
         end = min(start + size, length)
-        ids = (None, None)
+        ids_Bt = ids_BS = None
         if segment_ids_BT is not None:
-            ids = segment_ids_BT[:, start:end], segment_ids_BT[:, :end]
-        visible_BTS = visible(slots_1T[:, start:end], slots_1T[:, :end], *ids)
-        yield slice(start * group, end * group), end, _bias(visible_BTS)
+            ids_Bt, ids_BS = segment_ids_BT[:, start:end], segment_ids_BT[:, :end]
+        visible_BtS = visible(slots_1T[:, start:end], slots_1T[:, :end], ids_Bt, ids_BS)
+        yield slice(start * group, end * group), end, _bias(visible_BtS)
 
 
 def _forward(
