@@ -33,7 +33,7 @@ DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of all 
 REPEATS = flags.DEFINE_integer("repeats", 20, "Calls that are timed.", lower_bound=1)
 
 DOCUMENT = 256  # mean tokens of a document
-LAYERS = 4
+LAYERS = 4  # of the scan
 
 Attend = Callable[..., jax.Array]
 

@@ -39,6 +39,12 @@ def heads(rows, length, queries, keys, width, seed=0):
     return [jnp.asarray(rng.standard_normal((rows, length, n, width)), jnp.float32) for n in sizes]
 
 
+def reference(q, k, v, ids):
+    """As a kernel is called."""
+    at = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
+    return attention(q, k, v, visible(at, at, ids, ids))
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
     """Kernels of all devices run here."""
@@ -55,17 +61,13 @@ def test_kernels_equal_the_reference(kernel, segments, length, width, interprete
     """Rows that are no multiple of a tile as well, three query heads to a KV head."""
     q, k, v, cotangent = heads(2, length, 6, 2, width)
     ids = documents(2, length) if segments else None
-    at = jnp.broadcast_to(jnp.arange(length), (2, length))
 
     def outcome(function):
         out, back = jax.vjp(function, q, k, v)
         return out, *back(cotangent)
 
-    def reference(q, k, v):
-        return attention(q, k, v, visible(at, at, ids, ids))
-
     ours = outcome(lambda q, k, v: KERNELS[kernel](q, k, v, ids))
-    for a, b in zip(ours, outcome(reference), strict=True):
+    for a, b in zip(ours, outcome(lambda q, k, v: reference(q, k, v, ids)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()))
 
 
@@ -79,10 +81,6 @@ def test_attention_in_blocks_has_the_derivative_forwards_of_the_reference(segmen
         for pair in zip(*(heads(2, length, 6, 2, 64, s)[:3] for s in (1, 2)), strict=True)
     ]
     ids = documents(2, length) if segments else None
-    at = jnp.broadcast_to(jnp.arange(length), (2, length))
-
-    def reference(q, k, v):
-        return attention(q, k, v, visible(at, at, ids, ids))
 
     def outcome(function):
         def gradient(*inputs):
@@ -95,7 +93,7 @@ def test_attention_in_blocks_has_the_derivative_forwards_of_the_reference(segmen
         return jax.vmap(along)(*directions)
 
     ours = outcome(lambda q, k, v: KERNELS["blocks"](q, k, v, ids))
-    for a, b in zip(ours, outcome(reference), strict=True):
+    for a, b in zip(ours, outcome(lambda q, k, v: reference(q, k, v, ids)), strict=True):
         np.testing.assert_allclose(a, b, atol=4e-6 * float(jnp.abs(b).max()))
 
 
