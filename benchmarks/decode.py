@@ -27,13 +27,13 @@ def ours(name: str, rows: int, dtype: str, tokens: int, prompt: int) -> float:
     """Seconds of a token of each row."""
     import jax
 
-    from mobilellm_jax.decoding.decoder import ready, row_seeds, stream
+    from mobilellm_jax.decoding.decoder import row_seeds, stream, to_draw
     from mobilellm_jax.decoding.sampling import GREEDY
     from mobilellm_jax.model import transformer
 
     model = network(name)
     params = jax.jit(lambda: transformer.init(model, jax.random.key(0)))()
-    decoder = ready(params, model, dtype)
+    decoder = to_draw(params, model, dtype)
     prompts = [[3 + i] * prompt for i in range(rows)]
     for _compiled in range(2):
         for number, _row in enumerate(

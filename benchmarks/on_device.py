@@ -69,14 +69,14 @@ def greedy(read: Reader, prompt: np.ndarray, count: int) -> tuple[float, float]:
 def by_jax(path: Path, prompt: np.ndarray, count: int) -> dict[str, float]:
     import jax
 
-    from mobilellm_jax.decoding.decoder import ready, row_seeds, stream
+    from mobilellm_jax.decoding.decoder import row_seeds, stream, to_draw
     from mobilellm_jax.decoding.sampling import GREEDY
     from mobilellm_jax.interop.stored import load_model
 
     jax.devices()
     before, began = memory("VmRSS"), time.perf_counter()
     loaded = load_model(path)
-    decoder = ready(loaded.params, loaded.model)
+    decoder = to_draw(loaded.params, loaded.model)
     jax.block_until_ready(decoder.params)
     load = time.perf_counter() - began
     for _compiled in range(2):

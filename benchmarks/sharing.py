@@ -14,7 +14,7 @@ import jax
 from absl import app, flags
 
 from benchmarks.step import Job, fitting, network
-from mobilellm_jax.decoding.decoder import ready, row_seeds, stream
+from mobilellm_jax.decoding.decoder import row_seeds, stream, to_draw
 from mobilellm_jax.decoding.sampling import GREEDY
 from mobilellm_jax.model import transformer
 from mobilellm_jax.tables import aligned
@@ -26,7 +26,7 @@ DRAWN = 64  # tokens
 def seconds_of_a_token(name: str) -> float:
     """Seconds of a token that one row draws after 16 others, compilation left out."""
     model = network(name)
-    decoder = ready(jax.jit(lambda: transformer.init(model, jax.random.key(0)))(), model)
+    decoder = to_draw(jax.jit(lambda: transformer.init(model, jax.random.key(0)))(), model)
     for _compiled in range(2):
         began = time.perf_counter()
         for row, _token in enumerate(

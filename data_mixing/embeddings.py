@@ -15,13 +15,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 from data_mixing.text_measures import Measure
-from mobilellm_jax.decoding.decoder import bucket, execution_on, whole
+from mobilellm_jax.decoding.decoder import bucket, to_read
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.interop.stored import load_model, open_model
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import Execution, Params
-from mobilellm_jax.parallel.mesh import local_mesh, one_device
+from mobilellm_jax.parallel.mesh import local_mesh
 from mobilellm_jax.parallel.sharding import ROWS, WHOLE, gathered, on_each_device
 from mobilellm_jax.training.checkpoint import LoadedModel
 
@@ -58,24 +58,28 @@ def embed(
     Raises:
       UserError: a text has no token.
     """
-    mesh = mesh or one_device()
-    params = whole(loaded.params, dtype, mesh)
-    execution = execution_on(mesh, loaded.model, dtype)
+    ready = to_read(loaded.params, loaded.model, dtype, mesh)
+    devices = ready.mesh.size
     length = min(length, loaded.model.max_length - 1)
     ids = [list(map(int, some))[:length] for some in loaded.tokenizer.encode_batch(list(texts))]
     if any(not some for some in ids):
         raise UserError("a text has no token that the embedding model knows: leave it out.")
     vectors_ND = np.zeros((len(texts), loaded.model.width), np.float32)
-    for numbers in _batches(list(map(len, ids)), mesh.size):
+    for numbers in _batches(list(map(len, ids)), devices):
         width = bucket(max(len(ids[number]) for number in numbers) + 1)
-        rows = mesh.size << (-(-len(numbers) // mesh.size) - 1).bit_length()
+        rows = devices << (-(-len(numbers) // devices) - 1).bit_length()
         tokens_BT = np.full((rows, width), loaded.tokenizer.bos_id, np.int32)
         length_B = np.ones(rows, np.int32)
         for row, number in enumerate(numbers):
             length_B[row] = len(ids[number])
             tokens_BT[row, 1 : 1 + len(ids[number])] = ids[number]
         found_BD = _mean_states(
-            params, tokens_BT, length_B, model=loaded.model, execution=execution, mesh=mesh
+            ready.params,
+            tokens_BT,
+            length_B,
+            model=ready.model,
+            execution=ready.execution,
+            mesh=ready.mesh,
         )
         vectors_ND[numbers] = np.asarray(found_BD)[: len(numbers)]
     return vectors_ND

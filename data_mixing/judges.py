@@ -22,12 +22,11 @@ from etils import epath
 from data_mixing.text_measures import Measure, is_import_path, of_callable
 from mobilellm_jax.data.chat import ConversationEncoder
 from mobilellm_jax.data.tokenizers import Tokenizer
-from mobilellm_jax.decoding.decoder import execution_on, whole
+from mobilellm_jax.decoding.decoder import Placed, to_read
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluation.scoring import Request, score
 from mobilellm_jax.interop.stored import load_model, open_model
 from mobilellm_jax.parallel.mesh import local_mesh
-from mobilellm_jax.training.checkpoint import LoadedModel
 
 SHIPPED = Path(__file__).parent / "prompts"
 PLACE = "{document}"  # in a prompt
@@ -180,28 +179,19 @@ def _common(one: Sequence[int], other: Sequence[int]) -> list[int]:
 
 
 def probability_of_one(
-    texts: Sequence[str],
-    loaded: LoadedModel,
-    asking: Asking,
-    *,
-    rows: int = 32,
-    dtype: str = "float32",
+    texts: Sequence[str], judge: Placed, asking: Asking, rows: int = 32
 ) -> np.ndarray:
     """P(1) / (P(1) + P(0)) behind the prompt with each text in it: float64 [N].
 
     Args:
       texts: of documents.
-      loaded: the judge.
+      judge: the network that is asked, ready to read.
       asking: the prompt.
       rows: answers that a device scores together.
-      dtype: of activations and products.
     """
-    mesh = local_mesh()
     requests = [request for text in texts for request in asking.requests(text)]
     log_2N = np.zeros(len(requests))
-    params = whole(loaded.params, dtype, mesh)
-    execution = execution_on(mesh, loaded.model, dtype)
-    for number, found in score(params, loaded.model, execution, requests, rows, mesh=mesh):
+    for number, found in score(judge, requests, rows):
         log_2N[number] = found.log_likelihood
     log_N2 = log_2N.reshape(-1, 2)
     return 1 / (1 + np.exp(log_N2[:, 1] - log_N2[:, 0]))
@@ -224,11 +214,15 @@ class Judge:
         Raises:
           UserError: there is no network or no tokenizer, or no chat template for `chat`.
         """
-        self._opened = open_model(directory)
+        self._directory, self._opened = directory, open_model(directory)
         self._longest, self._chat, self._rows, self._dtype = longest, chat, rows, dtype
-        self._loaded = functools.cache(lambda: load_model(directory))
         if chat:
             ConversationEncoder(self._opened.needed_tokenizer)
+
+    @functools.cached_property
+    def _network(self) -> Placed:
+        loaded = load_model(self._directory)
+        return to_read(loaded.params, loaded.model, self._dtype, local_mesh())
 
     def asked(self, prompt: str) -> Measure:
         """The probability of 1 behind a prompt.
@@ -249,12 +243,10 @@ class Judge:
             "dtype": self._dtype,
         }
 
-        def of(texts: Sequence[str]) -> np.ndarray:
-            return probability_of_one(
-                texts, self._loaded(), asking, rows=self._rows, dtype=self._dtype
-            )
-
-        return Measure(identity, of)
+        return Measure(
+            identity,
+            lambda texts: probability_of_one(texts, self._network, asking, self._rows),
+        )
 
 
 # Quality.

@@ -44,11 +44,11 @@ from mobilellm_jax.interop import (
     stored,
     web,
 )
-from mobilellm_jax.interop.padding import padded, widest
 from mobilellm_jax.interop.perplexity import perplexity
 from mobilellm_jax.interop.stored import StoredModel
 from mobilellm_jax.leaves import DTYPES
 from mobilellm_jax.model.config import LS_KVS, ModelConfig, parameter_count
+from mobilellm_jax.model.padding import padded, widest
 from mobilellm_jax.model.quantization import parts_of
 
 SAMPLE = 30_000  # characters of Python's help topics: four windows, minutes for 125M on a CPU

@@ -31,7 +31,7 @@ from mobilellm_jax import cli
 from mobilellm_jax.convert import FORMATS, convert
 from mobilellm_jax.data.opening import open_split
 from mobilellm_jax.data.plan import Plan
-from mobilellm_jax.decoding.decoder import execution_on, ready, row_seeds, stream
+from mobilellm_jax.decoding.decoder import execution_on, row_seeds, stream, to_draw
 from mobilellm_jax.decoding.sampling import GREEDY
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import replaced
@@ -187,7 +187,7 @@ def _measured(
 
 def times(params: Any, model: ModelConfig, dtype: str) -> tuple[float, float]:
     """Milliseconds to read a prompt and to draw a token, one row: medians, compilation not counted."""
-    decoder = ready(params, model, dtype)
+    decoder = to_draw(params, model, dtype)
     # The first round compiles.
     tokens = min(TOKENS, model.max_length // 2)
     prompt = [3 % model.vocab_size] * min(tokens, model.max_length - tokens)

@@ -21,7 +21,7 @@ from absl import flags
 from mobilellm_jax import cli
 from mobilellm_jax.data.chat import ConversationEncoder, Message
 from mobilellm_jax.data.tokenizers import Tokenizer
-from mobilellm_jax.decoding.decoder import Decoder, ready, row_seeds, stream
+from mobilellm_jax.decoding.decoder import Placed, row_seeds, stream, to_draw
 from mobilellm_jax.decoding.sampling import Sampling
 from mobilellm_jax.decoding.text import Text, continued, pieces
 from mobilellm_jax.errors import UserError
@@ -32,7 +32,7 @@ INTERACTIVE = 4  # tokens drawn before any is shown
 
 
 def shown(
-    decoder: Decoder,
+    decoder: Placed,
     tokenizer: Tokenizer,
     prompt: Sequence[int],
     max_new_tokens: int,
@@ -72,7 +72,7 @@ def shown(
 
 
 def chat(
-    decoder: Decoder,
+    decoder: Placed,
     tokenizer: Tokenizer,
     max_new_tokens: int,
     sampling: Sampling,
@@ -104,7 +104,7 @@ def chat(
 
 
 def batch(
-    decoder: Decoder,
+    decoder: Placed,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     max_new_tokens: int,
@@ -143,7 +143,7 @@ def main() -> None:
         raise UserError(f"--{' and --'.join(asked)} exclude each other: give one of them.")
     loaded = load_model(args.checkpoint)
     tokenizer = loaded.tokenizer
-    decoder = ready(loaded.params, loaded.model, args.dtype)
+    decoder = to_draw(loaded.params, loaded.model, args.dtype)
     if args.chat:
         chat(decoder, tokenizer, args.max_new_tokens, sampling, args.seed, args.system)
         return

@@ -15,7 +15,7 @@ import tiny
 
 from mobilellm_jax.data.opening import open_mixture
 from mobilellm_jax.data.plan import Plan
-from mobilellm_jax.decoding.decoder import ready
+from mobilellm_jax.decoding.decoder import to_draw
 from mobilellm_jax.decoding.sampling import GREEDY
 from mobilellm_jax.decoding.text import generate
 from mobilellm_jax.model import transformer
@@ -147,7 +147,7 @@ def test_the_block_is_in_the_checkpoint_and_generates(run):
     pairs = zip(*map(jax.tree.leaves, (loaded.params, state.params)), strict=True)
     assert all((a == b).all() for a, b in pairs)
 
-    decoder = ready(loaded.params, loaded.model)
+    decoder = to_draw(loaded.params, loaded.model)
     (text,) = generate(decoder, loaded.tokenizer, ["1 + "], 8, GREEDY)
     ids = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode("1 + ")]
     hidden = jax.jit(transformer.apply, static_argnums=1)(

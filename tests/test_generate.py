@@ -16,7 +16,7 @@ from mobilellm_jax.data.chat import read_template
 from mobilellm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from mobilellm_jax.decoding import decoder as program
 from mobilellm_jax.decoding import text as texts
-from mobilellm_jax.decoding.decoder import bucket, ready, row_seeds, stream
+from mobilellm_jax.decoding.decoder import bucket, row_seeds, stream, to_draw
 from mobilellm_jax.decoding.sampling import GREEDY, Sampling, filtered, sample
 from mobilellm_jax.decoding.text import Text, generate, pieces
 from mobilellm_jax.errors import UserError
@@ -60,7 +60,7 @@ def last_logits(model, params, tokens_T, length):
 
 @functools.cache
 def decoder(model):
-    return ready(parameters(model), model)
+    return to_draw(parameters(model), model)
 
 
 def drawn(model, prompts, count, sampling, seed=0, chunk=4):
@@ -289,7 +289,7 @@ def test_a_space_between_prompt_and_continuation_survives():
 )
 def test_chunks_and_growth_of_the_cache_change_nothing(monkeypatch, name, dtype):
     """The cache grows twice on the way."""
-    made = ready(parameters(MODELS[name]), MODELS[name], dtype)
+    made = to_draw(parameters(MODELS[name]), MODELS[name], dtype)
     hot, seeds = Sampling(temperature=1.2, top_p=0.9), row_seeds(5, 4)
 
     def rows(chunk):
@@ -304,7 +304,7 @@ def test_chunks_and_growth_of_the_cache_change_nothing(monkeypatch, name, dtype)
 def test_texts_that_have_ended_leave_the_batch(monkeypatch, devices):
     """The others go on as they would have, in fewer rows; the devices keep equally many."""
     mesh = make_mesh({"data": devices, "fsdp": 1}, jax.devices()[:devices])
-    made = ready(parameters(SHARED), SHARED, mesh=mesh)
+    made = to_draw(parameters(SHARED), SHARED, mesh=mesh)
     prompts, hot = [*PROMPTS, *PROMPTS[:3]], Sampling(temperature=1.2)
     seeds, over = row_seeds(1, 7), [True, False, True, True, True, False, True]
     monkeypatch.setattr(program, "SLOTS", 16)
@@ -342,7 +342,7 @@ def test_seeds_are_of_sequences():
 
 
 def test_bfloat16_halves_what_is_read():
-    half = ready(parameters(SHARED), SHARED, "bfloat16")
+    half = to_draw(parameters(SHARED), SHARED, "bfloat16")
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(half.params) if leaf.ndim > 2}
     assert dtypes == {jnp.dtype("bfloat16")}
     # A block that is applied twice is there once.
@@ -397,7 +397,10 @@ def test_a_conversation(capsys):
     """Two turns: the second prompt holds the first reply; the oldest turns go where there is no room."""
     tokenizer = dataclasses.replace(tiny.tokenizer(), chat_template=read_template("chatml"))
     model = dataclasses.replace(PLAIN, vocab_size=tokenizer.vocab_size, max_length=300)
-    made, asked = ready(parameters(model), model), iter(["one", "two", "  ", "three " * 12, "four"])
+    made, asked = (
+        to_draw(parameters(model), model),
+        iter(["one", "two", "  ", "three " * 12, "four"]),
+    )
 
     def ask(_):
         try:

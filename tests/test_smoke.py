@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import smoke
 from mobilellm_jax.data.rows import open_rows
-from mobilellm_jax.decoding.decoder import ready, row_seeds, stream
+from mobilellm_jax.decoding.decoder import row_seeds, stream, to_draw
 from mobilellm_jax.decoding.sampling import GREEDY
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.transformer import Execution
@@ -54,7 +54,7 @@ def continuations(checkpoint, heldout, exported, prompts=24, new_tokens=64):
     loaded = load_model(checkpoint)
     rows_RT = open_rows(heldout, "heldout").read(np.arange(prompts))
     ids = [row[:32].tolist() for row in rows_RT]
-    decoder, seeds = ready(loaded.params, loaded.model), row_seeds(0, prompts)
+    decoder, seeds = to_draw(loaded.params, loaded.model), row_seeds(0, prompts)
     drawn = list(stream(decoder, ids, new_tokens, GREEDY, seeds))
     whole_BT = np.concatenate([np.array(ids), np.stack(drawn, axis=1)], axis=1)
     hidden_BTD = transformer.apply(loaded.params, loaded.model, whole_BT)

@@ -22,6 +22,7 @@ from mobilellm_jax.model import transformer
 from mobilellm_jax.model.attention import choose
 from mobilellm_jax.model.cache import Cache, cache_of, empty_cache
 from mobilellm_jax.model.config import ModelConfig
+from mobilellm_jax.model.padding import joined
 from mobilellm_jax.model.transformer import Execution, Params
 from mobilellm_jax.parallel.mesh import one_device
 from mobilellm_jax.parallel.sharding import ROWS, WHOLE, gathered, on_each_device
@@ -31,8 +32,8 @@ CHUNK = 16  # tokens drawn by one call of a program
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoder:
-    """A network made ready to draw tokens: every weight by itself, in the dtype of its products."""
+class Placed:
+    """A network on devices that each have it whole, in the dtype of its products."""
 
     params: Params
     model: ModelConfig
@@ -40,10 +41,10 @@ class Decoder:
     mesh: Mesh
 
 
-def ready(
+def to_draw(
     params: Params, model: ModelConfig, dtype: str = "float32", mesh: Mesh | None = None
-) -> Decoder:
-    """Prepares a network, once, for all that is drawn from it.
+) -> Placed:
+    """Prepares a network, once, for all that is drawn from it: every weight by itself.
 
     Args:
       params: as trained, float32.
@@ -54,7 +55,23 @@ def ready(
     mesh = mesh or one_device()
     # Before weights are un-stacked, or a block that is shared would be cast for each application.
     flat, single = transformer.unstacked(whole(params, dtype, mesh), model)
-    return Decoder(flat, single, execution_on(mesh, model, dtype), mesh)
+    return Placed(flat, single, execution_on(mesh, model, dtype), mesh)
+
+
+def to_read(
+    params: Params, model: ModelConfig, dtype: str = "float32", mesh: Mesh | None = None
+) -> Placed:
+    """Prepares a network, once, for texts of many lengths: in as few stacks as can be.
+
+    Args:
+      params: as trained, float32.
+      model: their network.
+      dtype: of activations and of the matrices; norm scales stay in float32.
+      mesh: devices that share the texts; the first one alone if None.
+    """
+    mesh = mesh or one_device()
+    params, model = joined(params, model)
+    return Placed(whole(params, dtype, mesh), model, execution_on(mesh, model, dtype), mesh)
 
 
 def whole(params: Params, dtype: str, mesh: Mesh) -> Params:
@@ -152,7 +169,7 @@ def row_seeds(seed: int, rows: int) -> np.ndarray:
 
 
 def stream(
-    decoder: Decoder,
+    decoder: Placed,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling,

@@ -5,14 +5,14 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 import numpy as np
 
 from mobilellm_jax.data.tokenizers import Tokenizer
-from mobilellm_jax.decoding.decoder import CHUNK, Decoder, row_seeds, stream
+from mobilellm_jax.decoding.decoder import CHUNK, Placed, row_seeds, stream
 from mobilellm_jax.decoding.sampling import Sampling
 
 BEFORE = 8  # tokens before a piece of text that it is decoded together with
 
 
 def generate(
-    decoder: Decoder,
+    decoder: Placed,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     max_new_tokens: int = 128,
@@ -32,7 +32,7 @@ def generate(
 
 
 def continued(
-    decoder: Decoder,
+    decoder: Placed,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mobilellm_jax.data.chat import ConversationEncoder
-from mobilellm_jax.decoding.decoder import ready
+from mobilellm_jax.decoding.decoder import to_draw
 from mobilellm_jax.decoding.sampling import Sampling
 from mobilellm_jax.decoding.text import continued
 from mobilellm_jax.errors import UserError
@@ -66,7 +66,7 @@ def of_checkpoint(
             f"of {model.max_length}: lower them."
         )
     encoder = ConversationEncoder(tokenizer)
-    decoder = ready(loaded.params, model, dtype, mesh)
+    decoder = to_draw(loaded.params, model, dtype, mesh)
     together = rows * decoder.mesh.size
     known = Cache(cache)
     settings = [

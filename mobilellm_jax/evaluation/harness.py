@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mobilellm_jax.data.chat import ConversationEncoder
 from mobilellm_jax.data.tokenizers import Tokenizer
-from mobilellm_jax.decoding.decoder import Decoder, execution_on, ready, whole
+from mobilellm_jax.decoding.decoder import Placed, to_draw, to_read
 from mobilellm_jax.decoding.sampling import GREEDY, Sampling
 from mobilellm_jax.decoding.text import continued
 from mobilellm_jax.evaluation.scoring import Likelihood, Request, fitted, score
@@ -62,15 +62,14 @@ class HarnessModel(TemplateLM):
         self._params, self._model, self._dtype = params, model, dtype
         self._rows, self._seed, self._mesh = rows, seed, mesh or one_device()
         self._quiet = quiet
-        self._execution = execution_on(self._mesh, model, dtype)
 
     @functools.cached_property
-    def _decoder(self) -> Decoder:
-        return ready(self._params, self._model, self._dtype, self._mesh)
+    def _writer(self) -> Placed:
+        return to_draw(self._params, self._model, self._dtype, self._mesh)
 
     @functools.cached_property
-    def _whole(self) -> Params:
-        return whole(self._params, self._dtype, self._mesh)
+    def _reader(self) -> Placed:
+        return to_read(self._params, self._model, self._dtype, self._mesh)
 
     @functools.cached_property
     def _conversations(self) -> ConversationEncoder:
@@ -148,16 +147,7 @@ class HarnessModel(TemplateLM):
         found: list[Likelihood | None] = [None] * len(asked)
         hidden = disable_tqdm or self._quiet
         with tqdm(total=len(asked), desc="log-likelihoods", disable=hidden) as bar:
-            scored = score(
-                self._whole,
-                self._model,
-                self._execution,
-                asked,
-                self._rows,
-                bar.update,
-                self._mesh,
-            )
-            for number, likelihood in scored:
+            for number, likelihood in score(self._reader, asked, self._rows, bar.update):
                 found[number] = likelihood
                 if strings := requests[number][0]:
                     answer = likelihood.log_likelihood, likelihood.greedy
@@ -201,7 +191,7 @@ class HarnessModel(TemplateLM):
                 new_tokens = min(new_tokens, left)
                 own = [seeds[number] for number in numbers]
                 found = continued(
-                    self._decoder,
+                    self._writer,
                     self.ids,
                     prompts,
                     new_tokens,

@@ -14,7 +14,7 @@ from mobilellm_jax.data.contexts import Contexts
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.rows import open_rows, read_info
 from mobilellm_jax.data.tokenizers import Tokenizer
-from mobilellm_jax.decoding.decoder import execution_on, whole
+from mobilellm_jax.decoding.decoder import to_read
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluation.scores import mean_score
 from mobilellm_jax.evaluation.scoring import Request, score
@@ -74,9 +74,7 @@ def window_perplexity(
         raise UserError(f"a text of {len(ids):,} tokens has no window of {window:,}.")
     windows = [ids[i * window : (i + 1) * window] for i in range(count)]
     requests = [Request((w[0],), tuple(w[1:])) for w in windows]
-    scored = score(
-        whole(params, dtype, mesh), model, execution_on(mesh, model, dtype), requests, mesh=mesh
-    )
+    scored = score(to_read(params, model, dtype, mesh), requests)
     losses = mean_score([-found.log_likelihood / (window - 1) for _, found in scored])
     value = math.exp(losses.mean)
     metric = f"perplexity, windows of {window:,}"
@@ -108,8 +106,8 @@ def store_lines(
     Raises:
       UserError: there is no such store, no held-out row, or the tokenizer is another.
     """
-    network = Network(model, execution_on(mesh, model, dtype), tokenizer.bos_id, tokenizer.eos_id)
-    params, piece_bytes_V = whole(params, dtype, mesh), tokenizer.piece_bytes()
+    ready, piece_bytes_V = to_read(params, model, dtype, mesh), tokenizer.piece_bytes()
+    network = Network(ready.model, ready.execution, tokenizer.bos_id, tokenizer.eos_id)
     lines = []
     for folder in _sources(epath.Path(path)):
         info = read_info(folder)
@@ -129,7 +127,7 @@ def store_lines(
         count = len(split) if rows is None else min(rows, len(split))
         batch = mesh.size * min(max(1, AT_ONCE // length), -(-count // mesh.size))
         sums = [
-            np.asarray(_row_sums(params, part, piece_bytes_V, network=network, mesh=mesh))
+            np.asarray(_row_sums(ready.params, part, piece_bytes_V, network=network, mesh=mesh))
             for part in batches(split, range(count), batch, tokenizer.bos_id)
         ]
         if sums:

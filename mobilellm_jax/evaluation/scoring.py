@@ -6,7 +6,6 @@ has a batch of its own.
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,14 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from mobilellm_jax.decoding.decoder import bucket
+from mobilellm_jax.decoding.decoder import Placed, bucket
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.cache import cache_of, empty_cache
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.transformer import Execution, Params
-from mobilellm_jax.parallel.mesh import one_device
 from mobilellm_jax.parallel.sharding import ROWS, WHOLE, gathered, on_each_device
 
 TOKENS = 4096  # of continuations in a batch, padding included
@@ -61,34 +58,34 @@ def fitted(request: Request, max_length: int) -> Request:
 
 
 def score(
-    params: Params,
-    model: ModelConfig,
-    execution: Execution,
+    network: Placed,
     requests: Sequence[Request],
     rows: int = 32,
     told: Callable[[int], None] = lambda count: None,
-    mesh: Mesh | None = None,
 ) -> Iterator[tuple[int, Likelihood]]:
-    """Scores requests, longest first.
+    """Scores requests, longest first; devices share them.
 
     Args:
-      params: of the network, stacked as trained, in any dtype.
-      model: the network.
-      execution: how it is run.
+      network: see `decoding.decoder.to_read`.
       requests: see `fitted`.
       rows: continuations in a batch of a device, at most.
       told: is called with the number of requests that are done after each batch.
-      mesh: devices that share the work, each of which has all of `params`; the first one if None.
 
     Yields:
       number of a request and its likelihood.
     """
-    mesh = mesh or one_device()
-    run = functools.partial(_score, params, model=model, execution=execution, mesh=mesh)
+    devices = network.mesh.size
     batches = _batches(requests, rows)
-    while several := list(itertools.islice(batches, mesh.size)):
-        arrays, where = _padded(several, mesh.size)
-        sums_R, greedy_R = (np.asarray(x) for x in run(*arrays))
+    while several := list(itertools.islice(batches, devices)):
+        arrays, where = _padded(several, devices)
+        found = _score(
+            network.params,
+            *arrays,
+            model=network.model,
+            execution=network.execution,
+            mesh=network.mesh,
+        )
+        sums_R, greedy_R = map(np.asarray, found)
         for r, numbers in where.items():
             for number in numbers:
                 yield number, Likelihood(float(sums_R[r]), bool(greedy_R[r]))

@@ -10,7 +10,7 @@ from etils import epath
 from mobilellm_jax.data.packing import segment_ids, token_ids
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.rows import Rows, open_rows
-from mobilellm_jax.decoding.decoder import ready
+from mobilellm_jax.decoding.decoder import to_draw
 from mobilellm_jax.decoding.sampling import Sampling
 from mobilellm_jax.decoding.text import generate
 from mobilellm_jax.errors import UserError
@@ -60,7 +60,7 @@ def sample(workdir: epath.PathLike, plan: Plan) -> tuple[list[Sample], int]:
     if not found:
         raise UserError("no held-out document can be read.")
     texts = generate(
-        ready(loaded.params, loaded.model),
+        to_draw(loaded.params, loaded.model),
         loaded.tokenizer,
         [s.prompt for s in found],
         new_tokens,

@@ -17,6 +17,7 @@ from weights import random_leaves
 from data_mixing import judges
 from data_mixing.judges import COMBINED, REASONING, SHIPPED, Asking, Judge, classifier, read_prompts
 from mobilellm_jax.data.tokenizers import Tokenizer
+from mobilellm_jax.decoding.decoder import to_read
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.leaves import nested
 from mobilellm_jax.model import transformer
@@ -48,6 +49,10 @@ def network(tokenizer, context):
     return LoadedModel(params, model, tokenizer, 0, {})
 
 
+def reader(loaded):
+    return to_read(loaded.params, loaded.model)
+
+
 @pytest.fixture(scope="module")
 def loaded(tokenizer):
     return network(tokenizer, CONTEXT)
@@ -74,7 +79,7 @@ def log_likelihood(loaded, ids):
 
 def test_the_probability_of_one_is_that_of_the_full_logits(tokenizer, loaded):
     for prompt in PROMPTS.values():
-        found = judges.probability_of_one(SHORT, loaded, Asking(prompt, tokenizer, CONTEXT))
+        found = judges.probability_of_one(SHORT, reader(loaded), Asking(prompt, tokenizer, CONTEXT))
         space = "" if prompt[-1].isspace() else " "
         for document, probability in zip(SHORT, found, strict=True):
             text = prompt.replace("{document}", document) + space
@@ -90,7 +95,7 @@ def test_the_probability_of_one_is_that_of_the_full_logits(tokenizer, loaded):
 def test_where_answers_are_single_tokens_it_is_a_softmax_over_two_logits(tmp_path):
     tokenizer = Tokenizer.load(tokenizer_files.qwen2_folder(tmp_path / "qwen2"))
     loaded, prompt = network(tokenizer, CONTEXT), "{document}\nAnswer:\n"
-    found = judges.probability_of_one(SHORT, loaded, Asking(prompt, tokenizer, CONTEXT))
+    found = judges.probability_of_one(SHORT, reader(loaded), Asking(prompt, tokenizer, CONTEXT))
     one, zero = (tokenizer.encode(answer) for answer in "10")
     assert len(one) == len(zero) == 1
     for document, probability in zip(SHORT, found, strict=True):
@@ -204,7 +209,9 @@ def test_a_stored_judge_is_read_when_it_is_needed(tmp_path, monkeypatch):
     measure = Judge(tmp_path / "judge", longest=50).asked(PROMPTS["short"])
     asking = Asking(PROMPTS["short"], loaded.tokenizer, 128, 50)
     np.testing.assert_allclose(
-        measure.of(DOCUMENTS), judges.probability_of_one(DOCUMENTS, loaded, asking), atol=1e-5
+        measure.of(DOCUMENTS),
+        judges.probability_of_one(DOCUMENTS, reader(loaded), asking),
+        atol=1e-5,
     )
     other = Judge(tmp_path / "judge", longest=50).asked(PROMPTS["braces"])
     assert measure.identity["tokenizer"] == loaded.tokenizer.fingerprint

@@ -65,8 +65,8 @@ def test_a_file_of_questions_is_a_task(loaded, data):
     lines, results = evaluate(loaded, ["sums"], data=data)
     found = {line.metric: line for line in lines}
     assert set(found) == {"acc", "acc_norm"} and found["acc"].documents == 12
+    from mobilellm_jax.decoding.decoder import to_read
     from mobilellm_jax.evaluation.scoring import Request, score
-    from mobilellm_jax.model.transformer import Execution
 
     tokenizer, right = loaded.tokenizer, 0
     for q in questions():
@@ -78,7 +78,7 @@ def test_a_file_of_questions_is_a_task(loaded, data):
             )
             for choice in q["choices"]
         ]
-        scores = dict(score(loaded.params, loaded.model, Execution(), asked))
+        scores = dict(score(to_read(loaded.params, loaded.model), asked))
         right += max(range(3), key=lambda i, s=scores: s[i].log_likelihood) == q["gold"]
     assert found["acc"].value == pytest.approx(right / 12)
     assert found["acc"].standard_error == pytest.approx(

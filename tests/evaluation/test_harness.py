@@ -18,6 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 
 from mobilellm_jax.data.chat import read_template
+from mobilellm_jax.decoding.decoder import to_read
 from mobilellm_jax.evaluation import scoring
 from mobilellm_jax.evaluation.harness import HarnessModel
 from mobilellm_jax.evaluation.scoring import Likelihood, Request, fitted, score
@@ -25,7 +26,6 @@ from mobilellm_jax.interop import huggingface
 from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import Stack
-from mobilellm_jax.model.transformer import Execution
 from mobilellm_jax.parallel.mesh import make_mesh
 
 LENGTH = 96
@@ -139,7 +139,7 @@ def test_greedy_continuations_are_known_as_such():
 
 def scored(requests, **options):
     model = MODELS["plain"]
-    found = dict(score(parameters(model), model, Execution(), requests, **options))
+    found = dict(score(to_read(parameters(model), model), requests, **options))
     return [found[i] for i in range(len(requests))]
 
 

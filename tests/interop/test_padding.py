@@ -12,11 +12,11 @@ from gguf_networks import stored_tensors
 from weights import SMALL, load_stock, random_leaves, random_tokens
 
 from mobilellm_jax.interop.gguf_reader import inspect
-from mobilellm_jax.interop.padding import padded, widest
 from mobilellm_jax.interop.stored import open_model
 from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import Stack, parameter_count
+from mobilellm_jax.model.padding import padded, widest
 from mobilellm_jax.prune import take_out
 from mobilellm_jax.training.checkpoint import write_model
 
