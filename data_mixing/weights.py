@@ -170,25 +170,15 @@ def planned(
     Raises:
       UserError: the caps are impossible.
     """
-    base = epath.Path(plan.directory).resolve()
-
-    def absolute(path: str) -> str:
-        return path if path.startswith("tfds:") else str(base / path)
-
     kept = {name: weight for name, weight in weights.items() if weight}
-    sources = tuple(
-        dataclasses.replace(source, path=absolute(source.path))
-        for source in plan.sources
-        if source.name in kept
-    )
+    plan = plan.absolute()
     stage = dataclasses.replace(
         plan.stages[0], tokens=tokens, weights=kept, weights_end=None, fixed=False
     )
     new = dataclasses.replace(
         plan,
-        sources=sources,
+        sources=tuple(source for source in plan.sources if source.name in kept),
         stages=(stage,),
-        tokenizer_path=absolute(plan.tokenizer_path),
         skips=(),
         provenance=provenance,
     )

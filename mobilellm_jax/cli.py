@@ -3,6 +3,7 @@
 import errno
 import functools
 import logging as std_logging
+import os
 import re
 import sys
 import traceback
@@ -20,6 +21,14 @@ _DISK = {
     errno.EACCES: "permission is denied",
     errno.EROFS: "the file system is read-only",
 }
+_TEXTS = (
+    "prompt",
+    "system",
+    "system_prompt",
+    "answer",
+    "stop",
+    "reason",
+)  # flags that are text, in which ~ is a letter
 
 
 def run(main: Callable[..., None], positional: str = "") -> None:
@@ -54,7 +63,7 @@ def _without_traceback(record: std_logging.LogRecord) -> bool:
 
 def _parse(argv: list[str], positional: str) -> list[str]:
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS([_at_home(argument) for argument in argv])
         if "config" in flags.FLAGS:
             getattr(flags.FLAGS.config, "lock", None)  # an unreadable file is told of only here
     except UserError as error:
@@ -68,6 +77,13 @@ def _parse(argv: list[str], positional: str) -> list[str]:
     if len(rest) < expected:
         _exit(f"the {positional} is missing: name it on the command line (see --help).", 2)
     return rest
+
+
+def _at_home(argument: str) -> str:
+    """`--out=~/data` with the home directory in it: shells put it in at the beginning of a word alone."""
+    name, equals, value = argument.partition("=")
+    is_path = equals and value.startswith("~/") and name.lstrip("-") not in _TEXTS
+    return f"{name}={os.path.expanduser(value)}" if is_path else argument
 
 
 def _guarded(main: Callable[[], None]) -> None:

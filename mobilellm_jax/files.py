@@ -76,5 +76,19 @@ def replaced(path: epath.PathLike) -> Iterator[epath.Path]:
     unfinished.replace(path)
 
 
+@contextlib.contextmanager
+def written_records() -> Iterator[None]:
+    """Around what ArrayRecord writes, which tells of a full disk with a RuntimeError.
+
+    Raises:
+      UserError: instead of that.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"a shard cannot be written ({reason}): mend it and run again.") from None
+
+
 def _beside(out: epath.Path) -> epath.Path:
     return out.parent / f"{out.name}.partial-{uuid.uuid4().hex[:8]}"

@@ -1,7 +1,7 @@
 r"""Checks a plan and shows what it means; ties it to prepared data; changes it from a point on.
 
     python -m mobilellm_jax.plan configs/plans/mobilellm_r1_pretrain.json
-    python -m mobilellm_jax.plan configs/plans/mobilellm_r1_pretrain.json --data=DIR --out=DIR/mixture.json
+    python -m mobilellm_jax.plan configs/plans/mobilellm_r1_pretrain.json --data=DIR --out=DIR/r1.json
     python -m mobilellm_jax.plan DIR/mixture.json --change_at=300000000 --weights=code=0.7,prose=0.3 \
         --out=DIR/mixture2.json
 
@@ -100,7 +100,7 @@ def fill_in(plan: Plan, data: epath.PathLike) -> Plan:
 
     Args:
       plan: its sources are looked for under their names.
-      data: directory that `prepare` wrote; the plan is to lie there.
+      data: directory that `prepare` wrote.
 
     Raises:
       UserError: a source or the tokenizer is missing there.
@@ -146,6 +146,8 @@ def write(plan: Plan, out: epath.PathLike) -> None:
     if out.exists():
         raise UserError(f"{out} exists already: name a new file as --out.")
     Plan.from_dict(plan.to_dict(), f"the new plan {out}")
+    if out.parent.resolve() != epath.Path(plan.directory).resolve():
+        plan = plan.absolute()
     plan.save(out)
     print(f"{out}: written.", flush=True)
 

@@ -16,6 +16,7 @@ never overwrites: what was made with other options is refused, and a plan that g
 kept beside.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -100,6 +101,7 @@ def prepare(
     inputs = {corpus.name: corpus.fingerprint for corpus in corpora}
     out.mkdir(parents=True, exist_ok=True)
     model = _tokenizer(corpora, inputs, out, vocab_size, tokenizer, chat_template)
+    _tell_of_losses(model)
     chats = {corpus.name: corpus for corpus in corpora if isinstance(corpus, ChatCorpus)}
     settings = {
         name: {
@@ -112,7 +114,7 @@ def prepare(
         for name in names
     }
     complete = {name for name in names if _is_complete(out / name, settings[name])}
-    existing = _existing_plan(out, model)
+    _existing_plan(out, model)  # is told of now, not when all is prepared
     writers = {}
     for name in names:
         if name in complete:
@@ -130,7 +132,6 @@ def prepare(
             kind="chat" if name in chats else "text",
         )
         writers[name] = SourceWriter(str(out / name), info, settings[name])
-        writers[name].begin()
     encode: dict[str, Encode] = {
         name: EncodeChats(row_length, chat.too_long == "drop", chat.no_assistant == "keep")
         for name, chat in chats.items()
@@ -145,9 +146,13 @@ def prepare(
         for corpus in corpora
         if corpus.name in writers
     }
-    if beam is not None:
-        on_beam.prepare_parts([job for some in jobs.values() for job in some], beam)
-    with Workers(workers or os.cpu_count() or 1) as processes:
+    with contextlib.ExitStack() as held:
+        for writer in writers.values():
+            held.enter_context(writer.alone())
+            writer.begin()
+        if beam is not None:
+            on_beam.prepare_parts([job for some in jobs.values() for job in some], beam)
+        processes = held.enter_context(Workers(workers or os.cpu_count() or 1))
         for name, writer in writers.items():
             if beam is None:
                 parts.prepare_parts(name, jobs[name], processes)
@@ -158,7 +163,8 @@ def prepare(
         if info.notes:
             told = ", ".join(f"{count:,} {note}" for note, count in info.notes.items())
             print(f"{info.name}: of its conversations, {told}.", flush=True)
-    return _write_plan(out, infos, model, weights, seed, existing)
+    # Read only now: another preparation into this directory may have ended meanwhile.
+    return _write_plan(out, infos, model, weights, seed, _existing_plan(out, model))
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -252,6 +258,13 @@ def _tokenizer(
         f"tokenizer: {tokenizer.vocab_size} pieces in {seconds:.1f} s.", file=sys.stderr, flush=True
     )
     return tokenizer
+
+
+def _tell_of_losses(tokenizer: Tokenizer) -> None:
+    """Says so where a tokenizer of someone else's does not give texts such as code back."""
+    text = "if x:\n\treturn  {}"
+    if (back := tokenizer.decode(tokenizer.encode(text))) != text:
+        print(f"tokenizer: it loses text, {text!r} comes back as {back!r}.", flush=True)
 
 
 def _template_hash(tokenizer: Tokenizer) -> str:

@@ -6,6 +6,8 @@ import pytest
 import tiny
 from runs import config_file, finish, program, start_training
 
+from mobilellm_jax import cli
+
 PROGRAMS = {
     "mobilellm_jax.prepare": ("out", "source", "row_length"),
     "mobilellm_jax.train": ("config", "workdir", "stop_at", "replay"),
@@ -32,6 +34,15 @@ PROGRAMS = {
     "data_mixing.coevolve": ("config", "plan", "probes", "init_from", "rounds"),
     "data_mixing.why": ("checkpoint", "prompt", "answer"),
 }
+
+
+def test_a_tilde_behind_the_name_of_a_flag_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    ended = program("mobilellm_jax.worked_problems", "--out=~/made", "--train=20")
+    assert ended.status == 0, ended.err
+    assert (tmp_path / "made").is_dir() and not (tmp_path / "~").exists()
+    assert cli._at_home("--prompt=~/.bashrc is") == "--prompt=~/.bashrc is"
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -40,7 +40,9 @@ class ChatReading(Reading):
         messages = [self._message(message, i, where) for i, message in enumerate(found, 1)]
         if self.system_prompt and (not messages or messages[0]["role"] not in ROLES[:2]):
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        return super().document([json.dumps(messages, ensure_ascii=False)], where, **origin)
+        # Dates, which Parquet has and JSON has not, become text.
+        text = json.dumps(messages, ensure_ascii=False, default=str)
+        return super().document([text], where, **origin)
 
     def _turns(self, values: Sequence[Any], where: Callable[[], str]) -> list[dict[str, Any]]:
         """Messages of a question and its answer, with a system prompt before them if there are three."""
@@ -72,9 +74,15 @@ class ChatReading(Reading):
                 f"{where()}: the content of message {number} is not a text but "
                 f"{type(content).__name__}."
             )
-        # A column of Parquet has all fields in every message; those that are not set are none.
-        others = {k: v for k, v in given.items() if k not in names and v is not None}
-        return {"role": role, "content": content, **others}
+        others = {key: value for key, value in given.items() if key not in names}
+        return {"role": role, "content": content, **_set(others)}
+
+
+def _set(value: Any) -> Any:
+    """What is set of it: a column of Parquet has, at any depth, all fields that one of its records has."""
+    if isinstance(value, dict):
+        return {key: _set(inner) for key, inner in value.items() if inner is not None}
+    return [_set(inner) for inner in value] if isinstance(value, list) else value
 
 
 @dataclasses.dataclass(frozen=True)

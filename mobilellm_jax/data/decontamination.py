@@ -76,7 +76,8 @@ class EvalSets:
         """All items of all sets.
 
         Raises:
-          UserError: a file cannot be read, or an item has none of the keys, with file and line.
+          UserError: a file cannot be read, an item has none of the keys, or one that is no text, with
+            file and line.
         """
         files = self.files
         names = collections.Counter(map(_name, files))
@@ -84,13 +85,15 @@ class EvalSets:
             name = _name(file) if names[_name(file)] == 1 else file.path
             for place, record in enumerate(_READERS[_kind(file)](file), 1):
                 where = f"{file.path}, item {place}"
-                if not isinstance(record, dict) or not any(key in record for key in self.keys):
+                if not isinstance(record, dict) or not any(
+                    key.partition(".")[0] in record for key in self.keys
+                ):
                     there = ", ".join(record) if isinstance(record, dict) else "no fields at all"
                     raise UserError(
                         f"{where}: there is none of the fields {', '.join(self.keys)} (it has {there}); "
                         "see --eval_keys."
                     )
-                yield EvalItem(name, place, _texts(record, self.keys))
+                yield EvalItem(name, place, _texts(record, self.keys, where))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,15 +174,29 @@ def _sorted(found: Sequence[tuple[np.ndarray, int]]) -> tuple[np.ndarray, np.nda
     return hashes[order], owners[order], heads
 
 
-def _texts(record: dict[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
+def _texts(record: dict[str, Any], keys: Sequence[str], where: str) -> tuple[str, ...]:
     fields: list[list[str]] = []
     for key in keys:
-        value = record.get(key)
-        values = value if isinstance(value, list) else [value]
+        values = _inside(record, key.split("."))
+        for value in values:
+            if isinstance(value, dict):
+                raise UserError(
+                    f"{where}: {key!r} is not a text but holds {', '.join(value)}: name the ones with "
+                    f"text, --eval_keys={key}.{next(iter(value), 'name')}."
+                )
         fields.append([str(one) for one in values if one is not None and str(one).strip()])
     fields = [field for field in fields if field]
     together = (" ".join(choice) for choice in itertools.product(*fields)) if fields else ()
     return tuple(dict.fromkeys([*itertools.chain(*fields), *together]))
+
+
+def _inside(value: Any, names: Sequence[str]) -> list[Any]:
+    """What fields inside of fields hold, through lists: `choices.text`."""
+    if isinstance(value, list):
+        return [found for one in value for found in _inside(one, names)]
+    if not names:
+        return [value]
+    return _inside(value.get(names[0]), names[1:]) if isinstance(value, dict) else []
 
 
 def _name(file: InputFile) -> str:

@@ -169,7 +169,12 @@ def find(
             for key, high, low in wanted:
                 if high is not None:
                     bounds = enumerate(_bounds(table, key))
-                    possible &= {i for i, (least, most) in bounds if least <= high and low <= most}
+                    possible &= {
+                        i
+                        for i, (least, most) in bounds
+                        # Parquet does not tell those that are longer than 4 KB.
+                        if (least is None or least <= high) and (most is None or low <= most)
+                    }
             for group in sorted(possible):
                 lines = table.read_row_group(group)
                 for key, value in (("id", id), ("file", file)):
@@ -224,7 +229,7 @@ def _shards(path: epath.PathLike, split: str) -> Iterator[_Shard]:
 
 
 def _bounds(table: pyarrow.parquet.ParquetFile, key: str) -> Iterator[tuple[Any, Any]]:
-    """The least and the greatest value of a column in each row group."""
+    """The least and the greatest value of a column in each row group, None where that is not told."""
     column = SCHEMA.get_field_index(key)
     for i in range(table.num_row_groups):
         statistics = table.metadata.row_group(i).column(column).statistics

@@ -9,6 +9,7 @@ import base64
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -123,8 +124,41 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See `Tokenizer`."""
         # "fast" leaves out where in the text a token was, and takes half the time.
-        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(each.ids, np.int32) for each in found]
+        texts = list(texts)
+        found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ids = [np.array(each.ids, np.int32) for each in found]
+        if not self._special_V.any():
+            return ids
+        return [
+            self._cut(text) if self._special_V[some].any() else some
+            for text, some in zip(texts, ids, strict=True)
+        ]
+
+    @functools.cached_property
+    def _special_V(self) -> np.ndarray:
+        """Which tokens are special and pieces of the model as well, so that a text could spell them.
+
+        What stands for letters that the model does not know is not among them.
+        """
+        model = json.loads(self.files[self.FILE])["model"]
+        pieces = self._tokenizer.get_vocab(with_added_tokens=False)
+        special_V = np.zeros(self.vocab_size, bool)
+        for i, token in self._tokenizer.get_added_tokens_decoder().items():
+            unknown = token.content == model.get("unk_token") or i == model.get("unk_id")
+            special_V[i] = token.special and token.content in pieces and not unknown
+        return special_V
+
+    def _cut(self, text: str) -> np.ndarray:
+        """Ids of a text that spells special tokens, each of which is cut in two."""
+        normalizer = self._tokenizer.normalizer
+        text = normalizer.normalize_str(text) if normalizer else text
+        names = [self.pieces[i] for i in np.flatnonzero(self._special_V)]
+        spelled = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names)
+        cuts = [0, *(match.end() for match in re.finditer(spelled, text)), len(text)]
+        parts = [text[begin:end] for begin, end in itertools.pairwise(cuts)]
+        found = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+        ids = np.array([i for each in found for i in each.ids], np.int32)
+        return ids[~self._special_V[ids]]  # one letter cannot be cut
 
     def encode_special(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """See `Tokenizer`."""

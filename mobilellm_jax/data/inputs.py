@@ -37,8 +37,11 @@ class InputFile:
 
     @property
     def name(self) -> str:
-        """Without its folder."""
-        return PurePosixPath(self.path).name
+        """Without its folder, and without what a web address asks for behind it (`?download=true`)."""
+        path = self.path
+        if path.startswith(("http://", "https://")):
+            path = path.partition("#")[0].partition("?")[0]
+        return PurePosixPath(path).name
 
     @property
     def readable(self) -> bool:
@@ -93,8 +96,13 @@ def matching(pattern: str) -> list[InputFile]:
     """The files that match a pattern with wildcards, sorted; `**` goes through folders.
 
     Raises:
-      UserError: the pattern is a URL whose file system is not known or not installed.
+      UserError: the pattern is a URL whose file system is not known, not installed, or does not say how
+        long its files are; or a name is not UTF-8.
     """
+    if "::" in pattern:
+        raise UserError(
+            f"{pattern} is a file inside of another (::), which is not read: unpack it first."
+        )
     if "://" not in pattern:
         found = glob.glob(str(Path(pattern).expanduser()), recursive=True)
         files = [
@@ -106,11 +114,27 @@ def matching(pattern: str) -> list[InputFile]:
         except (ImportError, ValueError) as error:
             raise UserError(f"{pattern} cannot be read ({error}).") from None
         files = [
-            InputFile(system.unstrip_protocol(name), details["size"])
+            InputFile(system.unstrip_protocol(name), _size(system, name, details))
             for name, details in system.glob(path, detail=True).items()
             if details["type"] == "file"
         ]
+    for file in files:
+        try:
+            file.path.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"the name of {file.path!r} is not UTF-8: rename it.") from None
     return sorted(files, key=lambda file: PurePosixPath(file.path))
+
+
+def _size(system: fsspec.AbstractFileSystem, name: str, details: Mapping[str, Any]) -> int:
+    """Bytes of a file, also where a listing of its folder does not tell them, as of web servers."""
+    size = details["size"]
+    size = system.size(name) if size is None else size
+    if size is None:
+        raise UserError(
+            f"{system.unstrip_protocol(name)} does not say how long it is: download it first."
+        )
+    return int(size)
 
 
 def slices(file: InputFile, size: int) -> list[Slice]:
@@ -179,8 +203,8 @@ def joined(values: Sequence[Any]) -> Any:
 
 
 def text_of(value: Any) -> str:
-    """An id as text, "" for none."""
-    return "" if value is None else str(value)
+    """An id as text, "" for none; half a surrogate pair in it becomes a question mark."""
+    return "" if value is None else str(value).encode("utf-8", "replace").decode()
 
 
 def _json_lines(piece: Slice, text_key: str, id_key: str) -> Iterator[Record]:
@@ -215,7 +239,7 @@ def _lines(piece: Slice, raw: BinaryIO) -> Iterator[bytes]:
         ".gz": ("gzip", lambda: gzip.GzipFile(fileobj=raw)),
         ".zst": ("Zstandard", lambda: _unpacked(raw)),
     }
-    suffix = PurePosixPath(file.path).suffix
+    suffix = PurePosixPath(file.name).suffix
     if suffix not in kinds:
         yield from _lines_between(raw, piece)
         return

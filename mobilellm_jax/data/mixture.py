@@ -261,6 +261,8 @@ class Mixture:
 
     def _given_in(self, stage: _Stage, rows: int) -> np.ndarray:
         """int64 [sources]: what a stage's first rows are made of."""
+        if not rows:  # a stage of fewer tokens than a row has
+            return np.zeros(len(self.sources), np.int64)
         block, last = divmod(rows - 1, BLOCK)
         source, _, given = stage.block(block)
         return given + np.bincount(source[: last + 1], minlength=len(given))

@@ -161,6 +161,16 @@ class Plan:
         except (ValueError, tfds.core.registered.DatasetNotFoundError) as error:
             raise UserError(f"{path} is no data set of TFDS here ({error}).") from None
 
+    def absolute(self) -> "Plan":
+        """The same plan for a file anywhere: with whole paths, where they were counted from its folder."""
+        base = epath.Path(self.directory).resolve()
+
+        def whole(path: str) -> str:
+            return path if path.startswith("tfds:") else str(base / path)
+
+        sources = tuple(dataclasses.replace(s, path=whole(s.path)) for s in self.sources)
+        return dataclasses.replace(self, sources=sources, tokenizer_path=whole(self.tokenizer_path))
+
     def save(self, path: epath.PathLike) -> None:
         """Writes the plan as JSON; what is there is replaced in one move."""
         text = json.dumps({**self.to_dict(), "provenance": dict(self.provenance)}, indent=2)

@@ -10,7 +10,9 @@ with them the commit mark of the source.
 import collections
 import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -34,6 +36,7 @@ from mobilellm_jax.data.rows import (
     read_info,
 )
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import written_records
 
 _WRITE = "group_size:1,zstd:1"  # a row per group: any row is one read
 _SCRATCH = "scratch-"  # folders of parts that are being written
@@ -88,17 +91,49 @@ class SourceWriter:
     def _parts(self) -> epath.Path:
         return self._growing / "parts"
 
-    def begin(self) -> None:
-        """Makes the directory; parts that are there stay if they were made with the same settings.
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Around everything that one program writes: on this machine no other writes this source meanwhile.
 
         Raises:
-          UserError: the source exists, or its directory holds something that is not ours.
+          UserError: another does.
+        """
+        if not _is_local(self._growing) or epath.Path(self.path).exists():
+            yield
+            return
+        self._growing.mkdir(parents=True, exist_ok=True)
+        folder = os.open(
+            self._growing, os.O_RDONLY
+        )  # its lock ends with the process, however that ends
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another program is preparing {self.path} at this moment: wait for its end."
+                ) from None
+            yield
+        finally:
+            os.close(folder)
+
+    def begin(self) -> None:
+        """Makes the directory; parts that are there stay.
+
+        Raises:
+          UserError: the source exists, its directory holds something that is not ours, or parts that were
+            made with other settings.
         """
         path, growing = epath.Path(self.path), self._growing
         if path.exists() and (_is_local(path) or is_complete(path)):
             raise UserError(f"{path} exists already: delete it, or prepare into another directory.")
         if growing.exists():
-            self._clear(everything=self._begun() != self._made_with)
+            begun = self._begun()
+            if begun not in (None, self._made_with) and any(self._parts.glob("[0-9]*.json")):
+                raise UserError(
+                    f"{growing} is a preparation that was interrupted, of other input or with other "
+                    "options: give the same ones, or delete it."
+                )
+            self._clear(everything=begun != self._made_with)
         if self._begun() is None:
             self._parts.mkdir(parents=True, exist_ok=True)
             _write_whole(
@@ -339,7 +374,7 @@ class _ShardWriter:
         self._counts = SplitInfo(0, 0, 0, 0)
         self._record_bytes = 0
         self._sidecar: documents.Writer | None = None
-        with self._disk_errors():
+        with written_records():
             self._writer = array_record_module.ArrayRecordWriter(str(file), _WRITE)
 
     @property
@@ -348,7 +383,7 @@ class _ShardWriter:
 
     def add(self, batch: Batch) -> None:
         """Stores a batch."""
-        with self._disk_errors():
+        with written_records():
             for row in batch.rows:
                 record = self._encoder(row)
                 self._writer.write(record)
@@ -362,7 +397,7 @@ class _ShardWriter:
 
     def close(self) -> dict[str, Any]:
         """Ends the shard; what is to be known of it."""
-        with self._disk_errors():
+        with written_records():
             self._writer.close()
             if self._sidecar:
                 self._sidecar.close()
@@ -374,17 +409,6 @@ class _ShardWriter:
             "size": self._file.stat().length,
         }
         return shard | ({"sidecar_size": self._sidecar_file.stat().length} if self._sidecar else {})
-
-    @contextlib.contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        """ArrayRecord tells of a full disk with a RuntimeError."""
-        try:
-            yield
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"a shard cannot be written ({reason}): mend it and run again."
-            ) from None
 
 
 def _template(name: str, split: str, folder: epath.Path) -> tfds.core.ShardedFileTemplate:

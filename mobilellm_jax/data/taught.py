@@ -21,7 +21,7 @@ from mobilellm_jax.data.contexts import Contexts
 from mobilellm_jax.data.readers import Readers
 from mobilellm_jax.data.records import Records, check_sizes
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import replaced
+from mobilellm_jax.files import replaced, written_records
 
 # Of a batch: int [B, T, k], and float [B, T, k].
 TAUGHT_IDS, TAUGHT_LOG_PROBS = "taught_ids", "taught_log_probs"
@@ -118,8 +118,12 @@ class Writer:
         return [rows for rows in self._shards if not self._file(rows).exists()]
 
     def write(self, rows: range, ids_RTK: np.ndarray, log_probs_RTK: np.ndarray) -> None:
-        """Writes the shard of these rows."""
-        with replaced(self._file(rows)) as unfinished:
+        """Writes the shard of these rows.
+
+        Raises:
+          UserError: the disk is full.
+        """
+        with replaced(self._file(rows)) as unfinished, written_records():
             writer = array_record_module.ArrayRecordWriter(str(unfinished), _WRITE)
             for ids_TK, log_probs_TK in zip(ids_RTK, log_probs_RTK, strict=True):
                 ids, log_probs = ids_TK.astype(self._info.id_dtype), log_probs_TK.astype(np.float16)

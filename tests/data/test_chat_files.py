@@ -1,6 +1,7 @@
 """Conversations as they come in: files, fields, prompts, what is refused, left out and counted."""
 
 import dataclasses
+import datetime
 import gzip
 import json
 import subprocess
@@ -44,6 +45,27 @@ def test_all_kinds_of_files_and_both_ways_to_write_messages_are_read(tmp_path):
         ("parquet", [TALK, [{**TALK[0], "name": "me"}, TALK[1]]]),
     ):
         assert chats.read(ChatCorpus("talk", f"{tmp_path}/talk.{ending}")) == expected
+
+
+def test_a_table_gives_what_lines_give(tmp_path):
+    """Also where its records have other fields, which a column has in all of them, and dates."""
+    city, sum_ = {"city": "Oslo", "days": [{"of": 1}]}, {"a": 1, "days": [{"to": 2}]}
+    talks = [
+        [
+            {**TALK[0], "at": datetime.datetime(2024, 5, 1)},
+            {"role": "assistant", "content": "", "tool_calls": [{"arguments": arguments}]},
+        ]
+        for arguments in (city, sum_)
+    ]
+    table = pyarrow.table({"messages": talks})
+    assert "to" in table["messages"][0].as_py()[1]["tool_calls"][0]["arguments"]["days"][0]
+    pyarrow.parquet.write_table(table, tmp_path / "talk.parquet")
+    lines = [json.dumps({"messages": talk}, default=str) for talk in talks]
+    (tmp_path / "talk.jsonl").write_text("\n".join(lines))
+    found = [
+        chats.read(ChatCorpus("talk", f"{tmp_path}/talk.{end}")) for end in ("jsonl", "parquet")
+    ]
+    assert found[0] == found[1] == [json.loads(line)["messages"] for line in lines]
 
 
 def test_the_system_prompt_is_for_conversations_that_have_none(tmp_path):

@@ -1,9 +1,12 @@
 """A user's files: the same documents from every format, and one sentence for every mistake."""
 
 import dataclasses
+import functools
 import gzip
+import http.server
 import json
 import pickle
+import threading
 
 import fsspec
 import numpy as np
@@ -50,6 +53,30 @@ def write(folder, kind):
 
 
 KINDS = ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt"]
+
+
+def test_what_cannot_be_named_or_is_inside_of_another_file_is_told(tmp_path):
+    (tmp_path / "caf\udce9.jsonl").write_text('{"text": "x"}')
+    with pytest.raises(UserError, match="is not UTF-8: rename it"):
+        list(documents(FileCorpus("a", f"{tmp_path}/*.jsonl")))
+    with pytest.raises(UserError, match="inside of another .*: unpack it"):
+        list(documents(FileCorpus("a", f"zip://*.jsonl::file://{tmp_path}/a.zip")))
+
+
+def test_an_address_is_read_by_its_name(tmp_path):
+    """Web servers ask for things behind the name, and do not list how long files are."""
+    pytest.importorskip("aiohttp")
+    write(tmp_path, "jsonl")
+    (tmp_path / "index.html").write_text('<a href="a.jsonl">a</a>')
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        for pattern in (f"{address}/a.jsonl?download=true", f"{address}/*.jsonl"):
+            found = [d.text for d in documents(FileCorpus("a", pattern))]
+            assert sorted(found) == sorted(TEXTS)
+        server.shutdown()
 
 
 @pytest.mark.parametrize("kind", KINDS)

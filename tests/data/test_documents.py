@@ -22,6 +22,17 @@ ROW = 24
 WORDS = "the model reads small rows of text and learns to share its blocks naïvely 😀".split()
 
 
+def test_long_and_odd_ids_are_found(tmp_path):
+    """Those of more than 4 KB have no bounds in Parquet; half a surrogate pair is no text."""
+    ids = ["a", "https://x/" + "y" * 5000, "z\ud800"]
+    lines = [json.dumps({"text": " ".join(WORDS), "id": id}) for id in ids]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    prepare([FileCorpus("a", f"{tmp_path}/a.jsonl")], tmp_path / "out", ROW, vocab_size=300)
+    for id in ("a", ids[1], "z?"):
+        assert {piece.id for piece in find(tmp_path / "out" / "a", "train", id=id)} == {id}
+    assert find(tmp_path / "out" / "a", "train", id="b") == []
+
+
 @pytest.fixture(scope="module", params=["concat", "best_fit"])
 def source(request, tmp_path_factory):
     """A source of many parts and row groups: (its directory, its documents, its tokenizer)."""

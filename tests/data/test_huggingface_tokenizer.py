@@ -113,6 +113,37 @@ def test_special_tokens_are_ids_and_never_text(folders, kind):
         assert tokenizer.piece_bytes()[i] == len(token)
 
 
+def test_pieces_that_are_special_are_never_text(tmp_path):
+    """Vocabularies of words and of Unigram hold BOS and EOS as pieces like any other."""
+    spelled = "it <s>was</s> and is <s>"
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    letters = [f"{spelled} {text}" for text in tokenizer_files.texts()]
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>"
+    )
+    made.train_from_iterator(letters, trainer)
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "it": 3}, unk_token="<unk>")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(["<unk>", "<s>", "</s>"])
+    for name, each in (("unigram", made), ("words", words)):
+        (tmp_path / name).mkdir()
+        each.save(str(tmp_path / name / "tokenizer.json"))
+        config = {"bos_token": "<s>", "eos_token": "</s>"}
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(config))
+        tokenizer = Tokenizer.load(tmp_path / name)
+        assert {1, 2} & set(each.encode(spelled.replace("<s>w", "<s> w")).ids)
+        ids = tokenizer.encode(spelled)
+        assert len(ids) > 5 and not {1, 2} & set(ids)
+        if name == "unigram":
+            assert tokenizer.decode(ids).replace(" ", "") == spelled.replace(" ", "")
+        unknown = tokenizer.encode("it \u0416")
+        assert 0 in unknown  # stays
+
+
 def test_where_each_begins_and_ends(folders):
     ends = {k: (t.bos_id, t.eos_id) for k in KINDS if (t := Tokenizer.load(folders[k]))}
     assert ends == {"llama3": (594, 595), "qwen2": (595, 595), "llama2": (1, 2)}

@@ -348,6 +348,27 @@ def test_a_published_plan_is_tied_to_prepared_data_and_trained_on(tmp_path):
     assert again.status == 1 and "exists already" in again.err
 
 
+def test_a_plan_in_another_folder_finds_its_data(tmp_path):
+    path = tiny.corpus(tmp_path / "data")
+    (tmp_path / "plans").mkdir()
+    out = tmp_path / "plans" / "new.json"
+    flags = f"--data={tmp_path / 'data'}", f"--out={out}"
+    assert runs.program("mobilellm_jax.plan", str(path), *flags).status == 0
+    plans = Plan.load(path), Plan.load(out)
+    first, again = (open_mixture(plan, tiny.ROW, tiny.VOCAB).read(np.arange(9)) for plan in plans)
+    np.testing.assert_array_equal(first["tokens"], again["tokens"])
+
+
+def test_a_stage_shorter_than_a_row_has_none(tmp_path):
+    path = tiny.corpus(tmp_path)
+    flags = "--change_at=10", "--weights=sums=1.0", f"--out={tmp_path / 'new.json'}"
+    assert runs.program("mobilellm_jax.plan", str(path), *flags).status == 0
+    mixture = open_mixture(Plan.load(tmp_path / "new.json"), tiny.ROW, tiny.VOCAB)
+    sums = mixture.plan.names.index("sums")
+    np.testing.assert_array_equal(mixture.read(np.arange(50))["source"], sums)
+    assert mixture.given(50)[sums] == 50
+
+
 def test_the_program_changes_a_plan_into_a_new_file(tmp_path):
     path = tiny.corpus(tmp_path)
     flags = "--change_at=3072", "--weights=sums=1.0", "--name=later"

@@ -233,8 +233,26 @@ def test_parts_stay_only_if_they_are_whole_and_of_the_same_settings(tmp_path):
     writer.begin()
     assert [writer.is_written(i) for i in range(5)] == [True, False, True, True, False]
     other = SourceWriter(str(tmp_path / "code"), INFO, {"a": 2})
-    other.begin()
-    assert not any(other.is_written(i) for i in range(4))
+    with pytest.raises(UserError, match="interrupted, of other input or with other options"):
+        other.begin()
+    assert [writer.is_written(i) for i in range(5)] == [True, False, True, True, False]
+    for mark in (tmp_path / "code.incomplete" / "parts").glob("0*.json"):
+        mark.unlink()
+    other.begin()  # nothing that was done is lost
+    assert not list((tmp_path / "code.incomplete").glob("code-*"))
+
+
+def test_only_one_program_writes_a_source(tmp_path):
+    writer = SourceWriter(str(tmp_path / "code"), INFO, {})
+    with writer.alone():
+        writer.begin()
+        with pytest.raises(UserError, match="another program is preparing .*code"), writer.alone():
+            pass
+        (batches_,) = parts()[:1]
+        writer.write_part(0, batches_, {})
+        writer.commit(1)
+    with writer.alone(), pytest.raises(UserError, match="exists already"):
+        writer.begin()
 
 
 def test_only_our_own_left_overs_are_removed(tmp_path):
