@@ -30,6 +30,7 @@ Killed and started again with the same flags it goes on; with more --rounds it g
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +55,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.parallel.compiled import keep_compiled
 from mobilellm_jax.training.config import FREE, check
+from mobilellm_jax.training.length import length_of
 from mobilellm_jax.training.start import open_weights
 
 
@@ -129,7 +131,11 @@ def coevolve(given: Given, init_from: str, out: epath.PathLike, rounds: int = 2)
             break
 
         # --- What helps is kept, and trained on
+        decided = folder / "decided.json"
+        if decided.exists():
+            folders.agree(decided, {"max_epochs": choices.max_epochs})
         this = stages.keep(given, this, kept_M, point.tokenizer, folder / "data")
+        folders.agree(decided, {"max_epochs": choices.max_epochs})
         print(this.tables[0], flush=True)
         plan = folder / "data" / "mixture.json"
         path = stages.trained(given, plan, point.path, folder / "train")
@@ -172,18 +178,29 @@ def _check(given: Given, point: Checkpoint) -> dict[str, int]:
     tokenizer = Tokenizer.load(plan.resolve(plan.tokenizer_path))
     open_weights(point.path, ModelConfig.from_dict(config.model), tokenizer)
     paths = {source.name: plan.resolve(source.path) for source in plan.sources}
-    return {n: len(Contexts(open_rows(path), config.row_length)) for n, path in paths.items()}
+    totals = {n: len(Contexts(open_rows(path), config.row_length)) for n, path in paths.items()}
+    caps = {s.name: given.choices.max_epochs or s.max_epochs or math.inf for s in plan.sources}
+    most = sum(caps[name] * rows * config.row_length for name, rows in totals.items())
+    if most < (wanted := length_of(config).tokens):
+        raise UserError(
+            f"a stage has {wanted:,} tokens, and the sources give {most:,.0f} at most with these caps on "
+            "epochs: raise --max_epochs, or shorten the stages."
+        )
+    return totals
 
 
 def _described(given: Given, point: Checkpoint) -> dict[str, Any]:
-    """All that decides the result, but for the number of rounds."""
+    """All that decides the result, but for the number of rounds and what each round is told apart by.
+
+    A cap on epochs that what is kept cannot meet is only met when all is scored, and may then be raised.
+    """
     config = {k: v for k, v in given.config.to_dict().items() if k not in (*FREE, "init_from")}
     described = {
         "config": config,
         "plan": given.plan.hash,
         "probes": given.probes.fingerprint,
         "init_from": str(point.path),
-        "choices": dataclasses.asdict(given.choices),
+        "choices": dataclasses.asdict(dataclasses.replace(given.choices, max_epochs=None)),
         "settings": dataclasses.asdict(given.settings),
     }
     return json.loads(json.dumps(described))

@@ -121,10 +121,10 @@ def compare(
     print(
         "most epochs of a source in a run: " + ", ".join(f"{n} {e:.2f}" for n, e in often.items())
     )
-    experiments.save_plans(members, out / "plans")
     measured = train_together(
         config, members, rows, out / "runs", measure_every=length_of(config).steps, group=group
     )
+    experiments.save_plans(members, out / "plans")
     bytes_of = {name: _bytes(found, tokenizer) for name, found in rows.items()}
     bits = {
         name: {
@@ -196,8 +196,10 @@ def _question(line: str, file: Path, number: int) -> tuple[str, str]:
             return record["query"], " " + record["choices"][record["gold"]]
         prompt = record["question"] if "question" in record else record["context"]
         thought = record.get("chain_of_thought")
-        answer = f"{thought}\n{record['answer']}" if thought else record["answer"]
-        return f"{prompt}\n", answer
+        answer = record["answer"]
+        if not isinstance(answer, str | int | float):
+            raise TypeError("the answer is neither text nor number")
+        return f"{prompt}\n", f"{thought}\n{answer}" if thought else f"{answer}"
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(
             f"{file}, line {number}, is no question ({type(error).__name__}: {error}): it needs query, "

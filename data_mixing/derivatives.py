@@ -339,7 +339,8 @@ def datainf(
         if not damping_L.all():
             raise UserError(
                 f"DataInf cannot be had for the weights {name}: none of the {len(rows)} rows has a "
-                "gradient there; leave it out of the layers, or give more rows."
+                "gradient there, or the damping is 0; leave it out of the layers, or give more rows or "
+                "damping."
             )
         factors[name] = (dots_NKL / (damping_L + squared_NL)[:, None]).astype(np.float32)
         dampings[name] = damping_L

@@ -1,6 +1,7 @@
 """Folders of results: whose they are, and that nothing else lies in them."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,10 @@ from etils import epath
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import replaced
 from mobilellm_jax.training.config import differences
+
+_HALF = (
+    r"\.(unfinished|partial-[0-9a-f]{8})$"  # what `mobilellm_jax.files` leaves when it is killed
+)
 
 
 def claim(folder: epath.PathLike, settings: Mapping[str, Any], name: str = "settings.json") -> None:
@@ -23,21 +28,31 @@ def claim(folder: epath.PathLike, settings: Mapping[str, Any], name: str = "sett
       UserError: it holds what other settings have made, or something else.
     """
     folder = epath.Path(folder)
-    path, settings = folder / name, json.loads(json.dumps(settings))
+    path = folder / name
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: name a directory as --out.")
-    if path.exists():
-        if found := differences(json.loads(path.read_text()), settings):
-            listed = "; ".join(f"{k}: {a!r} there, {b!r} here" for k, (a, b) in found.items())
-            raise UserError(
-                f"{folder} was made with other settings or other data ({listed}): name a new --out."
-            )
-        return
-    if folder.exists() and any(file.name != f"{name}.unfinished" for file in folder.iterdir()):
+    made = path.exists() or not folder.exists()
+    if not made and any(file.name != f"{name}.unfinished" for file in folder.iterdir()):
         raise UserError(f"{folder} holds no {name}, so it holds something else: name a new --out.")
     folder.mkdir(parents=True, exist_ok=True)
-    with replaced(path) as unfinished:
-        unfinished.write_text(json.dumps(settings, indent=2) + "\n")
+    agree(path, settings)
+
+
+def agree(path: epath.Path, settings: Mapping[str, Any]) -> None:
+    """Writes the settings into a file, or checks that they are the ones there.
+
+    Raises:
+      UserError: they are others.
+    """
+    settings = json.loads(json.dumps(settings))
+    if not path.exists():
+        with replaced(path) as unfinished:
+            unfinished.write_text(json.dumps(settings, indent=2) + "\n")
+    elif found := differences(json.loads(path.read_text()), settings):
+        listed = "; ".join(f"{k}: {a!r} there, {b!r} here" for k, (a, b) in found.items())
+        raise UserError(
+            f"{path.parent} was made with other settings or other data ({listed}): name a new --out."
+        )
 
 
 def holding(out: epath.PathLike, own: Sequence[str]) -> epath.Path:
@@ -49,7 +64,13 @@ def holding(out: epath.PathLike, own: Sequence[str]) -> epath.Path:
     out = epath.Path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: name a folder.")
-    if out.exists() and (other := sorted({p.name for p in out.iterdir()} - set(own))):
-        raise UserError(f"{out} holds {other[0]}, which is not of this program: name a new folder.")
+    for path in sorted(out.iterdir()) if out.exists() else ():
+        name = re.sub(_HALF, "", path.name)
+        if name not in own:
+            raise UserError(
+                f"{out} holds {path.name}, which is not of this program: name a new folder."
+            )
+        if name != path.name:
+            path.rmtree() if path.is_dir() else path.unlink()
     out.mkdir(parents=True, exist_ok=True)
     return out

@@ -54,6 +54,7 @@ from mobilellm_jax.training.config import configured
 from mobilellm_jax.training.length import length_of
 from mobilellm_jax.training.start import located
 
+GRADIENTS = {"datainf", "tracin", "dot"}
 METRICS = ("datainf", "tracin", "dot", "loss", "embedding", "ngrams")
 FILE = "scores.parquet"
 PART = 256  # rows that are scored between two files
@@ -115,6 +116,11 @@ def influence(
     tokenizer, model = _checked(plan, checkpoints)
     if unknown := set(metrics) - set(METRICS):
         raise UserError(f"there is no metric {sorted(unknown)[0]!r}, only {', '.join(METRICS)}.")
+    if not metrics:
+        raise UserError(f"--metrics names none: give some of {', '.join(METRICS)}.")
+    for metric in GRADIENTS & set(metrics):  # what would only be met when all is scored
+        for capability in capabilities:
+            shares(metric, [point for point in checkpoints if capability in point.capabilities])
     described = {
         "plan": plan.hash,
         "probes": probes.fingerprint,
@@ -149,15 +155,16 @@ def influence(
         mixture = open_mixture(plan, row_length, model.vocab_size)
         train = mixture.read(np.arange(min(train_rows, len(mixture))))["tokens"]
     mesh = local_mesh()
+    everything = np.concatenate([s.tokens for s in scored])
     scorers: list[Scorer] = []
-    if {"datainf", "tracin", "dot"} & set(metrics):
+    if GRADIENTS & set(metrics):
         for c in checkpoints:
             own = {name: packed[name] for name in c.capabilities}
             scorers.append(Gradients(c.path, str(c.step), own, train, settings, mesh))
     if {"loss", "embedding"} & set(metrics):
-        scorers.append(States(checkpoints[-1].path, packed, settings, mesh))
+        ordinary = samples.some(everything, probe_rows)
+        scorers.append(States(checkpoints[-1].path, packed, ordinary, settings, mesh))
     if "ngrams" in metrics:
-        everything = np.concatenate([s.tokens for s in scored])
         scorers.append(Ngrams(packed, everything, tokenizer.bos_id, tokenizer.eos_id))
 
     # --- Scored, part by part
@@ -196,6 +203,8 @@ def open_checkpoints(
     found = []
     for name in named:
         own, equals, where = name.partition("=")
+        if "/" in own:  # lies before the sign, which is then part of a path
+            own, equals, where = "", "", name
         of = tuple(own.split("+")) if equals else tuple(capabilities)
         if unknown := set(of) - set(capabilities):
             raise UserError(
@@ -239,7 +248,7 @@ def with_joint(
 
     Weights of a capability's checkpoints sum to 1: in proportion to their steps for DataInf
     (MobileLLM-R1, equation 5), to their learning rates for TracIn, all on the last one for `dot`.
-    Capabilities weigh the same.
+    Capabilities weigh the same; of cosines the largest counts, for what is near one probe is far from another.
 
     Raises:
       UserError: TracIn is asked for, and the learning rates are not known or all zero.
@@ -268,7 +277,8 @@ def with_joint(
             if (name := f"{metric}/{capability}") not in table.column_names:
                 table = table.append_column(name, pyarrow.array(values))
         if per_capability:
-            joint = np.mean(list(per_capability.values()), axis=0)
+            joined = np.max if metric == "embedding" else np.mean
+            joint = joined(list(per_capability.values()), axis=0)
             table = table.append_column(metric, pyarrow.array(joint))
     return table
 

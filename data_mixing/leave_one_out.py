@@ -206,7 +206,6 @@ def leave_one_out(
     }
     often = experiments.epochs(list(members.values()), config, max_epochs)
     rows = experiments.probe_rows(sets, half, plan, config.row_length, probe_rows)
-    experiments.save_plans(list(members.values()), out / "plans")
     steps = length_of(config).steps
     measured = train_together(
         config,
@@ -217,6 +216,7 @@ def leave_one_out(
         group=group,
         keep=keep,
     )
+    experiments.save_plans(list(members.values()), out / "plans")
     changes = {}
     for capability in rows:
         full = [measured[members["full", r].name] for r in range(seeds)]

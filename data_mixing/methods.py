@@ -48,6 +48,10 @@ class Measured:
         return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
 
 
+class NothingHelps(UserError):
+    """By what was measured no source helps, so there are no weights."""
+
+
 class Weights(dict[str, float]):
     """Weight by source, 0 where one is left out; why, by source; and what was measured, if anything was."""
 
@@ -235,7 +239,7 @@ def proportional(measured: Mapping[str, Measured], floor: float, what: str) -> W
       what: name of the measure, for people.
 
     Raises:
-      UserError: no source helps, or the floor is not between 0 and 1.
+      UserError: no source helps (`NothingHelps`), or the floor is not between 0 and 1.
     """
     if not 0 <= floor <= 1:
         raise UserError(
@@ -244,7 +248,7 @@ def proportional(measured: Mapping[str, Measured], floor: float, what: str) -> W
     best = max(measured, key=lambda name: measured[name].value)
     largest = measured[best].value
     if not largest > 0:
-        raise UserError(
+        raise NothingHelps(
             f"no source helps: the {what} of the best, {best}, is {measured[best].text}. Measure with "
             "more rows, other probes or a model that is trained further, choose another column, or take "
             "a method that needs no measure (uniform, size)."

@@ -18,7 +18,7 @@ in FLOPs goes into the plans that it makes, and stands in the comparison.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pyarrow
 from absl import flags
@@ -37,9 +37,11 @@ from data_mixing import (
     scorers,
 )
 from data_mixing import weights as weighing
+from data_mixing.methods import NothingHelps
 from data_mixing.probe_sets import ProbeSets
 from data_mixing.scorers import Settings
 from data_mixing.together import train_together
+from data_mixing.weights import Request
 from mobilellm_jax import cli
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.model.config import ModelConfig, flops_per_token
@@ -162,26 +164,29 @@ def pipeline(
     )
 
     _title("Weights")
-    scores = out / "scores" / influence.FILE
-    pair = f"{out}/proxies/{proxies.MIXTURES}+{out}/proxies/{proxies.LOSSES}"
+    scores = str(out / "scores" / influence.FILE)
+    pair = [str(out / "proxies" / name) for name in (proxies.MIXTURES, proxies.LOSSES)]
+    changes = [str(out / "left_out" / leave_one_out.FILE)]
     runs_left_out = (len(left_out.sources) + 1) * effort.left_out_seeds
-    asked: dict[str, tuple[str, float | None]] = {
-        "uniform": ("uniform", None),
-        "size": ("size", None),
-        "leave_one_out": (
-            f"leave_one_out={out}/left_out/{leave_one_out.FILE}",
-            run * runs_left_out,
-        ),
-        "regmix": (f"regmix={pair}", run * effort.proxies),
-        "datainf": (f"influence={scores}:column=datainf", run + gradients),
-        "tracin": (f"influence={scores}:column=tracin", run + gradients),
+    asked = {
+        "uniform": (_request("uniform"), None),
+        "size": (_request("size"), None),
+        "leave_one_out": (_request("leave_one_out", changes), run * runs_left_out),
+        "regmix": (_request("regmix", pair), run * effort.proxies),
+        "datainf": (_request("influence", [scores], column="datainf"), run + gradients),
+        "tracin": (_request("influence", [scores], column="tracin"), run + gradients),
     }
-    found = {}
-    for name, (text, flops) in asked.items():
-        request = weighing.parse(text)
-        mixture = weighing.mixtures_of(
-            plan, [request], tokens=length.tokens, max_epochs=effort.max_epochs
-        )
+    found: dict[str, weighing.Mixture] = {}
+    left: dict[str, str] = {}  # methods without weights, and why
+    for name, (request, flops) in asked.items():
+        try:
+            mixture = weighing.mixtures_of(
+                plan, [request], tokens=length.tokens, max_epochs=effort.max_epochs
+            )
+        except NothingHelps as error:
+            left[name] = str(error)
+            print(f"{name} is left out: {error}", flush=True)
+            continue
         (made,) = mixture.values()
         provenance = {**made.plan.provenance, "flops": flops}
         found[name] = dataclasses.replace(
@@ -203,9 +208,16 @@ def pipeline(
         probe_rows=effort.probe_rows,
         group=effort.group,
     )
-    (out / "report.html").write_text(_report(plan, table, left_out, found, compared))
+    (out / "report.html").write_text(_report(plan, table, left_out, found, left, compared))
     print(out / "report.html", flush=True)
     return compared
+
+
+def _request(method: str, inputs: Sequence[str] = (), **options: str) -> Request:
+    """As `weights.parse` reads it, for files of any name."""
+    told = "".join(f":{key}={value}" for key, value in options.items())
+    text = f"{method}={'+'.join(inputs)}{told}" if inputs else method
+    return Request(method, tuple(inputs), options, text)
 
 
 def _title(text: str) -> None:
@@ -217,6 +229,7 @@ def _report(
     scores: pyarrow.Table,
     left_out: leave_one_out.Report,
     found: Mapping[str, weighing.Mixture],
+    left: Mapping[str, str],
     compared: comparing.Comparison,
 ) -> str:
     source = scores["source"].to_numpy(zero_copy_only=False)
@@ -231,6 +244,7 @@ def _report(
         drawing.preformatted(aligned(cells, "<" + ">" * (len(cells[0]) - 1))),
         "<h2>Mixtures</h2>",
         *weighing.drawings(found),
+        *(drawing.preformatted(f"{name} has none: {why}") for name, why in left.items()),
         "<h2>Benefit of documents</h2>",
         *(
             drawing.histograms(f"{metric}, a document's benefit per token", samples)

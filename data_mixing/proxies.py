@@ -81,7 +81,6 @@ def train_proxies(
     often = experiments.epochs(members, config, float("inf"))
     said = ", ".join(f"{name} {epochs:.2f}" for name, epochs in often.items())
     print(f"most epochs of a source in a run: {said}", flush=True)
-    experiments.save_plans(members, out / "plans")
     found = train_together(
         config,
         members,
@@ -91,6 +90,7 @@ def train_proxies(
         group=group,
         keep=keep,
     )
+    experiments.save_plans(members, out / "plans")
     last = [[found[member.name].mean(name)[-1] for name in rows] for member in members]
     losses = RunTable(mixtures.runs, tuple(rows), np.array(last))
     for table, name in ((mixtures, MIXTURES), (losses, LOSSES)):

@@ -11,6 +11,7 @@ Axes in names: N measured rows, M steps at which they are measured.
 import dataclasses
 import functools
 import hashlib
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -272,7 +273,12 @@ def save_arrays(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a .npz file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as unfinished, unfinished.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+        with zipfile.ZipFile(
+            file, "w"
+        ) as packed:  # like np.savez, which has arguments among the names
+            for name, array in arrays.items():
+                with packed.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, np.asarray(array), allow_pickle=False)
 
 
 def load_arrays(path: epath.Path) -> dict[str, np.ndarray]:

@@ -130,11 +130,12 @@ class Gradients:
 class States:
     """The loss, and the likeness of hidden states to the probes': cosines with their mean state.
 
-    The mean state of all probes is taken off before, or all texts would be alike.
+    The mean state of rows of what is scored is taken off before, or all texts would be alike.
     """
 
     path: epath.Path
     probes: Mapping[str, np.ndarray]
+    rows: np.ndarray
     settings: Settings
     mesh: Mesh
 
@@ -149,13 +150,13 @@ class States:
     def open(self, told: Callable[[int], Any]) -> tuple[Values, float, float]:
         """See `Scorer`."""
         of = opened(self.path, self.settings, self.mesh)
-        means = []
-        for rows in self.probes.values():
+
+        def mean_D(rows: np.ndarray) -> np.ndarray:
             states_BTD, weight_BT = _all_states(of, rows)
-            means.append((states_BTD * weight_BT[..., None]).sum((0, 1)) / weight_BT.sum())
-        mean_KD = np.stack(means)
-        centre_D = mean_KD.mean(0)
-        toward_KD = unit(mean_KD - centre_D)
+            return (states_BTD * weight_BT[..., None]).sum((0, 1)) / weight_BT.sum()
+
+        centre_D = mean_D(self.rows)
+        toward_KD = unit(np.stack(list(map(mean_D, self.probes.values()))) - centre_D)
 
         def values(tokens: np.ndarray) -> np.ndarray:
             nll_BT, weight_BT = derivatives.losses(of, tokens)
@@ -167,7 +168,8 @@ class States:
         states, losses = (
             derivatives.flops(of, f, row_length) for f in (_states, derivatives.row_losses)
         )
-        return values, states * sum(map(len, self.probes.values())), states + losses
+        before = sum(map(len, (self.rows, *self.probes.values())))
+        return values, states * before, states + losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +177,8 @@ class Ngrams:
     """How much likelier n-grams of tokens are among the probes than in what is scored.
 
     Hashed unigrams and bigrams, log of the ratio of their shares, as DSIR weighs documents (Xie et
-    al. 2023, arXiv 2302.03169, section 3).
+    al. 2023, arXiv 2302.03169, section 3). The few rows of a probe lack most n-grams: what they have is
+    mixed with as many of the shares in what is scored, so that one that no probe has is never likelier.
     """
 
     probes: Mapping[str, np.ndarray]
@@ -193,8 +196,14 @@ class Ngrams:
 
     def open(self, told: Callable[[int], Any]) -> tuple[Values, float, float]:
         """See `Scorer`."""
-        background = self._log_shares(self.all_rows)
-        ratios = [self._log_shares(rows) - background for rows in self.probes.values()]
+        background = self._counts(self.all_rows) + 1.0
+        background /= background.sum()
+        ratios = []
+        for rows in self.probes.values():
+            counts = self._counts(rows)
+            prior = min(BUCKETS, counts.sum())
+            shares = (counts + prior * background) / (counts.sum() + prior)
+            ratios.append(np.log(shares / background))
 
         def values(tokens: np.ndarray) -> np.ndarray:
             grams, weight_NT = self._grams(tokens)
@@ -211,10 +220,9 @@ class Ngrams:
         mixed = [(x * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(48) for x in (unigram, ~bigram)]
         return [(x % BUCKETS).astype(np.int64) for x in mixed], weight_NT
 
-    def _log_shares(self, tokens: np.ndarray) -> np.ndarray:
+    def _counts(self, tokens: np.ndarray) -> np.ndarray:
         grams, weight_NT = self._grams(tokens)
-        counts = sum(np.bincount(g[weight_NT], minlength=BUCKETS) for g in grams)
-        return np.log((counts + 1) / (np.sum(counts) + BUCKETS))
+        return np.sum([np.bincount(g[weight_NT], minlength=BUCKETS) for g in grams], axis=0)
 
 
 def opened(path: epath.Path, settings: Settings, mesh: Mesh) -> derivatives.Differentiated:

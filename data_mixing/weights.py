@@ -110,10 +110,12 @@ def parse(text: str) -> Request:
     match = re.fullmatch(rf"(\w+)(?:=(.+?))?(?::({options_form}))?", text)
     if not match:
         raise UserError(f"--method={text} is not of the form {FORM}.")
-    method, inputs, options = match[1], match[2].split("+") if match[2] else [], match[3] or ""
+    method, options = match[1], match[3] or ""
     if method not in KINDS:
         raise UserError(f"--method={text}: there is no method {method!r}, only {', '.join(KINDS)}.")
     kind = KINDS[method]
+    inputs = [match[2]] if kind.inputs == 1 and match[2] else (match[2] or "").split("+")
+    inputs = [file for file in inputs if file]
     if len(inputs) != kind.inputs:
         raise UserError(f"--method={text}: {method} reads {kind.inputs} files, not {len(inputs)}.")
     read: dict[str, Any] = {}

@@ -27,7 +27,7 @@ from etils import epath
 import mobilellm_jax
 from data_mixing import influence, scorers
 from data_mixing.influence import Checkpoint
-from data_mixing.samples import Sample, answer_row
+from data_mixing.samples import Sample, answer_row, some
 from data_mixing.scorers import Gradients, Ngrams, Settings
 from mobilellm_jax import cli
 from mobilellm_jax.data.contexts import Contexts
@@ -167,19 +167,20 @@ def _most_alike(
 ) -> np.ndarray:
     """Which rows are the most alike to prompt and answer by n-grams of tokens."""
 
-    def read() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def read(numbers: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for s in np.unique(source).tolist():
-            mine = np.flatnonzero(source == s)
+            mine = numbers[source[numbers] == s]
             for first in range(0, len(mine), 4096):
                 part = mine[first : first + 4096]
                 yield part, run.mixture.sources[s].read(row[part])
 
-    some = next(read())[1]
+    everything = np.arange(len(row))
+    ordinary = np.concatenate([tokens for _, tokens in read(some(everything, 4096))])
     asked = np.where(probe == (tokenizer.bos_id | UNTRAINED), tokenizer.bos_id, token_ids(probe))
-    ngrams = Ngrams({ANSWER: asked}, some, tokenizer.bos_id, tokenizer.eos_id)
+    ngrams = Ngrams({ANSWER: asked}, ordinary, tokenizer.bos_id, tokenizer.eos_id)
     values, *_ = ngrams.open(lambda rows: None)
     likeness = np.empty(len(row))
-    for part, tokens in read():
+    for part, tokens in read(everything):
         likeness[part] = np.maximum(values(tokens)[:, 0], 0.0).sum(-1)
     return np.argsort(-likeness, kind="stable")[:count]
 

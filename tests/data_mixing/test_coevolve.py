@@ -356,6 +356,8 @@ def test_bad_input(given, ran, tmp_path):
         run(given, tmp_path / "a", choices=choose(given, metric="loss"))
     other = tiny.config("", STEPS)
     other.first_row = 16
+    with pytest.raises(UserError, match="the sources give .* at most with these caps"):
+        run(given, tmp_path / "a", choices=choose(given, max_epochs=0.01))
     with pytest.raises(UserError, match="config.first_row=0"):
         run(given, tmp_path / "a", config=other)
     other = tiny.config("", STEPS)

@@ -1,6 +1,7 @@
 """Mixtures compared: what is measured, seed by seed, and the pipeline from sources to that."""
 
 import contextlib
+import dataclasses
 import gzip
 import io
 import json
@@ -132,9 +133,29 @@ def test_bad_input(made, compared, tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(QUESTIONS[0]) + '\n{"query": "a"}\n')
     with pytest.raises(UserError, match="x.jsonl, line 2, is no question"):
         answer_rows(tmp_path, tiny.tokenizer(), tiny.ROW, 4)
+    (tmp_path / "x.jsonl").write_text(json.dumps({"question": "1 + 2", "answer": {"a": 3}}))
+    with pytest.raises(UserError, match="line 1, is no question .* neither text nor number"):
+        answer_rows(tmp_path, tiny.tokenizer(), tiny.ROW, 4)
+    rows = []
+    for answer in (3, "3"):
+        (tmp_path / "x.jsonl").write_text(json.dumps({"question": "1 + 2", "answer": answer}))
+        rows.append(answer_rows(tmp_path, tiny.tokenizer(), tiny.ROW, 4)["answers/x"])
+    np.testing.assert_array_equal(*rows)
     (tmp_path / "x.jsonl").write_text(json.dumps({"question": "1 " * 200, "answer": "2"}) + "\n")
     with pytest.raises(UserError, match="no question fits into a row of 32"):
         answer_rows(tmp_path, tiny.tokenizer(), tiny.ROW, 4)
+
+
+def test_a_refused_run_changes_nothing(made, compared):
+    """Other plans into the same folder: those that belong to what lies there stay."""
+    folder, _, sets, config = made
+    _, plans, out = compared
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    other = {name: dataclasses.replace(plan, seed=7) for name, plan in plans.items()}
+    settings = {"seeds": 2, "answers": folder / "eval", "probe_rows": 16}
+    with pytest.raises(UserError, match="made with other settings"):
+        quietly(compare, config, other, sets, out, **settings)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.slow

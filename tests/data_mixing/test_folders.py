@@ -26,6 +26,17 @@ def test_what_is_not_ours_is_refused(tmp_path):
     assert folders.holding(tmp_path / "new", ("runs",)).is_dir()
 
 
+def test_what_a_killed_program_half_wrote_is_cleared(tmp_path):
+    (tmp_path / "table.md").write_text("whole")
+    (tmp_path / "table.md.unfinished").write_text("ha")
+    (tmp_path / "runs.partial-12ab34cd").mkdir()
+    folders.holding(tmp_path, ("runs", "table.md"))
+    assert [p.name for p in tmp_path.iterdir()] == ["table.md"]
+    (tmp_path / "thesis.unfinished").write_text("dear")
+    with pytest.raises(UserError, match="holds thesis.unfinished, which is not of this program"):
+        folders.holding(tmp_path, ("runs", "table.md"))
+
+
 def test_one_that_was_killed_while_it_was_claimed_is_claimed(tmp_path):
     (tmp_path / "settings.json.unfinished").write_text('{"ro')
     folders.claim(tmp_path, {"rows": 1})

@@ -184,6 +184,12 @@ def test_bad_input(made, tmp_path):
         score(made, tmp_path / "a", metrics=["x"])
     with pytest.raises(UserError, match="all of them are 0"):
         score(made, tmp_path / "b", [f"{workdir}@60"], metrics=["tracin"])
+    assert not (tmp_path / "b").exists()  # before anything is computed
+    with pytest.raises(UserError, match="--metrics names none"):
+        score(made, tmp_path / "b", metrics=[])
+    (tmp_path / "lr=0.01").symlink_to(workdir)
+    (point,) = open_checkpoints([f"{tmp_path}/lr=0.01"], 1, list(CAPABILITIES))
+    assert point.step == 60 and point.capabilities == (*CAPABILITIES,)
     other = dataclasses.replace(tiny.MODEL, width=16)
     write_model(random_leaves(other), other, tiny.tokenizer(), {}, tmp_path / "other")
     with pytest.raises(UserError, match="are of different networks"):
@@ -247,6 +253,37 @@ def test_planted_sources_are_ranked(seed, tmp_path):
         assert found["noise"] == min(found.values()), (metric, found)
         assert found["copies"] == max(found.values()), (metric, found)
         assert found["relevant"] > found["irrelevant"], (metric, found)
+
+
+@pytest.mark.parametrize("capabilities", [("math",), ("math", "language"), ("language", "math")])
+def test_embeddings_know_a_source_by_any_number_of_capabilities(made, tmp_path, capabilities):
+    plan, probes, workdir = made
+    few = dataclasses.replace(probes, capabilities={c: CAPABILITIES[c] for c in capabilities})
+    table = score((plan, few, workdir), tmp_path / "out", metrics=["embedding"])
+    source = np.array(table["source"].to_pylist())
+    likeness = table["embedding/math"].to_numpy()
+    assert likeness[source == "sums"].mean() > likeness[source == "words"].mean() + 0.1
+    assert table["embedding"].to_numpy().std() > 0.01
+
+
+def test_what_a_probe_lacks_is_never_like_it(made):
+    """Tokens drawn at random are less like a few probes than text of their kind is."""
+    plan, probes, workdir = made
+    tokenizer = load_model(workdir).tokenizer
+    texts = [p.text for p in probes.of("math", "score")]
+    rows = samples.packed_texts(texts, tokenizer, tiny.ROW)
+    everything = np.concatenate(
+        [s.tokens for s in samples.first_samples(plan, tiny.ROW, tiny.VOCAB, 200)]
+    )
+    ends = tokenizer.bos_id, tokenizer.eos_id
+    values, *_ = scorers.Ngrams({"math": rows[:2]}, everything, *ends).open(lambda n: None)
+    noise = np.random.default_rng(0).integers(10, tiny.VOCAB, (50, tiny.ROW + 1))
+    (sums,) = (
+        s.tokens
+        for s in samples.first_samples(plan, tiny.ROW, tiny.VOCAB, 50)
+        if s.source == "sums"
+    )
+    assert values(noise)[:, 0].mean() < 0 < values(sums)[:, 0].mean()
 
 
 def test_rivals_are_what_they_say(made):

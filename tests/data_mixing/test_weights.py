@@ -225,6 +225,7 @@ def test_requests_are_read_as_they_are_written():
         "standardise": True,
     }
     assert parse("regmix=a.csv+b.csv:top=3").inputs == ("a.csv", "b.csv")
+    assert parse("influence=a+b/c.parquet:column=x").inputs == ("a+b/c.parquet",)
     assert parse("uniform") == Request("uniform", text="uniform")
 
 

@@ -1,6 +1,7 @@
 """Why did it say that: planted facts come first, with every step at which they were read."""
 
 import html.parser
+import types
 
 import mixing
 import numpy as np
@@ -12,6 +13,7 @@ from data_mixing import why as asking
 from data_mixing.influence import open_checkpoints
 from data_mixing.scorers import Settings
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.interop.stored import load_model
 from mobilellm_jax.rows import open_run
 
 ANSWERS = ("zuvo", "qiju", "xyke", "wofi", "jazu", "vuxy")
@@ -88,6 +90,34 @@ def test_a_benefit_is_the_sum_of_what_its_tokens_do(workdir):
 def test_of_a_long_run_the_rows_most_alike_are_scored(workdir):
     helped, _, scored = ask(workdir, FACTS[2], steps=3, rows=40)
     assert scored == 40 and fact_of(helped[0]) == FACTS[2]
+
+
+@pytest.mark.parametrize("planted", ["sums", "words", "facts"])
+def test_of_many_rows_those_with_the_answer_are_found_in_any_source(workdir, planted):
+    """Also in one whose n-grams are rare among the rows."""
+    run = open_run(workdir)
+    tokenizer = load_model(workdir).tokenizer
+    contents = [rows.read(np.arange(len(rows))) for rows in run.mixture.sources]
+    s, rng = run.plan.names.index(planted), np.random.default_rng(0)
+    contents[s] = np.concatenate([contents[s]] * (1 if planted == "facts" else 3))
+    rare = tokenizer.encode("kk zz 77 qq xx 99")  # stands nowhere else
+    answer_T = np.array([tokenizer.bos_id, *rare])
+    contents[s][5, 3 : 3 + len(rare)] = rare
+    source = np.repeat(np.arange(len(contents)), list(map(len, contents)))
+    row = np.concatenate([np.arange(len(of)) for of in contents])
+    order = rng.permutation(len(row))
+    order = order[np.argsort(source[order], kind="stable")]
+    fake = types.SimpleNamespace(
+        mixture=types.SimpleNamespace(
+            sources=[types.SimpleNamespace(read=of.__getitem__) for of in contents]
+        )
+    )
+    probe = np.full((1, tiny.ROW + 1), tokenizer.bos_id)
+    probe[0, : len(answer_T)] = answer_T
+    ordinary = (fake, source[order], row[order], probe, tokenizer)
+    first = asking._most_alike(*ordinary, 3)
+    found = {(int(source[order][i]), int(row[order][i])) for i in first}
+    assert (s, 5) in found
 
 
 def test_the_page_says_it_and_escapes_it(workdir):
