@@ -13,7 +13,7 @@ rate linearly from 2e-5 to 0, weight decay 0.01. Its data are unreleased: ours c
 
     python -m mobilellm_jax.api_dialogues --out=data/api
     python -m mobilellm_jax.prepare --chat=api=data/api/train.jsonl --tokenizer=data/mobilellm \
-      --chat_template=chatml --row_length=2048 --out=data/api_rows
+      --chat_template=plain --row_length=2048 --out=data/api_rows
     python -m mobilellm_jax.train --config=configs/api_calling.py:125m --workdir=runs/api-125m
     python -m mobilellm_jax.evaluate --checkpoint=runs/api-125m --tasks=test --data=data/api --chat
 

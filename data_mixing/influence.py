@@ -248,7 +248,8 @@ def with_joint(
 
     Weights of a capability's checkpoints sum to 1: in proportion to their steps for DataInf
     (MobileLLM-R1, equation 5), to their learning rates for TracIn, all on the last one for `dot`.
-    Capabilities weigh the same; of cosines the largest counts, for what is near one probe is far from another.
+    Capabilities weigh the same; of cosines the largest counts, for what is near one probe is far from
+    another.
 
     Raises:
       UserError: TracIn is asked for, and the learning rates are not known or all zero.

@@ -104,14 +104,14 @@ program() { run "${PYTHON:-python}" -m "mobilellm_jax.$1" "${@:2}"; }
 # What Python's own library says, dialogues that call functions, and worked arithmetic.
 prepare_tiny() {
   [[ ! -e "$data/sft_reasoning/mixture.json" ]] || { echo "data: complete in $data"; return; }
-  program prepare --embedded --row_length=256 --vocab_size=2048 --out="$data"
+  program prepare --embedded --row_length=256 --vocab_size=2048 --chat_template=chatml --out="$data"
   for plan in pretrain midtrain; do
     [[ -e "$data/$plan.json" ]] || program plan "configs/plans/mobilellm_r1_tiny_$plan.json" \
       --data="$data" --out="$data/$plan.json"
   done
   [[ -e "$data/api" ]] || program api_dialogues --out="$data/api" --train=50 --test=50
   [[ -e "$data/worked" ]] || program worked_problems --out="$data/worked" --train=200 --test=100
-  local chats=(--tokenizer="$data" --chat_template=chatml --heldout=0.1)
+  local chats=(--tokenizer="$data" --heldout=0.1)
   program prepare --chat=api="$data/api/train.jsonl" "${chats[@]}" --row_length=1024 \
     --out="$data/sft_general"
   program prepare --chat=worked="$data/worked/train.jsonl" "${chats[@]}" --row_length=2048 \

@@ -1,7 +1,7 @@
 r"""Writes the API-calling task: dialogues to train on and to test with, made from a seed.
 
     python -m mobilellm_jax.api_dialogues --out=data/api --seed=0
-    python -m mobilellm_jax.prepare --chat=api=data/api/train.jsonl --chat_template=chatml ...
+    python -m mobilellm_jax.prepare --chat=api=data/api/train.jsonl --chat_template=plain ...
 
 DIR/train.jsonl and DIR/test.jsonl have one dialogue a line (`evaluation/api_dialogues.py` says what
 is in it), which `prepare` reads as conversations. The same seed makes the same dialogues, and more

@@ -114,6 +114,10 @@ def convert(
         raise UserError(
             f"--quantization={quantization} is for {', '.join(QUANTIZED)}, not for {to}: leave it out."
         )
+    if architecture is not None and to not in ("hf", "gguf"):
+        raise UserError(
+            f"--architecture={architecture} is for hf and gguf, not for {to}: leave it out."
+        )
     if cache_length is not None and to != "executorch":
         raise UserError(
             f"--cache_length={cache_length} is for executorch; the cache of {to} grows: leave it out."
@@ -215,9 +219,11 @@ def main() -> None:
     if args.inspect:
         print(inspection.inspect(args.inspect))
         return
-    text = (
-        epath.Path(args.text).read_text() if args.text else "\n\n".join(topics().values())[:SAMPLE]
-    )
+    try:
+        text = epath.Path(args.text).read_text() if args.text else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text={args.text} cannot be read ({error}).") from None
+    text = text or "\n\n".join(topics().values())[:SAMPLE]
     source = open_source(args.checkpoint, args["from"].value, args.ls_kv, text)
     if args.quantize is not None:
         model = dataclasses.replace(source.model, quantization=args.quantize)

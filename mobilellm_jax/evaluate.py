@@ -102,7 +102,7 @@ def evaluate(
         return ask(tasks, subject, limit, cache, seed, log)
     mesh = local_mesh()
     own = subject.params, subject.model, subject.tokenizer
-    lm = HarnessModel(*own, dtype, rows, seed, mesh)
+    lm = HarnessModel(*own, dtype, rows, seed, mesh, bos=subject.begins_with_bos)
     lines, results = ask(tasks, lm, limit, cache, seed, log)
     if text:
         lines.append(window_perplexity(*own, text, dtype, mesh))
@@ -120,8 +120,8 @@ def main() -> None:
     keep_compiled()
     args = flags.FLAGS
     out = Path(args.out) if args.out else None
-    if out is not None and (out / "results.json").exists():
-        raise UserError(f"--out={out} holds results already: name another folder.")
+    if out is not None and (out.is_file() or (out / "results.json").exists()):
+        raise UserError(f"--out={out} is a file or holds results already: name another folder.")
     if bool(args.checkpoint) == bool(args.server):
         raise UserError("name either --checkpoint or --server: whose answers are to be judged?")
     if args.log_samples and out is None:

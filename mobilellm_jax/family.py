@@ -14,6 +14,7 @@ again, so that a family grows with its runs.
 
 import dataclasses
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -71,7 +72,7 @@ def family(
 
     Args:
       runs: workdirs.
-      out: folder of the family; members that it has are left as they are.
+      out: folder of the family; members that it has get what they lack and are else left as they are.
       to: formats, of `convert.FORMATS`.
       tasks: of `evaluate`; none: accuracy is not measured.
       data: folder with the data of the tasks in local files.
@@ -93,16 +94,24 @@ def family(
     there = {record["name"]: Member(**record) for record in map(json.loads, lines)}
     wanted = [(name, found) for run in runs for name, found in _checkpoints(epath.Path(run))]
     for name, step in wanted:
-        if name in there:
+        known = there.get(name)
+        if known and known.checkpoint not in ("", str(step.resolve())):
+            raise UserError(
+                f"{name} would be the name of {step} and is that of {known.checkpoint}: give runs whose "
+                "folders have other names, or another --out."
+            )
+        missing = [kind for kind in to if not _target(folder, name, kind).exists()]
+        if known and not missing and not (tasks and math.isnan(known.accuracy)):
             continue
         print(f"{name} ...", flush=True)
         stored = _without_dead(open_model(step))
-        for kind in to:
-            target = folder / name / (kind if kind != "gguf" else "model.gguf")
-            if not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                convert(stored, kind, target)
-        there[name] = _measured(name, stored, tasks, data, limit, rows, dtype)
+        for kind in missing:
+            target = _target(folder, name, kind)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            convert(stored, kind, target)
+        if not known or (tasks and math.isnan(known.accuracy)):
+            known = _measured(name, stored, tasks, data, limit, rows, dtype)
+        there[name] = dataclasses.replace(known, checkpoint=str(step.resolve()))
         text = "".join(json.dumps(dataclasses.asdict(m)) + "\n" for m in there.values())
         with replaced(kept) as unfinished:
             unfinished.write_text(text)
@@ -110,6 +119,10 @@ def family(
     (folder / "table.md").write_text(table(members) + "\n")
     (folder / "frontier.svg").write_text(drawing(members))
     return members
+
+
+def _target(folder: epath.Path, name: str, kind: str) -> epath.Path:
+    return folder / name / (kind if kind != "gguf" else "model.gguf")
 
 
 def _checkpoints(workdir: epath.Path) -> Iterator[tuple[str, epath.Path]]:

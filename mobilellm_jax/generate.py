@@ -27,6 +27,7 @@ from mobilellm_jax.decoding.text import Text, continued, pieces
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.interop.stored import load_model
 from mobilellm_jax.parallel.compiled import keep_compiled
+from mobilellm_jax.training.checkpoint import LoadedModel
 
 INTERACTIVE = 4  # tokens drawn before any is shown
 
@@ -79,6 +80,7 @@ def chat(
     seed: int,
     system: str = "",
     ask: Callable[[str], str] = input,
+    stop: Sequence[str] = (),
 ) -> None:
     """Talks until the input ends. The oldest turns are dropped where the context is full.
 
@@ -98,7 +100,7 @@ def chat(
             continue
         messages = [*messages, {"role": "user", "content": line}]
         prompt, messages = encoder.fitting(messages, room)
-        text, of_turn = Text(tokenizer, prompt, ends=encoder.special), seed + len(messages)
+        text, of_turn = Text(tokenizer, prompt, stop, encoder.special), seed + len(messages)
         reply = shown(decoder, tokenizer, prompt, max_new_tokens, sampling, of_turn, text)
         messages = [*messages, {"role": "assistant", "content": reply}]
 
@@ -107,6 +109,7 @@ def batch(
     decoder: Placed,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
+    ids: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling,
     seed: int,
@@ -115,7 +118,6 @@ def batch(
 ) -> None:
     """Prints a line of JSON for each prompt, in their order, and the speed of all to standard error."""
     began, drawn, seeds = time.perf_counter(), 0, row_seeds(seed, len(prompts))
-    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     for at in range(0, len(prompts), rows):
         part = slice(at, at + rows)
         texts = continued(
@@ -133,6 +135,12 @@ def batch(
     )
 
 
+def ids_of(loaded: LoadedModel, prompt: str) -> list[int]:
+    """A prompt's ids, BOS before them where texts begin with one, and at least that."""
+    ids = loaded.tokenizer.encode(prompt)
+    return [loaded.tokenizer.bos_id, *ids] if loaded.begins_with_bos or not ids else ids
+
+
 def main() -> None:
     """See the module."""
     keep_compiled()
@@ -145,21 +153,36 @@ def main() -> None:
     tokenizer = loaded.tokenizer
     decoder = to_draw(loaded.params, loaded.model, args.dtype)
     if args.chat:
-        chat(decoder, tokenizer, args.max_new_tokens, sampling, args.seed, args.system)
+        chat(
+            decoder,
+            tokenizer,
+            args.max_new_tokens,
+            sampling,
+            args.seed,
+            args.system,
+            stop=args.stop,
+        )
         return
     if args.prompts:
         try:
-            prompts = Path(args.prompts).read_text().splitlines()
+            prompts = Path(args.prompts).read_text().rstrip("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts={args.prompts} cannot be read ({error}).") from None
-        if not prompts:
+        if prompts == [""]:
             raise UserError(f"--prompts={args.prompts} is empty: every line is a prompt.")
-        rows = args.rows
         batch(
-            decoder, tokenizer, prompts, args.max_new_tokens, sampling, args.seed, args.stop, rows
+            decoder,
+            tokenizer,
+            prompts,
+            [ids_of(loaded, prompt) for prompt in prompts],
+            args.max_new_tokens,
+            sampling,
+            args.seed,
+            args.stop,
+            args.rows,
         )
         return
-    prompt = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
+    prompt = ids_of(loaded, args.prompt)
     print(args.prompt, end="", flush=True)
     text = Text(tokenizer, prompt, args.stop)
     shown(decoder, tokenizer, prompt, args.max_new_tokens, sampling, args.seed, text)

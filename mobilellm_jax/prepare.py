@@ -36,6 +36,7 @@ from mobilellm_jax.data import plan as plans
 from mobilellm_jax.data.chat import (
     ConversationEncoder,
     EncodeChats,
+    markers,
     read_template,
     shipped_templates,
 )
@@ -81,7 +82,8 @@ def prepare(
       row_length: targets per row; a row holds one token more.
       vocab_size: pieces of the tokenizer to train; ignored if `tokenizer` is given.
       tokenizer: what to use instead of a trained one; see `Tokenizer.load`.
-      chat_template: what the tokenizer gets instead of the one it has, if any; Jinja.
+      chat_template: what the tokenizer gets instead of the one it has, if any; Jinja. A tokenizer that
+        is trained gets the special tokens that it spells.
       packing: `concat` or `best_fit`, see `data/packing.py`; conversations are always packed whole.
       weights: share of every source in the mixture; in proportion to its training tokens by
         default. A source of weight 0 is prepared and left out of the plan.
@@ -249,7 +251,7 @@ def _tokenizer(
     else:
         print(f"tokenizer: training {vocab_size} pieces ...", file=sys.stderr, flush=True)
         texts = (text for corpus in corpora for text in corpus.sample(SAMPLE // len(corpora)))
-        tokenizer = train_tokenizer(texts, vocab_size)
+        tokenizer = train_tokenizer(texts, vocab_size, markers(chat_template or ""))
         tokenizer = dataclasses.replace(tokenizer, chat_template=chat_template)
     settings_path.write_text(json.dumps(settings, indent=2) + "\n")
     tokenizer.write(out)
@@ -269,7 +271,13 @@ def _tell_of_losses(tokenizer: Tokenizer) -> None:
 
 def _template_hash(tokenizer: Tokenizer) -> str:
     """Of the chat template, after a look at it, for prepared conversations."""
-    ConversationEncoder(tokenizer)
+    if not ConversationEncoder(tokenizer).turn_ends:
+        print(
+            "chat template: it ends a turn of the assistant with letters, for the tokenizer has no such "
+            "token, and nothing will end what the network says. Train the tokenizer with this "
+            "--chat_template, or take --chat_template=plain, which ends turns with EOS.",
+            flush=True,
+        )
     return tokenizer.template_fingerprint
 
 

@@ -109,7 +109,7 @@ def prune(
     tokenizer = tokenizer_of(loaded, plan)
     check_tokenizer(source.needed_tokenizer, tokenizer, f"--checkpoint={checkpoint}")
     model = source.model
-    target = amount(target_params, size(model))
+    amount(target_params, size(model))  # may be none; what it means, the weights say
     for flag, value in (("rounds", rounds), ("rows", rows), ("batch_rows", batch_rows)):
         if value < 1:
             raise UserError(f"--{flag}={value} must be at least 1.")
@@ -152,6 +152,7 @@ def prune(
             indices = np.arange(first, first + rows).reshape(-1, batch_rows)
             return [put_rows(batch_of(mixture.read(part)["tokens"]), mesh) for part in indices]
 
+        target = amount(target_params, parameters(model, counts(living(params, model))))
         before = measured(params, network)
         with tqdm.tqdm(total=rounds, unit=" rounds", desc=f"pruning by {strategy}") as bar:
 

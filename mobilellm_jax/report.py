@@ -68,8 +68,9 @@ def gather(workdir: epath.Path) -> page.Facts:
         )
     heldout_rows = config["eval"]["rows"]
     row_length, cache = config["row_length"], workdir / "baselines.json"
-    counted = sources.realised(history, plan, row_length)
-    found, missing = sources.with_data(counted, plan, row_length, heldout_rows, cache)
+    first_row = config.get("first_row", 0)
+    counted = sources.realised(history, plan, row_length, first_row)
+    found, missing = sources.with_data(counted, plan, row_length, heldout_rows, cache, first_row)
     try:
         continued, step = samples.sample(workdir, plan)
         sample_note = samples.describe(step)

@@ -1,7 +1,7 @@
 r"""Writes conversations in which arithmetic is worked out step by step, made from a seed.
 
     python -m mobilellm_jax.worked_problems --out=data/worked --seed=0
-    python -m mobilellm_jax.prepare --chat=worked=data/worked/train.jsonl --chat_template=chatml ...
+    python -m mobilellm_jax.prepare --chat=worked=data/worked/train.jsonl --chat_template=plain ...
 
 DIR/train.jsonl and DIR/test.jsonl have one conversation a line, which `prepare` reads: a problem of
 the embedded corpus `math` (`data/arithmetic.py`) and its solution, which ends with the answer in a

@@ -52,6 +52,18 @@ def test_every_size_is_exported_measured_and_drawn(pruned_run, tmp_path):
     assert ended.status == 0 and runs.files(out) == before  # nothing is made or measured again
 
 
+def test_a_member_gets_what_it_lacks_and_no_other_run_takes_its_name(tmp_path):
+    plan = tiny.corpus(tmp_path / "data")
+    for name in ("a", "b"):
+        runs.run(pruned.config(plan), tmp_path / name / "run")
+    (member,) = family([tmp_path / "a" / "run"], tmp_path / "family", to=["checkpoint"], rows=4)
+    again = family([tmp_path / "a" / "run"], tmp_path / "family", to=["checkpoint", "hf"], rows=4)
+    assert [m.bits_per_byte for m in again] == [member.bits_per_byte]
+    assert (tmp_path / "family" / member.name / "hf").exists()
+    with pytest.raises(UserError, match="would be the name of .*b/run.* and is that of .*a/run"):
+        family([tmp_path / "b" / "run"], tmp_path / "family", to=["checkpoint"], rows=4)
+
+
 def test_what_is_dead_in_the_newest_checkpoint_is_taken_out(tmp_path):
     plan = tiny.corpus(tmp_path / "data")
     runs.run(pruned.config(plan), tmp_path / "run")

@@ -417,7 +417,8 @@ def test_a_conversation(capsys):
 
 def test_a_file_of_prompts(capsys):
     prompts = ["5 9", "7", "5 9 11 12"]
-    batch(decoder(PLAIN), Numbers(), prompts, 6, GREEDY, 0, [], 2)
+    ids = [[1, *map(int, prompt.split())] for prompt in prompts]
+    batch(decoder(PLAIN), Numbers(), prompts, ids, 6, GREEDY, 0, [], 2)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["prompt"] for line in lines] == prompts
     for line, prompt in zip(lines, prompts, strict=True):

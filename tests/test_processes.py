@@ -12,6 +12,7 @@ import tiny
 from runs import bits, config_file, finish, lines, rows_seen, run, start, start_pod, wait_for_lines
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.model.config import parameter_count
 from mobilellm_jax.parallel import distributed
 from mobilellm_jax.training.checkpoint import load_model
 
@@ -86,6 +87,32 @@ def test_processes_judge_together(plan, tmp_path):
     expected, found = (lines(tmp_path / name, "tasks")[12] for name in ("one", "several"))
     assert found == pytest.approx(expected) and "sums acc_norm" in found
     assert "tasks at step 12" in said[0] and "tasks" not in said[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["magnitude", "adapt"])
+def test_processes_prune_together(plan, tmp_path, strategy):
+    """Scores are of weights that no process has whole, and others than those that a step adds up."""
+    pruning = {
+        "target": int(parameter_count(tiny.MODEL) * 0.8),
+        "begin": 2,
+        "cuts": 3,
+        "score": "fisher",
+        "strategy.use": f"mobilellm_jax.pruning.strategies:{strategy}",
+    }
+    keys = {f"pruning__{key.replace('.', '__')}": value for key, value in pruning.items()}
+    pod(
+        tmp_path / "logs",
+        config_file(tmp_path, plan, mesh__fsdp=2, **keys),
+        tmp_path / "several",
+    )
+    one = tiny.config(plan)
+    one.update_from_flattened_dict({f"pruning.{key}": value for key, value in pruning.items()})
+    run(one, tmp_path / "one")
+    expected, found = (lines(tmp_path / name, "cut") for name in ("one", "several"))
+    assert len(found) == 3
+    assert [r["parameters"] for r in found.values()] == [r["parameters"] for r in expected.values()]
+    assert losses(tmp_path / "several") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
 
 
 @pytest.mark.slow

@@ -224,6 +224,21 @@ def test_realised_mixture_equals_a_count_of_the_lines_that_count(tmp_path):
     assert history.tokens_so_far()[-1] == 15 * 8 * 49
 
 
+def test_planned_shares_are_those_of_the_rows_that_the_run_reads(tmp_path):
+    """Of a run that begins in the middle of its plan, those from there on."""
+    rng = np.random.default_rng(3)
+    history = read_history(write_run(tmp_path / "run", [train_line(s, rng) for s in range(1, 41)]))
+    first, second = ({NAMES[0]: a, NAMES[1]: 1 - a} for a in (0.9, 0.2))
+    plan = Plan(
+        tuple(PlanSource(name, name) for name in NAMES[:2]),
+        (Stage("one", 320 * 32, first), Stage("two", None, second)),
+        "t",
+        "ab",
+    )
+    found = {s.name: s.planned for s in sources.realised(history, plan, 32, first_row=320)}
+    assert found[NAMES[0]] == pytest.approx(0.2) and found[NAMES[1]] == pytest.approx(0.8)
+
+
 @pytest.mark.parametrize("n", [1, 7, 999, 1000, 1001, 12_345])
 def test_thinning_keeps_extremes(n):
     rng = np.random.default_rng(n)

@@ -24,7 +24,7 @@ import jinja2.sandbox
 import numpy as np
 
 from mobilellm_jax.data.encoding import Ids
-from mobilellm_jax.data.packing import INSIDE, UNTRAINED
+from mobilellm_jax.data.packing import INSIDE, UNTRAINED, token_ids
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 
@@ -59,6 +59,19 @@ def read_template(name: str) -> str:
         raise UserError(
             f"--chat_template={name} is neither a file of text nor one of {', '.join(shipped)}."
         ) from None
+
+
+def markers(template: str) -> list[str]:
+    """The special tokens that a template spells, in the form of all that are shipped: `<|im_end|>`."""
+    return list(dict.fromkeys(re.findall(r"<\|\w+\|>", template)))
+
+
+def generation_ends(tokenizer: Tokenizer) -> list[int]:
+    """Ids that end what a network says: EOS, and that with which its chat template ends a turn, if any."""
+    ends = [tokenizer.eos_id]
+    if tokenizer.chat_template is not None:
+        ends += ConversationEncoder(tokenizer).turn_ends
+    return list(dict.fromkeys(ends))
 
 
 class ChatTemplate:
@@ -207,6 +220,17 @@ class ConversationEncoder:
         self._tokenizer = tokenizer
         self._special_V = tokenizer.piece_bytes() == 0
         self.special = frozenset(np.flatnonzero(self._special_V).tolist())  # ids without a text
+
+    @functools.cached_property
+    def turn_ends(self) -> list[int]:
+        """The special token that ends a turn of the assistant: one id, or none."""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            marked_N = self(turns)
+        except UserError:  # a template for conversations of another kind
+            return []
+        said_N = token_ids(marked_N[(marked_N & UNTRAINED) == 0])
+        return [int(i) for i in said_N[-1:] if self._special_V[i]]
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation up to where the assistant begins its next turn, one BOS before them.

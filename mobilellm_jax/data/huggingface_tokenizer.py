@@ -172,6 +172,12 @@ class HuggingFaceTokenizer(Tokenizer):
         tokenizer.encode_special_tokens = False
         return tokenizer
 
+    @functools.cached_property
+    def puts_bos(self) -> bool:
+        """See `Tokenizer`."""
+        content = json.loads(self.files[self.FILE])
+        return _puts_in_front(content.get("post_processor"), self.bos_id)
+
     @property
     def named_tokens(self) -> dict[str, str]:
         """See `Tokenizer`; BOS only where the files name one, as in Hugging Face."""
@@ -236,6 +242,20 @@ def _parsed(content: bytes) -> tokenizers.Tokenizer:
     if isinstance(tokenizer.model, tokenizers.models.BPE):
         tokenizer.model.dropout = None
     return tokenizer
+
+
+def _puts_in_front(post_processor: Mapping[str, Any] | None, bos_id: int) -> bool:
+    """Whether a text gets BOS in front."""
+    match post_processor:
+        case {"type": "Sequence", "processors": processors}:
+            return any(_puts_in_front(processor, bos_id) for processor in processors)
+        case {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": name}}, *_],
+            "special_tokens": special,
+        }:
+            return special[name]["ids"] == [bos_id]
+    return False
 
 
 def vocab_size(tokenizer: tokenizers.Tokenizer) -> int:

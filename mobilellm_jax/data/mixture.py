@@ -319,7 +319,7 @@ def _threads(readers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(readers, "reader")
 
 
-def first_rows(plan: Plan, source: str, length: int, count: int) -> np.ndarray:
+def first_rows(plan: Plan, source: str, length: int, count: int, begin: int = 0) -> np.ndarray:
     """The first `count` rows that a source gives to the stream, as rows of its training split.
 
     Args:
@@ -327,8 +327,9 @@ def first_rows(plan: Plan, source: str, length: int, count: int) -> np.ndarray:
       source: name in the plan.
       length: rows of its training split.
       count: at most `length`, for one epoch.
+      begin: rows that it has given before.
     """
-    return _order(np.arange(count), np.int64(length), _source_key(plan, source))[1]
+    return _order(np.arange(begin, begin + count), np.int64(length), _source_key(plan, source))[1]
 
 
 def _source_key(plan: Plan, source: str) -> np.uint64:

@@ -218,14 +218,17 @@ class SentencePieceTokenizer(Tokenizer):
         return np.asarray(sizes, np.int32)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, markers: Sequence[str] = ()
+) -> SentencePieceTokenizer:
     """Trains a BPE model with byte fallback.
 
-    Ids: unk 0, BOS 1, EOS 2, the 256 bytes, merges in the order they were learned, characters.
+    Ids: unk 0, BOS 1, EOS 2, the markers, the 256 bytes, merges in the order they were learned, characters.
 
     Args:
       texts: the text to learn from; read once, only the counts of its words are kept in memory.
       vocab_size: number of pieces.
+      markers: special tokens of its chat template.
 
     Raises:
       UserError: the texts are too few or too varied for so many (or so few) pieces.
@@ -256,6 +259,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> SentencePieceToken
             bos_id=1,
             eos_id=2,
             pad_id=-1,
+            control_symbols=list(markers),
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:

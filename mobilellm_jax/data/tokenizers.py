@@ -141,6 +141,11 @@ class Tokenizer(abc.ABC):
         """
 
     @property
+    def puts_bos(self) -> bool:
+        """Whether Hugging Face's tokenizer of these files puts BOS in front of a text."""
+        return True
+
+    @property
     @abc.abstractmethod
     def named_tokens(self) -> dict[str, str]:
         """The special tokens that chat templates know by name: `bos_token`, `eos_token`, ..."""

@@ -45,6 +45,19 @@ _PROGRAM = (
     "with ```python and ends with ```.{how}\n\n{question}"
 )
 _READS = " It reads from standard input and prints to standard output."
+# What the programs of contests take for granted, their starting code (`List[int]`) among them.
+_IMPORTS = """\
+import bisect, collections, copy, functools, heapq, itertools, math, operator, random, re, string, sys
+from bisect import *
+from collections import *
+from functools import *
+from heapq import *
+from itertools import *
+from math import *
+from operator import *
+from typing import *
+from builtins import *
+"""
 _COMPLETES = " Complete this, and change no name in it:\n\n```python\n{starter}\n```"
 
 
@@ -289,6 +302,7 @@ def _passes(program: str, doc: Mapping[str, Any], cases: Sequence[Mapping[str, s
     """Whether a program passes all cases, of which those of a problem are of one kind."""
     if not cases:
         raise UserError(f"the problem {doc.get('question_id')!r} has no cases.")
+    program = _with_imports(program)
     if cases[0]["testtype"] == "stdin":
         pairs = [(case["input"], case["output"]) for case in cases]
         return grade_cases(program, pairs, allowed=True)
@@ -297,6 +311,19 @@ def _passes(program: str, doc: Mapping[str, Any], cases: Sequence[Mapping[str, s
         ([json.loads(line) for line in case["input"].splitlines()], json.loads(case["output"]))
         for case in cases
     ]
-    tests = call_tests(f"Solution().{function}", calls)
-    (outcome,) = grade_tests([program], [tests], allowed=True, workers=1)
-    return outcome.passed
+    # One case after another, each with the time of one that reads.
+    return all(
+        grade_tests(
+            [program], [call_tests(f"Solution().{function}", [call])], allowed=True, workers=1
+        )[0].passed
+        for call in calls
+    )
+
+
+def _with_imports(program: str) -> str:
+    """With `_IMPORTS` before everything but what has to be first."""
+    lines = program.splitlines(keepends=True)
+    at = max(
+        (i + 1 for i, line in enumerate(lines) if line.startswith("from __future__")), default=0
+    )
+    return "".join([*lines[:at], _IMPORTS, *lines[at:]])

@@ -8,7 +8,9 @@ Files are JSON lines or one JSON array, of records of two shapes:
 where tools, answers and arguments may also be texts of JSON, as both are often stored.
 """
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -71,14 +73,15 @@ def dialogues(path: epath.PathLike) -> Iterator[dict[str, Any]]:
 
 def _records(path: epath.Path) -> Iterator[Mapping[str, Any]]:
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+    except (EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"{path} cannot be read as a file of JSON: {error}.") from None
     try:
         if text.lstrip()[:1] == "[":
             records = json.loads(text)
         else:
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+            records = [json.loads(line) for line in text.split("\n") if line.strip()]
     except ValueError as error:
         raise UserError(f"{path} is neither JSON lines nor an array of JSON: {error}.") from None
     for number, record in enumerate(records, 1):

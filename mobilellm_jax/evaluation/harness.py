@@ -42,6 +42,7 @@ class HarnessModel(TemplateLM):
         seed: int = 0,
         mesh: Mesh | None = None,
         quiet: bool = False,
+        bos: bool = True,
     ) -> None:
         """Nothing is computed yet.
 
@@ -54,14 +55,16 @@ class HarnessModel(TemplateLM):
           seed: of the draws of tasks that sample.
           mesh: devices that share the texts; the first one alone if None.
           quiet: show no bars.
+          bos: texts begin with BOS, as in training here.
         """
         super().__init__()
+        self.chat = False  # whether texts are conversations that a template has written
         self.ids = tokenizer
         self.max_length = model.max_length
         self.counts: Counter[str] = Counter()
         self._params, self._model, self._dtype = params, model, dtype
         self._rows, self._seed, self._mesh = rows, seed, mesh or one_device()
-        self._quiet = quiet
+        self._quiet, self._bos = quiet, bos
 
     @functools.cached_property
     def _writer(self) -> Placed:
@@ -93,13 +96,17 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Ids of a text, BOS before them unless told otherwise, or unless the text spells it."""
+        """Ids of a text, BOS before them unless told otherwise, or unless the text spells it.
+
+        Of a conversation, what the template spells are special tokens. Before other texts of a network
+        from elsewhere there is a BOS only where its tokenizer puts one.
+        """
         spelt = self.ids.named_tokens.get("bos_token")
-        if add_special_tokens is None and spelt and string.startswith(spelt):
+        if add_special_tokens is None and (self.chat or (spelt and string.startswith(spelt))):
             ids = self.ids.encode_special(string)[0].tolist()
             return ids if ids[:1] == [self.ids.bos_id] else [self.ids.bos_id, *ids]
-        bos = [] if add_special_tokens is False else [self.ids.bos_id]
-        return [*bos, *self.ids.encode(string)]
+        begins = self._bos if add_special_tokens is None else add_special_tokens
+        return [*([self.ids.bos_id] if begins else []), *self.ids.encode(string)]
 
     @property
     def _ends(self) -> Collection[int]:

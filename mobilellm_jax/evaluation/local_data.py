@@ -51,15 +51,17 @@ def _kind_of(path: Path) -> Callable[[str, str], dict[str, Any]] | None:
     number = 1
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
         try:
-            kind = _kind(json.loads(next(lines, "null")))
+            kind = _kind(first := json.loads(next(lines, "null")))
             if kind in (None, dialogue_file):  # whose reader looks at every line
                 return kind
+            if kind == _question_file:
+                _check_question(first)
             for number, line in enumerate(lines, start=2):  # noqa: B007 (told below)
                 record = json.loads(line)
                 if _kind(record) != kind:
                     raise ValueError(f"it has {', '.join(record) or 'nothing'}")
-                if kind == _question_file and not 0 <= record["gold"] < len(record["choices"]):
-                    raise ValueError(f"gold={record['gold']} names none of its choices")
+                if kind == _question_file:
+                    _check_question(record)
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is not JSON in every line ({error}).") from None
         except (TypeError, ValueError) as error:
@@ -83,6 +85,13 @@ def _kind(record: Any) -> Callable[[str, str], dict[str, Any]] | None:
     return None
 
 
+def _check_question(record: dict[str, Any]) -> None:
+    if not 0 <= record["gold"] < len(record["choices"]):
+        raise ValueError(f"gold={record['gold']} names none of its choices")
+    if not all(str(choice).strip() for choice in record["choices"]):
+        raise ValueError("one of its choices is empty")
+
+
 def _question_file(name: str, path: str) -> dict[str, Any]:
     measures = [
         {"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")
@@ -92,6 +101,7 @@ def _question_file(name: str, path: str) -> dict[str, Any]:
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": path}},
         "test_split": "test",
+        "fewshot_split": "test",  # the same, so that no question is an example for itself
         "output_type": "multiple_choice",
         "doc_to_text": "{{query}}",
         "doc_to_choice": "choices",

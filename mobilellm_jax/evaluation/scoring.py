@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mobilellm_jax.decoding.decoder import Placed, bucket
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.cache import cache_of, empty_cache
 from mobilellm_jax.model.config import ModelConfig
@@ -47,11 +48,12 @@ def fitted(request: Request, max_length: int) -> Request:
     """The request without what lies too far back: as the harness does, from the left.
 
     Raises:
-      ValueError: the continuation alone is longer than the network's context.
+      UserError: the continuation alone is longer than the network's context.
     """
     if len(request.continuation) > max_length:
-        raise ValueError(
-            f"a continuation of {len(request.continuation):,} tokens exceeds the context of {max_length:,}"
+        raise UserError(
+            f"a continuation of {len(request.continuation):,} tokens exceeds the network's context of "
+            f"{max_length:,}: leave its question out."
         )
     kept = max_length + 1 - len(request.continuation)  # the last token is only a target
     return dataclasses.replace(request, context=request.context[-kept:])

@@ -101,6 +101,7 @@ def ask(
     results: dict[str, Any] = {}
     lines: list[Line] = []
     for task in tasks:
+        lm.chat = task.chat  # conversations spell special tokens, other texts do not
         found: Any = lm_eval.simple_evaluate(
             lm,
             tasks=list(task.loaded),

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from mobilellm_jax.data.chat import generation_ends
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import new_folder
@@ -101,7 +102,7 @@ def _facts(model: ModelConfig, tokenizer: Tokenizer, slots: int) -> dict[str, An
         "get_vocab_size": model.vocab_size,
         "get_n_layers": model.depth,
         "get_bos_id": tokenizer.bos_id,
-        "get_eos_ids": [tokenizer.eos_id],
+        "get_eos_ids": generation_ends(tokenizer),
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True,
         "enable_dynamic_shape": True,

@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from mobilellm_jax.data.chat import generation_ends
 from mobilellm_jax.data.sentencepiece_tokenizer import SPACE, SentencePieceTokenizer
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
@@ -61,6 +62,7 @@ class Vocabulary:
     eos_id: int
     add_bos: bool  # in front of a prompt
     chat_template: str | None = None
+    turn_end: int | None = None  # id that ends a turn of the chat template, where it is not EOS
     scores: list[float] = dataclasses.field(default_factory=list)  # of llama
     add_space_prefix: bool = False  # of llama
     merges: list[str] = dataclasses.field(default_factory=list)  # of gpt2, "left right"
@@ -87,6 +89,7 @@ def vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
     missing = range(len(words.tokens), size)
     return dataclasses.replace(
         words,
+        turn_end=next(iter(generation_ends(tokenizer)[1:]), None),
         tokens=[*words.tokens, *map(_filling, missing)],
         types=[*words.types, *(UNUSED for _ in missing)],
         scores=words.scores and [*words.scores, *(0.0 for _ in missing)],
@@ -114,6 +117,8 @@ def write_vocabulary(writer: Any, words: Vocabulary) -> None:
     writer.add_token_merges(words.merges)
     writer.add_bos_token_id(words.bos_id)
     writer.add_eos_token_id(words.eos_id)
+    if words.turn_end is not None:
+        writer.add_eot_token_id(words.turn_end)
     if UNKNOWN in words.types:
         writer.add_unk_token_id(words.types.index(UNKNOWN))
     writer.add_add_bos_token(words.add_bos)
@@ -202,7 +207,6 @@ def _byte_level(tokenizer: "HuggingFaceTokenizer") -> Vocabulary:
         tokens[token["id"]] = token["content"]
         types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
     ids = range(max(tokens) + 1)
-    add_bos = _puts_in_front(content.get("post_processor"), tokenizer.bos_id)
     return Vocabulary(
         model="gpt2",
         pre=_PRE_TOKENIZERS[cut, whole],
@@ -210,10 +214,10 @@ def _byte_level(tokenizer: "HuggingFaceTokenizer") -> Vocabulary:
         types=[types.get(i, UNUSED) for i in ids],
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
-        add_bos=add_bos,
+        add_bos=tokenizer.puts_bos,
         chat_template=tokenizer.chat_template,
         merges=[pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]],
-        notes=tuple(_differences(content, tokens[tokenizer.bos_id], add_bos)),
+        notes=tuple(_differences(content, tokens[tokenizer.bos_id], tokenizer.puts_bos)),
     )
 
 
@@ -241,20 +245,6 @@ def _cut(pre_tokenizer: Mapping[str, Any] | None) -> str:
         ]:
             return _DIGITS
     return json.dumps(pre_tokenizer)
-
-
-def _puts_in_front(post_processor: Mapping[str, Any] | None, bos_id: int) -> bool:
-    """Whether a text gets BOS in front."""
-    match post_processor:
-        case {"type": "Sequence", "processors": processors}:
-            return any(_puts_in_front(processor, bos_id) for processor in processors)
-        case {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": name}}, *_],
-            "special_tokens": special,
-        }:
-            return special[name]["ids"] == [bos_id]
-    return False
 
 
 def _differences(content: Mapping[str, Any], bos: str, add_bos: bool) -> Iterator[str]:

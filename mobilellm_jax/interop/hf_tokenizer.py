@@ -22,6 +22,7 @@ from typing import Any
 
 from etils import epath
 
+from mobilellm_jax.data.chat import generation_ends
 from mobilellm_jax.data.sentencepiece_tokenizer import SPACE, SentencePieceTokenizer
 from mobilellm_jax.data.tokenizers import Tokenizer, read_object
 from mobilellm_jax.errors import UserError
@@ -53,6 +54,12 @@ def write_tokenizer(tokenizer: Tokenizer, directory: epath.PathLike, max_length:
         files = {} if complete else {_CONFIG: config | {"model_max_length": max_length}}
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """generation_config.json: what begins a text, and all that ends one, a turn of a conversation too."""
+    eos, *more = generation_ends(tokenizer)
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": [eos, *more] if more else eos}
 
 
 def _rewritten(tokenizer: SentencePieceTokenizer, max_length: int) -> dict[str, dict[str, Any]]:

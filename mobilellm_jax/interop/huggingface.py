@@ -25,7 +25,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import new_folder
 from mobilellm_jax.interop import hf_config, safetensors_files
 from mobilellm_jax.interop.compressed_tensors import IntegerTensor, ScaleTensor
-from mobilellm_jax.interop.hf_tokenizer import write_tokenizer
+from mobilellm_jax.interop.hf_tokenizer import generation_config, write_tokenizer
 from mobilellm_jax.interop.layout import Entry, Family, by_leaf, default_family, entries
 from mobilellm_jax.interop.model_card import model_card
 from mobilellm_jax.leaves import DTYPES, Leaf, Leaves, Whole
@@ -81,7 +81,7 @@ def export(
     config[hf_config.METADATA] = hf_config.metadata(model)
     with new_folder(out) as folder:
         write_tokenizer(tokenizer, folder, model.max_length)
-        write_json(folder / "generation_config.json", ends)
+        write_json(folder / "generation_config.json", generation_config(tokenizer))
         write_weights(folder, weights)
         if family == "hf_shared":
             _write_code(folder)

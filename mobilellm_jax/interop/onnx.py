@@ -26,7 +26,7 @@ from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import new_folder
 from mobilellm_jax.interop import hf_config
-from mobilellm_jax.interop.hf_tokenizer import write_tokenizer
+from mobilellm_jax.interop.hf_tokenizer import generation_config, write_tokenizer
 from mobilellm_jax.interop.huggingface import (
     ExportedTensor,
     check_quantization,
@@ -138,7 +138,7 @@ def export(
                 file.write(np.ascontiguousarray(tensor[:]).reshape(-1).view(np.uint8).data)
         (folder / GRAPH).write_bytes(graph.SerializeToString())
         write_tokenizer(tokenizer, folder, model.max_length)
-        write_json(folder / "generation_config.json", ends)
+        write_json(folder / "generation_config.json", generation_config(tokenizer))
         write_json(folder / "config.json", _config(model) | ends)
 
 

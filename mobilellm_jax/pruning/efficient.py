@@ -12,7 +12,7 @@ import numpy as np
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.pruning.groups import Groups, StackGroups, counts, parameters, sizes
-from mobilellm_jax.pruning.strategies import Choice, View, below_all, made_up
+from mobilellm_jax.pruning.strategies import Choice, View, below_all, check_number, made_up
 
 TYPES = ("kv_heads", "heads", "mlp", "residual")
 
@@ -48,6 +48,7 @@ def efficient(
     """
     if unknown := set(types) - set(TYPES):
         raise UserError(f"types={', '.join(unknown)}: choose of {', '.join(TYPES)}.")
+    check_number("unit", unit)
     live, number, order = view.live, counts(view.live), []
     if parameters(view.config, number) <= target:
         return Choice(live)

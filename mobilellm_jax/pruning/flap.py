@@ -57,7 +57,7 @@ def flap(view: View, target: int, *, bias: bool = True) -> Choice:
 def _worth(found: Statistics, view: View, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Standardised values of a stack's MLP channels [L, F] and KV heads [L, K]; zeros for heads [L, N]."""
     weights, live = view.measures.params[f"stack_{i}"], view.live.stacks[i]
-    tokens = float(found["tokens"])
+    tokens = _applied(found, view.config, i)
 
     def value(kind: str, weight: str) -> np.ndarray:
         mean, square = (
@@ -75,6 +75,11 @@ def _worth(found: Statistics, view: View, i: int) -> tuple[np.ndarray, np.ndarra
     lives_LKX = lives_LNH.reshape(layers, kv_heads, -1)
     kv_LK = (of_LKX * lives_LKX).sum(-1) / np.maximum(lives_LKX.sum(-1), 1)
     return mlp_LF, np.zeros(live.heads_LN.shape), kv_LK
+
+
+def _applied(found: Statistics, config: ModelConfig, i: int) -> float:
+    """Of how many tokens the sums of a stack are: a block that is applied again counts them again."""
+    return float(found["tokens"]) * config.stacks[i].repeats
 
 
 def standardised(value_LX: np.ndarray, live_LX: np.ndarray) -> np.ndarray:
@@ -140,11 +145,12 @@ def compensated(
     for i, (old, new) in enumerate(zip(before.stacks, after.stacks, strict=True)):
         stack = {name: leaf for name, leaf in params[f"stack_{i}"].items()}
         zeros_LD = jnp.zeros((config.stacks[i].layers, config.width), jnp.float32)
+        tokens = _applied(found, config, i)
         for kind, weight, axes, dies in (
             ("attention", "out", "LNH,LNHD->LD", (old.heads_LN & ~new.heads_LN)[..., None]),
             ("mlp", "down", "LF,LFD->LD", old.mlp_LF & ~new.mlp_LF),
         ):
-            mean = np.asarray(found[f"stack_{i}"][kind]["sum"]) / found["tokens"] * dies
+            mean = np.asarray(found[f"stack_{i}"][kind]["sum"]) / tokens * dies
             lost_LD = jnp.einsum(axes, mean, stack[kind][weight], precision="highest")
             bias = f"{weight}_bias"
             stack[kind] = {**stack[kind], bias: stack[kind].get(bias, zeros_LD) + lost_LD}

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.pruning import activations, scores
@@ -110,6 +111,13 @@ def unknown_score(name: str) -> UserError:
     return UserError(f"score={name!r} is not one of {', '.join(SCORES)}.")
 
 
+def _everywhere(found: Any) -> Any:
+    """Whole on every device, or a process could not read what another's devices hold."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return found
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), found)
+
+
 @functools.partial(jax.jit, static_argnames=("network", "kind"))
 def _gradients(params: Any, batch: Batch, *, network: Network, kind: str) -> Any:
     def cost(taps: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
@@ -118,17 +126,17 @@ def _gradients(params: Any, batch: Batch, *, network: Network, kind: str) -> Any
 
     taps = scores.taps(network.model, kind)
     (loss, targets), gradients = jax.value_and_grad(cost, has_aux=True)(taps)
-    return scores.read(gradients, network.model, kind), loss, targets
+    return _everywhere((scores.read(gradients, network.model, kind), loss, targets))
 
 
 @functools.partial(jax.jit, static_argnames="network")
 def _statistics(params: Any, batch: Batch, *, network: Network) -> Any:
-    return activations.statistics(params, batch, network)
+    return _everywhere(activations.statistics(params, batch, network))
 
 
 @functools.partial(jax.jit, static_argnames="network")
 def _residual_gram(params: Any, batch: Batch, *, network: Network) -> jax.Array:
-    return activations.residual_gram(params, batch, network)
+    return _everywhere(activations.residual_gram(params, batch, network))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "names"))
@@ -140,7 +148,7 @@ def _inputs(
 
 @functools.partial(jax.jit, static_argnames="network")
 def _magnitude(params: Any, *, network: Network) -> Groups:
-    return scores.magnitude(params, network.model)
+    return _everywhere(scores.magnitude(params, network.model))
 
 
 def batch_of(tokens: np.ndarray) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig
-from mobilellm_jax.pruning.groups import Groups, blocks, counts, everything, masked, parameters
+from mobilellm_jax.pruning.groups import Groups, blocks, counts, living, masked, parameters
 from mobilellm_jax.pruning.measures import Measures
 from mobilellm_jax.pruning.strategies import Strategy, View
 from mobilellm_jax.training.objectives import Batch, Network
@@ -51,7 +51,7 @@ def prune(
       UserError: the target is not below what the network has, or not within the strategy's reach.
     """
     config = network.model
-    live = everything(config)
+    live = living(params, config)  # it may have been pruned before
     first = counts(live)
     whole = parameters(config, first)
     if not 0 < target < whole:

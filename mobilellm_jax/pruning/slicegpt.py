@@ -16,7 +16,7 @@ import numpy as np
 from mobilellm_jax.leaves import flat, nested
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.pruning.groups import Groups, counts, named, parameters
-from mobilellm_jax.pruning.strategies import Choice, View, below_all
+from mobilellm_jax.pruning.strategies import Choice, View, below_all, check_number
 
 READERS = {"attention_norm": ("query", "key", "value"), "mlp_norm": ("gate", "up")}
 DAMPING = 0.01  # of the mean of the diagonal, as in the authors' code
@@ -34,6 +34,7 @@ def slicegpt(view: View, target: int, *, multiple: int = 1) -> Choice:
       UserError: the target is below what a network of one channel, or of `multiple`, has.
     """
     config = dataclasses.replace(view.config, tied=False, dead_channels=True)
+    check_number("multiple", multiple)
     width = width_below(config, counts(view.live), target, multiple)
     gram_DD = np.asarray(view.measures.residual_gram, np.float64)
     gram_DD = gram_DD + DAMPING * np.trace(gram_DD) / len(gram_DD) * np.diag(view.live.residual_D)

@@ -20,7 +20,7 @@ from mobilellm_jax.model.transformer import Block
 from mobilellm_jax.pruning.groups import Groups, counts
 from mobilellm_jax.pruning.measures import Measures
 from mobilellm_jax.pruning.slicegpt import DAMPING, READERS, folded, rescaled, width_below
-from mobilellm_jax.pruning.strategies import Choice, View
+from mobilellm_jax.pruning.strategies import Choice, View, check_number
 
 BLOCK = "mobilellm_jax.pruning.slicegpt_full:SlicedBlock"
 INPUTS = {"attention_norm": "of_attention", "mlp_norm": "of_mlp"}  # what a norm gives, as noted
@@ -58,6 +58,7 @@ def slicegpt_full(view: View, target: int, *, multiple: int = 1) -> Choice:
             "take slicegpt."
         )
     config = dataclasses.replace(view.config, tied=False, dead_channels=True, block=BLOCK)
+    check_number("multiple", multiple)
     width = width_below(config, counts(view.live), target, multiple)
 
     def update(params: Any) -> Any:

@@ -105,16 +105,28 @@ def layerwise(
     """
     if attention not in ATTENTION:
         raise UserError(f"attention={attention!r} is not one of {', '.join(ATTENTION)}.")
+    check_number("multiple", multiple)
+    if amplitude is not None and not isinstance(amplitude, int | float):
+        raise UserError(f"amplitude={amplitude!r} is no number.")
+    if not isinstance(protect, Sequence) or [type(p) for p in protect] != [int, int]:
+        raise UserError(
+            f"protect={protect!r} is not two numbers of blocks, at the beginning and at the end: (4,2)."
+        )
     layout = _Layout(view, attention, tuple(protect), multiple)
     old_B = np.zeros(layout.blocks) if view.memory is None else np.asarray(view.memory["sparsity"])
+    all_gone = parameters(view.config, layout.counts(MOST * layout.free_B))
+    if all_gone > (goal := view.goal or target):
+        raise below_all(goal, all_gone)
+    if (now := parameters(view.config, counts(view.live))) <= target:
+        # The cut before had to take a whole head, and with it this one's share.
+        return Choice(view.live, {"sparsity": old_B}, {"sparsity": old_B.tolist()})
     important_B = (
         centred(view.measures.importance(importance)) if importance else np.zeros(layout.blocks)
     )
 
     if amplitude is None:
-        all_gone = parameters(view.config, layout.counts(MOST * layout.free_B))
         may_go = max(parameters(view.config, view.first) - all_gone, 1)
-        amplitude = MOST * (parameters(view.config, counts(view.live)) - target) / may_go
+        amplitude = MOST * (now - target) / may_go
 
     def sparsity(base: float) -> np.ndarray:
         change_B = base - amplitude * important_B
@@ -123,8 +135,6 @@ def layerwise(
     def parameters_at(base: float) -> int:
         return parameters(view.config, layout.counts(sparsity(base)))
 
-    if parameters_at(2.0) > target:
-        raise below_all(target, parameters_at(2.0))
     low, high = 0.0, 2.0  # of bases: too many parameters, few enough
     if parameters_at(low) <= target:
         high = low
@@ -151,6 +161,12 @@ def made_up(view: View, live: Groups) -> Callable[[Any], Any] | None:
     return lambda params: second_order.compensated(
         params, view.config, view.measures.inputs(names), view.live, live
     )
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises `UserError` unless a setting is a whole number of 1 or more."""
+    if type(value) is not int or value < 1:
+        raise UserError(f"{name}={value!r} is not a whole number of at least 1.")
 
 
 def below_all(target: int, least: int) -> UserError:

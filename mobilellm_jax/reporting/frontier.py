@@ -32,6 +32,7 @@ class Member:
     prompt_ms: float  # to read the prompt
     megabytes: float  # of the exported weights, 10^6 bytes
     accuracy: float = math.nan  # mean over tasks; NaN: none was asked
+    checkpoint: str = ""  # what it was made from
 
 
 def best(members: Sequence[Member], cost: Callable[[Member], float]) -> list[Member]:

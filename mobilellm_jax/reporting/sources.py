@@ -74,14 +74,24 @@ class Source:
         return "fair" if self.heldout < self.baselines.unigram else "poor"
 
 
-def realised(history: History, plan: Plan | None, row_length: int) -> list[Source]:
-    """Counts what training consumed of each source; those of the plan come first, in its order."""
+def realised(
+    history: History, plan: Plan | None, row_length: int, first_row: int = 0
+) -> list[Source]:
+    """Counts what training consumed of each source; those of the plan come first, in its order.
+
+    Args:
+      history: of the run.
+      plan: the plan of the run, if there is one.
+      row_length: trained tokens of its rows.
+      first_row: of the plan's stream that the run has read.
+    """
     rows = {n: int(np.nansum(c)) for n, c in history.train.per_source("rows").items()}
     tokens = {n: int(np.nansum(c)) for n, c in history.train.per_source("tokens").items()}
     total_rows, total_tokens = max(sum(rows.values()), 1), max(sum(tokens.values()), 1)
     planned: dict[str, float] = {}
     if plan:
-        shares = plan.read(total_rows * row_length) / (total_rows * row_length)
+        begin, length = first_row * row_length, total_rows * row_length
+        shares = (plan.read(begin + length) - plan.read(begin)) / length
         planned = dict(zip(plan.names, shares.tolist(), strict=True))
     names = dict.fromkeys([*planned, *rows])
     return [
@@ -104,6 +114,7 @@ def with_data(
     row_length: int,
     heldout_rows: int,
     cache: epath.Path,
+    first_row: int = 0,
 ) -> tuple[list[Source], list[str]]:
     """Adds what takes the prepared rows: how many there are, and the baselines.
 
@@ -113,12 +124,16 @@ def with_data(
       row_length: trained tokens of its rows.
       heldout_rows: how many held-out rows of each source training evaluates.
       cache: JSON file that keeps the baselines until the run has gone on or the plan is another.
+      first_row: of the plan's stream that the run has read.
 
     Returns:
       the sources, and one sentence for each whose rows cannot be read any more.
     """
     key = {"plan": plan.hash, "heldout_rows": heldout_rows, "counted_tokens": COUNTED_TOKENS}
     key["row_length"] = row_length
+    if first_row:
+        key["first_row"] = first_row
+    given = dict(zip(plan.names, plan.read(first_row * row_length) // row_length, strict=True))
     key["seen"] = {source.name: source.rows for source in sources}
     known = _read_cache(cache, key)
     paths = {source.name: plan.resolve(source.path) for source in plan.sources}
@@ -129,7 +144,9 @@ def with_data(
             source = dataclasses.replace(source, available=len(train))
             if source.name not in known and source.rows:
                 heldout = Contexts(open_rows(paths[source.name], "heldout"), row_length)
-                seen = first_rows(plan, source.name, len(train), min(source.rows, len(train)))
+                count = min(source.rows, len(train))
+                begin = int(given[source.name])  # to within a row
+                seen = first_rows(plan, source.name, len(train), count, begin)
                 known[source.name] = measure(train, seen, heldout, heldout_rows, plan)
                 _write_cache(cache, key, known)
             source = dataclasses.replace(source, baselines=known.get(source.name))

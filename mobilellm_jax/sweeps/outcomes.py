@@ -52,7 +52,7 @@ def read_outcome(cell: Cell, directory: epath.Path) -> Outcome | None:
     start = history.starts[-1]
     if start["plan"] != Plan.load(cell.config.plan).hash or steps not in history.heldout.steps_N:
         return None
-    bits = history.heldout.last("bits_per_byte")
+    bits = float(history.heldout.column("bits_per_byte")[-1])  # of the last step, a number or not
     if not math.isfinite(bits):
         raise UserError(
             f"{directory} has no held-out bits per byte at its last step: prepare sources with "
@@ -66,7 +66,7 @@ def read_outcome(cell: Cell, directory: epath.Path) -> Outcome | None:
         bits_per_byte=bits,
         bits_per_byte_of={source: float(values_N[-1]) for source, values_N in of.items()},
         parameters=_parameters(history),
-        flops_per_token=start["flops_per_token"],
+        flops_per_token=history.starts[0]["flops_per_token"],  # before it compacts, if it does
         tokens=(int(history.train.last("rows")) - cell.config.first_row) * cell.config.row_length,
         seconds=float(history.train.column("step_seconds").sum()),
         devices=start["devices"],

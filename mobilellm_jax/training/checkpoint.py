@@ -51,6 +51,11 @@ class LoadedModel:
     step: int
     meta: Mapping[str, Any]
 
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether texts begin with BOS: in training here all do, elsewhere as the tokenizer does it."""
+        return "origin" not in self.meta or self.tokenizer.puts_bos
+
 
 def load_model(directory: epath.PathLike) -> LoadedModel:
     """Loads the network of a checkpoint onto the default device, in the dtype of its weights.

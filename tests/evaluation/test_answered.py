@@ -191,7 +191,9 @@ def test_programs_pass_all_cases_or_none(tmp_path):
     written(
         tmp_path / "livecodebench" / "code_generation_lite" / "release_v6", "test", [READS, CALLED]
     )
-    method = "class Solution:\n    def put(self, a, up):\n        return "
+    method = (
+        "class Solution:\n    def put(self, a: List[int], up: bool) -> List[int]:\n        return "
+    )
     right = {
         "sum": "print(sum(map(int, input().split())))",
         "Sort": method + "sorted(a, reverse=not up)",

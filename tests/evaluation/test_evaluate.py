@@ -87,6 +87,14 @@ def test_a_file_of_questions_is_a_task(loaded, data):
     assert json.dumps(results, default=str)
 
 
+def test_no_question_is_an_example_for_itself(loaded, data):
+    _, results = evaluate(loaded, ["sums"], data=data, shots=3, log=True)
+    (samples,) = results["sums"]["samples"].values()
+    for sample in samples:
+        prompt = sample["arguments"][0][0]
+        assert prompt.count(sample["doc"]["query"]) == 1 and prompt.count("\n\n") == 3
+
+
 def test_a_task_of_the_harness_reads_local_files(loaded, data):
     (line, *_), _ = evaluate(loaded, ["arc_easy"], data=data, limit=5, shots=2)
     assert (line.label, line.shots, line.documents) == ("arc_easy", 2, 5)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import tokenizer_files
 from runs import run
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
@@ -17,8 +18,10 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 
-from mobilellm_jax.data.chat import read_template
+from mobilellm_jax.data.chat import ConversationEncoder, read_template
+from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.decoding.decoder import to_read
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluation import scoring
 from mobilellm_jax.evaluation.harness import HarnessModel
 from mobilellm_jax.evaluation.scoring import Likelihood, Request, fitted, score
@@ -27,6 +30,7 @@ from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import Stack
 from mobilellm_jax.parallel.mesh import make_mesh
+from mobilellm_jax.training.checkpoint import LoadedModel
 
 LENGTH = 96
 MODELS = {
@@ -241,8 +245,39 @@ def test_chat_prompts_come_from_the_template():
     assert lm.apply_chat_template(turn, add_generation_prompt=False).endswith("<|im_end|>\n")
 
 
+@pytest.mark.parametrize("kind", sorted(tokenizer_files.FOLDERS))
+def test_conversations_are_read_as_they_are_in_training(kind, tmp_path):
+    """What the template spells are special tokens, whether or not it begins with BOS."""
+    tokenizer = Tokenizer.load(tokenizer_files.FOLDERS[kind](tmp_path))
+    lm = HarnessModel(parameters(MODELS["plain"]), MODELS["plain"], tokenizer)
+    lm.chat = True
+    turns = [{"role": "user", "content": "hi"}]
+    ids = lm.tok_encode(lm.apply_chat_template(turns))
+    assert ids == ConversationEncoder(tokenizer).prompt(turns)
+    assert ConversationEncoder(tokenizer).turn_ends[0] not in lm.tok_encode(" a", False)
+    lm.chat = False
+    (end,) = ConversationEncoder(tokenizer).turn_ends
+    assert end not in lm.tok_encode(f"a {tokenizer.pieces[end]}")
+
+
+@pytest.mark.parametrize("kind", sorted(tokenizer_files.FOLDERS))
+def test_texts_begin_as_the_tokenizer_has_it(kind, tmp_path):
+    """Of networks from elsewhere; in training here all texts begin with BOS."""
+    transformers = pytest.importorskip("transformers")
+    folder = tokenizer_files.FOLDERS[kind](tmp_path)
+    tokenizer, theirs = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    own = parameters(MODELS["plain"]), MODELS["plain"], tokenizer
+    for meta, always in (({}, True), ({"origin": {"family": "llama"}}, False)):
+        bos = LoadedModel(*own, 0, meta).begins_with_bos
+        found = HarnessModel(*own, bos=bos).tok_encode("some text")
+        ids = theirs("some text")["input_ids"]
+        assert found == (
+            ids if not always or ids[0] == tokenizer.bos_id else [tokenizer.bos_id, *ids]
+        )
+
+
 def test_a_continuation_longer_than_the_context_is_refused():
-    with pytest.raises(ValueError, match="97 tokens exceeds the context of 96"):
+    with pytest.raises(UserError, match="97 tokens exceeds the network's context of 96"):
         fitted(Request((1,), tuple(range(97))), LENGTH)
     assert fitted(Request(tuple(range(200)), (1, 2)), 96).context == tuple(range(200))[-95:]
     assert Likelihood(-1.0, True) == Likelihood(-1.0, True)

@@ -251,6 +251,7 @@ def test_special_tokens_of_llama_3(tmp_path: pathlib.Path) -> None:
         zip(keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"], strict=True)
     )
     assert len(tokens) == 610 and list(tokens)[-1] == "[PAD609]" and tokens["[PAD609]"] == 5
+    assert keys["tokenizer.ggml.eot_token_id"] == list(tokens).index("<|eot_id|>")
     assert tokens["<|eot_id|>"] == 3 and list(tokens.values()).count(1) == 594
     assert keys["tokenizer.chat_template"] == tokenizer_files.LLAMA3_CHAT
     loaded = load(tmp_path / "out.gguf")
@@ -270,6 +271,7 @@ def test_special_tokens_of_qwen(tmp_path: pathlib.Path) -> None:
         zip(keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"], strict=True)
     )
     assert tokens["<|im_end|>"] == 3 and tokens["<think>"] == 4
+    assert keys["tokenizer.ggml.eot_token_id"] == list(tokens).index("<|im_end|>")
     assert keys["tokenizer.ggml.add_bos_token"] is False
     assert keys["tokenizer.chat_template"] == tokenizer_files.CHATML
     loaded = load(tmp_path / "out.gguf")

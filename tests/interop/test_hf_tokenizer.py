@@ -13,6 +13,7 @@ import pytest
 import sentencepiece
 import tokenizer_files
 
+from mobilellm_jax.data.chat import ConversationEncoder, markers, read_template
 from mobilellm_jax.data.sentencepiece_tokenizer import train_tokenizer
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
@@ -230,6 +231,32 @@ def test_a_chat_template_goes_out_with_the_model(
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     assert ids == [bos, *tokenizer.encode(" Yes.\n "), eos, *tokenizer.encode("é")]
     assert loaded("Hi")["input_ids"] == [bos, *tokenizer.encode("Hi")]
+
+
+def test_marks_of_a_template_are_special_tokens_of_ours(tmp_path: pathlib.Path) -> None:
+    """A tokenizer that was trained with them, in transformers: the same ids, and turns that end."""
+    transformers = pytest.importorskip("transformers")
+    template = read_template("chatml")
+    trained = train_tokenizer(TOPICS, 700, markers(template))
+    tokenizer = dataclasses.replace(trained, chat_template=template)
+    hf_tokenizer.write_tokenizer(tokenizer, tmp_path, max_length=77)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    encoder = ConversationEncoder(tokenizer)
+    ids = loaded.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
+    assert [tokenizer.bos_id, *ids] == encoder.prompt(CHAT)
+    (end,) = encoder.turn_ends
+    assert (
+        tokenizer.pieces[end] == "<|im_end|>"
+        and end in ids
+        and end not in trained.encode("<|im_end|>")
+    )
+    assert trained.decode(trained.encode("a <|im_end|>")) == "a <|im_end|>"
+    assert hf_tokenizer.generation_config(tokenizer)["eos_token_id"] == [tokenizer.eos_id, end]
+    assert hf_tokenizer.generation_config(trained)["eos_token_id"] == tokenizer.eos_id
+    plain = dataclasses.replace(tokenizer, chat_template=read_template("plain"))
+    assert ConversationEncoder(plain).turn_ends == [tokenizer.eos_id]
+    letters = dataclasses.replace(train_tokenizer(TOPICS, 700), chat_template=template)
+    assert ConversationEncoder(letters).turn_ends == []
 
 
 @pytest.mark.parametrize("kind", sorted(tokenizer_files.FOLDERS))

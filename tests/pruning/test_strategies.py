@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +143,49 @@ def test_no_layer_grows_back_and_amplitude_is_at_most_what_the_mean_allows():
         before, live, memory = sparsity, found.live, found.memory
 
 
+def test_a_cut_whose_aim_is_met_already_cuts_nothing():
+    """The one before took a whole head: layers of importance owe nothing for it."""
+    seen = view(DEEP, memory={"sparsity": np.linspace(0.0, 0.3, 10)})
+    found = layerwise(seen, COUNT, score="taylor", importance="cosine")
+    assert found.live is seen.live and found.measured == {"sparsity": [*np.linspace(0.0, 0.3, 10)]}
+    np.testing.assert_array_equal(found.memory["sparsity"], np.linspace(0.0, 0.3, 10))
+
+
+@pytest.mark.parametrize("name", ["magnitude", "adapt", "slicegpt"])
+def test_what_was_dead_before_stays_dead_and_counts_nothing(name):
+    """Norms divide by the channels that live, also when the dead ones are taken out."""
+    config = dataclasses.replace(networks.PLAIN, dead_channels=True)
+    live = networks.some_dead(config, heads=False)
+    params = networks.masked(networks.parameters(config), live)
+    whole = groups.parameters(config, groups.counts(live))
+    batches = lambda number: [networks.rows(seed=number)]  # noqa: E731
+    target = whole - 300
+    found = one_shot.prune(params, networks.network(config), STRATEGIES[name], target, 2, batches)
+    assert found.events[-1]["parameters"] <= target
+    assert found.live.residual_D.sum() <= live.residual_D.sum()
+    compact = compacted(found.config, found.live)
+    small = networks.smaller(found.params, compact)
+    tokens_BT = networks.rows()["tokens"]
+    run = jax.jit(
+        lambda p, tokens_BT, c: transformer.logits(p, c, transformer.apply(p, c, tokens_BT)),
+        static_argnums=2,
+    )
+    close(run(small, tokens_BT, compact.config), run(found.params, tokens_BT, found.config), 1e-3)
+
+
+def test_a_target_below_all_is_told_before_anything_is_measured():
+    asked = []
+
+    def batches(number):
+        asked.append(number)
+        return []  # of which nothing could be measured
+
+    params = jax.tree.map(jnp.copy, networks.parameters(DEEP))
+    with pytest.raises(UserError, match="the target of 2,000 parameters is below the"):
+        one_shot.prune(params, networks.network(DEEP), STRATEGIES["adapt"], 2000, 20, batches)
+    assert asked == [0]
+
+
 def test_heads_are_cut_although_no_layer_by_itself_is_due_one():
     """3 KV heads, 10 %: rounded layer by layer nothing would ever be cut."""
     found = layerwise(view(DEEP), int(COUNT * 0.9), score="magnitude")
@@ -198,6 +242,18 @@ def test_widths_are_multiples():
             lambda: layerwise(view(DEEP), COUNT // 2, score="taylor", attention="kv"),
             "kv_heads, heads",
         ),
+        (lambda: layerwise(view(DEEP), COUNT // 2, score="taylor", protect=1), "two numbers"),
+        (
+            lambda: layerwise(view(DEEP), COUNT // 2, score="taylor", protect=(1, 1, 1)),
+            "two numbers",
+        ),
+        (lambda: layerwise(view(DEEP), COUNT // 2, score="taylor", amplitude="a"), "is no number"),
+        (
+            lambda: layerwise(view(DEEP), COUNT // 2, score="taylor", multiple=0),
+            "multiple=0 is not",
+        ),
+        (lambda: slicegpt(view(DEEP), COUNT // 2, multiple=0), "multiple=0 is not a whole number"),
+        (lambda: STRATEGIES["efficient"](view(DEEP), COUNT // 2, unit=1.5), "unit=1.5 is not a"),
         (
             lambda: layerwise(view(DEEP), COUNT // 2, score="taylor", importance="angle"),
             "cosine, distance",
@@ -246,6 +302,27 @@ def test_biases_keep_what_was_given_on_average(config, kind, weight):
     lost = before - mean_given(config, networks.masked(params, live), kind, weight)
     assert np.abs(lost).max() > 0.01 * np.abs(before).max()
     close(after, before, 1e-4)
+
+
+def test_a_block_that_is_applied_twice_alike_is_cut_as_one_that_is_applied_once():
+    """Sums over tokens are sums over its applications, too."""
+    once = networks.PLAIN
+    twice = dataclasses.replace(
+        once, stacks=tuple(dataclasses.replace(stack, repeats=2) for stack in once.stacks)
+    )
+    params, live = networks.parameters(once), groups.everything(once)
+    found = jax.device_get(networks.measures(once).statistics)
+    doubled = {**jax.tree.map(lambda x: 2 * x, found), "tokens": found["tokens"]}
+    chosen, made = [], []
+    for config, statistics in ((once, found), (twice, doubled)):
+        measured = types.SimpleNamespace(params=params, statistics=statistics)
+        choice = flap(view(config, measured), int(parameter_count(once) * 0.8))
+        chosen.append(choice.live)
+        made.append(compensated(params, config, statistics, live, choice.live))
+    for one, two in zip(jax.tree.leaves(chosen[0]), jax.tree.leaves(chosen[1]), strict=True):
+        np.testing.assert_array_equal(one, two)
+    for one, two in zip(jax.tree.leaves(made[0]), jax.tree.leaves(made[1]), strict=True):
+        close(one, two, 1e-6)
 
 
 def test_flap_sets_one_threshold_for_all():
