@@ -1,6 +1,5 @@
 """How every program starts: parse flags, run `main`, and turn a user's mistake into one sentence."""
 
-import errno
 import functools
 import logging as std_logging
 import os
@@ -12,15 +11,8 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.errors import UserError, of_the_disk
 
-# What the disk says when it is the user who has to act; every other OSError keeps its traceback.
-_DISK = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EACCES: "permission is denied",
-    errno.EROFS: "the file system is read-only",
-}
 _TEXTS = (
     "prompt",
     "system",
@@ -94,10 +86,9 @@ def _guarded(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _exit("interrupted.", 130)
     except OSError as error:
-        if error.errno not in _DISK:
+        if not (sentence := of_the_disk(error)):
             raise
-        where = f" at {error.filename}" if error.filename else ""
-        _exit(f"{_DISK[error.errno]}{where}: free it and run the same command again.", 1)
+        _exit(sentence, 1)
 
 
 def _unusable(error: BaseException) -> str:

@@ -146,6 +146,36 @@ def test_a_slurm_job_runs_the_command_as_it_is():
     assert status == 2 and "sbatch" in err
 
 
+@pytest.mark.parametrize(
+    ("status", "said", "queued"),
+    [
+        (0, "the same command goes on", False),
+        (1, "config.seed is no number", False),
+        (143, "SIGTERM: saving", True),
+        (42, "process 3 has died: the same command goes on from the last checkpoint", True),
+        (137, "process 3 has died: the same command goes on from the last checkpoint", True),
+        (137, "config.seed is no number", False),  # Slurm has ended the others
+    ],
+)
+def test_a_slurm_job_that_goes_on_is_queued_again(status, said, queued, tmp_path):
+    """Slurm's programs play along: what a step says lies in the file of the job's output."""
+    log = tmp_path / "elsewhere.out"  # long, behind the sentence as well
+    log.write_text("\n".join([*["x" * 197] * 200, said, *["y" * 197] * 190]))
+    programs = {
+        "srun": f'[[ "$SRUN_CPUS_PER_TASK" == 6 ]] || exit 9\nexit {status}',
+        "scontrol": f'echo "$@" >>{tmp_path}/asked\n[[ "$1" == show ]] && echo "   StdOut={log}"\nexit 0',
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "mobilellm", "SLURM_CPUS_PER_TASK": "6"}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    for _ in range(5):  # no race decides
+        assert launch("slurm_gpu.sbatch", *TRAIN, PATH=path, **job)[0] == status
+    asked = (tmp_path / "asked").read_text() if status else ""
+    assert asked.count("requeue 7") == 5 * queued
+
+
 def settings(line):
     """The flags of a command of training, of which each is there once."""
     words = shlex.split(line)

@@ -136,6 +136,7 @@ def killed(processes, victim, config, workdir, logs):
     ended = finish(process, timeout=PATIENCE)
     seconds = time.monotonic() - since
     assert ended.status == 128 + signal.SIGKILL
+    assert "ended with status 42" in ended.err  # of the others: start this again
     return seconds, [(logs / f"process-{i}.log").read_text() for i in range(processes)]
 
 

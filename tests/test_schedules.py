@@ -16,6 +16,8 @@ from mobilellm_jax.rows import open_run
 from mobilellm_jax.train import train
 from mobilellm_jax.training import optimizer
 from mobilellm_jax.training.checkpoint import load_model
+from mobilellm_jax.training.setup import set_up
+from mobilellm_jax.training.start import open_start
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 WSD = "mobilellm_jax.training.optimizer:warmup_stable_decay"
@@ -113,6 +115,20 @@ def test_a_forked_cooldown_is_the_run_that_would_have_decayed_there(plan, stable
 
 
 @pytest.mark.slow
+def test_a_named_checkpoint_is_found_from_where_the_user_stands(plan, stable, monkeypatch):
+    """A path may be relative, and name the run, its step, or the step's folder."""
+    monkeypatch.chdir(stable.parent)
+
+    def begun(name):
+        config = wsd(plan, 12, 4, init_from=name, init_state="all")
+        return open_start(config, set_up(config, jax.devices()[:1]))[0]
+
+    for name in (f"{stable.name}@8", f"{stable.name}/checkpoints/8", f"./{stable.name}@8"):
+        assert begun(name).step == 8
+    with pytest.raises(UserError, match="is a run that has not ended"):
+        begun(stable.name)
+
+
 def test_of_that_checkpoint_the_weights_alone(plan, stable, tmp_path):
     config = tiny.config(plan)
     config.init_from = f"{stable}@8"

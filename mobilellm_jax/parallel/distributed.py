@@ -26,7 +26,7 @@ from typing import Any
 import jax
 from jax._src import distributed as _service  # the store has no public name
 
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.errors import UserError, of_the_disk
 
 TIMEOUT = 300  # seconds in which all processes must have come
 PULSE, DEAD = 3, 25  # seconds between signs of life, and without one until a process is given up
@@ -38,6 +38,7 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # What a failed exchange with another process looks like: then it is the other one that has failed.
 _SYMPTOMS = re.compile("gloo|nccl|UNAVAILABLE|coordination|barrier|[Cc]onnection", re.IGNORECASE)
 _GOES_ON = "the same command goes on from the last checkpoint"
+LOST = 42  # status where that is so: what xpk's workloads start again, and no mistake of ours has
 _uses = (
     itertools.count()
 )  # keys and barriers of the store are new each time; alike in all processes
@@ -87,7 +88,8 @@ def joined(mode: str, timeout: int = TIMEOUT) -> Iterator[None]:
     """Makes this process one of several for the `with` block, if it is (see `wanted`).
 
     Nothing may have touched a device before. An exception ends this process, and with it all
-    others, with status 1; `SystemExit` is an end that all have agreed on.
+    others, with status 1, and with `LOST` where it is not this run's mistake that it ends; `SystemExit` is
+    an end that all have agreed on.
 
     Args:
       mode: see `wanted`.
@@ -283,27 +285,35 @@ def _fail(error: BaseException, pulse: _Pulse) -> None:
     """Ends this process and so all; where the error says that another has failed, waits to hear which."""
     number = jax.process_index()
     first = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, jax.errors.JaxRuntimeError) and _SYMPTOMS.search(str(error)):
+    lost = isinstance(error, jax.errors.JaxRuntimeError) and _SYMPTOMS.search(str(error))
+    if lost:
         told = f"process {number}: lost touch with another process ({first[:200]}) ..."
         print(told, file=sys.stderr, flush=True)
         time.sleep(_HEARTBEAT)  # the news, or JAX, end this process meanwhile
     if isinstance(error, UserError):
         sentence = str(error)
     else:
-        traceback.print_exception(error)
-        sentence = f"{type(error).__name__}: {first[:300]}"
+        known = of_the_disk(error)
+        if known is None:
+            traceback.print_exception(error)
+        sentence = known or f"{type(error).__name__}: {first[:300]}"
+        if lost:
+            sentence = f"{sentence.rstrip('.')}; {_GOES_ON}."
     pulse.stop()  # this process has a sentence of its own
     pulse.end(f"process {number} has failed ({sentence.rstrip('.')}): the run ends here.")
     _exit(f"process {number}: {sentence}", linger=number == 0)
 
 
 def _exit(sentence: str, linger: bool = False) -> None:
-    """Ends this process as it stands: what others hold up cannot be tidied up."""
+    """Ends this process as it stands: what others hold up cannot be tidied up.
+
+    With status `LOST` where the same command goes on, else 1.
+    """
     if linger:
         time.sleep(PULSE)  # the store goes with this process; the others are to read the news
     sys.stdout.flush()
     os.write(2, f"error: {sentence}\n".encode())  # last: other threads may speak until then
-    os._exit(1)
+    os._exit(LOST if _GOES_ON in sentence else 1)
 
 
 class _Abort:

@@ -30,6 +30,7 @@ POSITIVE: tuple[str, ...] = ("row_length", "global_batch", "microbatches")
 POSITIVE += ("loss_chunks", "prefetch")
 POSITIVE += ("eval.every", "eval.rows", "eval.tasks_every", "checkpoint.every", "checkpoint.keep")
 POSITIVE += ("max_skipped", "log_every")
+NOT_NEGATIVE = ("first_row", "checkpoint.keep_every", "readers", "workers", "eval.limit")
 
 
 def base_config(model: ModelConfig) -> ConfigDict:
@@ -173,10 +174,9 @@ def check(config: ConfigDict, devices: int) -> None:
     for key in POSITIVE:
         if flat[key] < 1:
             raise UserError(f"config.{key}={flat[key]} must be at least 1.")
-    if config.first_row < 0:
-        raise UserError("config.first_row is negative: 0 begins with the plan.")
-    if config.checkpoint.keep_every < 0:
-        raise UserError("config.checkpoint.keep_every is negative: 0 keeps none for ever.")
+    for key in NOT_NEGATIVE:
+        if flat[key] < 0:
+            raise UserError(f"config.{key}={flat[key]} must be at least 0.")
     for key, value in flat.items():
         if isinstance(value, float) and math.isnan(value):
             raise UserError(f"config.{key} is not a number.")

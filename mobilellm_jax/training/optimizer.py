@@ -48,12 +48,7 @@ def adamw(
       UserError: `mu_dtype` is not one of `MOMENT_DTYPES`.
     """
     dtype = _moment_dtype(mu_dtype)
-    return optax.chain(
-        optax.clip_by_global_norm(clip),
-        optax.adamw(
-            learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decayed, mu_dtype=dtype
-        ),
-    )
+    return optax.chain(_clipped(clip), _adamw(learning_rate, b1, b2, eps, weight_decay, dtype))
 
 
 def muon(
@@ -79,20 +74,61 @@ def muon(
     """
     dtype = _moment_dtype(mu_dtype)
     orthogonal = optax.chain(
-        scale_by_muon(
-            ns_steps=ns_steps, beta=beta, mu_dtype=dtype, weight_dimension_numbers=matrices
+        _kept_as(
+            dtype, scale_by_muon(ns_steps=ns_steps, beta=beta, weight_dimension_numbers=matrices)
         ),
         optax.stateless(_as_large_as_adam),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
-    rest = optax.adamw(
-        learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decayed, mu_dtype=dtype
-    )
+    rest = _adamw(learning_rate, b1, b2, eps, weight_decay, dtype)
     return optax.chain(
-        optax.clip_by_global_norm(clip),
+        _clipped(clip),
         optax.partition({"matrix": orthogonal, "rest": rest}, _labels),
     )
+
+
+def _adamw(
+    learning_rate: jax.typing.ArrayLike,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    dtype: jax.typing.DTypeLike,
+) -> optax.GradientTransformation:
+    """`optax.adamw` but for what is said of `mu_dtype` in `adamw`; its state is of the same structure."""
+    return optax.chain(
+        _kept_as(dtype, optax.scale_by_adam(b1, b2, eps)),
+        optax.add_decayed_weights(weight_decay, decayed),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _kept_as(
+    dtype: jax.typing.DTypeLike, transform: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """A transformation whose first moment is kept in a dtype between steps, and summed in float32.
+
+    Of optax's own `mu_dtype` the decay, too, is rounded: 0.999 is 1 in bfloat16.
+    """
+
+    def kept(state: Any, dtype: jax.typing.DTypeLike) -> Any:
+        return state._replace(mu=optax.tree.cast(state.mu, dtype))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = transform.update(updates, kept(state, jnp.float32), params)
+        return updates, kept(state, dtype)
+
+    return optax.GradientTransformation(lambda params: kept(transform.init(params), dtype), update)
+
+
+def _clipped(clip: float) -> optax.GradientTransformation:
+    if not clip > 0:
+        raise UserError(
+            f"config.optimizer.clip={clip:g} would make every gradient 0: it is the largest norm that one "
+            "may have; 1e9 clips nothing."
+        )
+    return optax.clip_by_global_norm(clip)
 
 
 def decayed(params: Any) -> Any:
@@ -141,13 +177,13 @@ def _moment_dtype(name: str) -> jax.typing.DTypeLike:
 
 def warmup_cosine(steps: int, peak: float, warmup_steps: int, floor: float) -> optax.Schedule:
     """From 0 linearly to `peak` at `warmup_steps`, then half a cosine to `floor * peak` at `steps`."""
-    _check_warmup(warmup_steps, steps)
+    _check_warmup(warmup_steps, steps, peak)
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, steps, floor * peak)
 
 
 def warmup_linear(steps: int, peak: float, warmup_steps: int, floor: float) -> optax.Schedule:
     """From 0 linearly to `peak` at `warmup_steps`, then linearly to `floor * peak` at `steps`."""
-    _check_warmup(warmup_steps, steps)
+    _check_warmup(warmup_steps, steps, peak)
     up = optax.linear_schedule(0.0, peak, warmup_steps)
     down = optax.linear_schedule(peak, floor * peak, steps - warmup_steps)
     return optax.join_schedules([up, down], [warmup_steps])
@@ -183,7 +219,7 @@ def warmup_stable_decay(
     Raises:
       UserError: rise and fall do not fit into the run, or there is no such shape.
     """
-    _check_warmup(warmup_steps, steps)
+    _check_warmup(warmup_steps, steps, peak)
     fall = steps // 5 if decay_steps is None else decay_steps
     if not 0 <= fall <= steps - warmup_steps:
         raise UserError(
@@ -203,7 +239,11 @@ def warmup_stable_decay(
     return schedule
 
 
-def _check_warmup(warmup_steps: int, steps: int) -> None:
+def _check_warmup(warmup_steps: int, steps: int, peak: float) -> None:
+    if not peak >= 0:
+        raise UserError(
+            f"config.schedule.peak={peak:g} is negative: it is the highest learning rate."
+        )
     if not 0 <= warmup_steps < steps:
         raise UserError(
             f"config.schedule.warmup_steps={warmup_steps} does not lie within the {steps} steps of the "

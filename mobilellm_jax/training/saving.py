@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import sys
 import time
@@ -78,15 +77,8 @@ class Checkpoints:
             ),
             create=not read_only,
             read_only=read_only,
-            # A thread that makes them could still do so when a save that failed is cleared away.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
-        self._manage = functools.partial(
-            ocp.CheckpointManager,
-            self.directory,
-            options=options,
-            item_names=("params", "optimizer", "meta", "tokenizer"),
-        )
+        self._options = options
         self._read_only = read_only
         with explained(self.directory), _quiet(read_only):
             self._manager = self._open()
@@ -181,7 +173,17 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         self._clear()
-        return self._manage()
+        store = distributed.store()
+        asynchronous = ocp.AsyncOptions(
+            # A thread that makes them could still do so when a save that failed is cleared away.
+            create_directories_asynchronously=False,
+            barrier_sync_fn=None if store is None else Meeting(store, jax.process_index()),
+        )
+        return ocp.CheckpointManager(
+            self.directory,
+            options=dataclasses.replace(self._options, async_options=asynchronous),
+            item_names=("params", "optimizer", "meta", "tokenizer"),
+        )
 
     def _clear(self) -> None:
         """Removes what saves that were killed or failed have left, which would keep a disk full.
@@ -268,6 +270,67 @@ class Checkpoints:
           Damaged: the checkpoint is damaged.
         """
         return restore_state(self.directory / str(step), abstract)
+
+
+class Meeting:
+    """Where processes wait for each other in a save, so that one that fails does not leave them waiting.
+
+    Orbax lets all meet before a save (`start`, `end`), when each has `written`, when the first has
+    `committed`, and behind it (`start`, `end`). A process that fails skips what lies between and comes to
+    the last: it says so there, goes to the meeting that it has skipped, in which the others wait, and
+    these find what it has said.
+    """
+
+    def __init__(self, store: Any, number: int) -> None:
+        """All processes, of which this is the `number`-th, make theirs at the same time."""
+        self._store, self._number = store, number
+        self._name = distributed.new_key("saving")
+        self._saves, self._begun = 0, False
+        self._passed: list[str] = []  # meetings of this save
+
+    def __call__(self, *, key: str, timeout_ms: int) -> None:
+        """Waits for all; the key is Orbax's.
+
+        Raises:
+          RuntimeError: another process has failed.
+        """
+        if "async_write_complete" in key:
+            self._meet("written", timeout_ms)
+        elif "async_commit_complete" in key:
+            self._meet("committed", timeout_ms)
+        elif not self._begun:
+            self._wait(f"before {self._is_end(key)}", timeout_ms)
+            self._begun = self._is_end(key)
+        else:
+            skipped = [name for name in ("written", "committed") if name not in self._passed]
+            if skipped and "failed" not in self._passed:
+                self._store.key_value_set(
+                    f"{self._key}/failed/{skipped[0]}/{self._number}", "failed"
+                )
+                self._passed.append("failed")
+                self._wait(skipped[0], timeout_ms)
+            self._wait(f"behind {self._is_end(key)}", timeout_ms)
+            if self._is_end(key):
+                self._saves, self._begun, self._passed = self._saves + 1, False, []
+
+    @property
+    def _key(self) -> str:
+        return f"{self._name}/{self._saves}"
+
+    @staticmethod
+    def _is_end(key: str) -> bool:
+        return "set_value_end" in key
+
+    def _meet(self, name: str, timeout_ms: int) -> None:
+        self._wait(name, timeout_ms)
+        self._passed.append(name)
+        if failed := self._store.key_value_dir_get(f"{self._key}/failed/{name}/"):
+            self._passed.append("failed")
+            number = failed[0][0].rsplit("/", 1)[1]
+            raise RuntimeError(f"process {number} could not write its part")
+
+    def _wait(self, name: str, timeout_ms: int) -> None:
+        self._store.wait_at_barrier(f"{self._key}/{name}", timeout_ms)
 
 
 def restore_state(path: epath.Path, abstract: TrainState) -> TrainState:

@@ -62,7 +62,7 @@ def open_start(config: ConfigDict, run: "Setup") -> tuple[StoredModel, "Setup"]:
     if config.init_state == "all":
         run = run.at(open_model(directory).meta)
     start = open_weights(directory, run.model, run.tokenizer)
-    check_stage(start, config, named=epath.Path(directory) == start.directory)
+    check_stage(start, config, named=epath.Path(directory).resolve() == start.directory)
     if config.init_state == "all":
         check_state(start, config, run)
     return start, run

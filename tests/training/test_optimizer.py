@@ -155,6 +155,30 @@ def test_first_moments_may_be_kept_in_bfloat16(make):
         assert error.any(), "nothing was rounded"
 
 
+@pytest.mark.parametrize("b1", [0.9, 0.99, 0.995])
+def test_moments_in_bfloat16_decay_as_those_in_float32(b1):
+    """Also where the decay itself is no number of bfloat16."""
+    rng = np.random.default_rng(0)
+    gradients = [{"w": jnp.asarray(1 + rng.standard_normal(500), jnp.float32)} for _ in range(1200)]
+    size = {}
+    for dtype in ("float32", "bfloat16"):
+        make = ADAMW(1.0, b1=b1, weight_decay=0.0, clip=1e9, mu_dtype=dtype)
+        run = jax.jit(make.update)
+        p = {"w": jnp.zeros(500)}
+        state, sizes = make.init(p), []
+        for gradient in gradients:
+            updates, state = run(gradient, state, p)
+            sizes.append(float(updates["w"].mean()))
+        size[dtype] = np.mean(sizes[-200:])
+    assert size["bfloat16"] == pytest.approx(size["float32"], rel=0.005)
+
+
+@pytest.mark.parametrize("make", [ADAMW, MUON])
+def test_a_norm_of_gradients_that_cuts_all_is_refused(make):
+    with pytest.raises(UserError, match="clip=0 would make every gradient 0"):
+        make(0.0, clip=0.0)
+
+
 def test_another_dtype_of_moments_is_refused():
     with pytest.raises(UserError, match=r"optimizer.mu_dtype='float16' .* float32, bfloat16"):
         ADAMW(0.0, mu_dtype="float16")

@@ -1,11 +1,16 @@
 """Saves that fail do not stop a run and are not hushed up; damaged checkpoints are set aside."""
 
+import concurrent.futures
 import contextlib
 import errno
+import functools
 import json
 import os
+import re
 import shutil
 import subprocess
+import threading
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +18,7 @@ import optax
 import pytest
 import tiny
 from etils import epath
-from runs import bits, config_file, files, finish, lines, run, start_training
+from runs import bits, config_file, files, finish, lines, run, start_pod, start_training
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.train import train
@@ -169,6 +174,103 @@ def test_a_disk_that_is_really_full(plan, tmp_path):
         assert ended.status == 0, ended.err
         assert finish(start_training(config, tmp_path / "whole")).status == 0
         assert bits(load_model(workdir).params) == bits(load_model(tmp_path / "whole").params)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+class Store:
+    """JAX's coordination service, of threads."""
+
+    def __init__(self, processes):
+        self._barriers, self._values = {}, {}
+        self._lock, self._processes = threading.Lock(), processes
+
+    def wait_at_barrier(self, key, timeout_ms):
+        with self._lock:
+            barrier = self._barriers.setdefault(key, threading.Barrier(self._processes))
+        barrier.wait(timeout_ms / 1000)
+
+    def key_value_set(self, key, value):
+        with self._lock:
+            assert key not in self._values
+            self._values[key] = value
+
+    def key_value_dir_get(self, folder):
+        with self._lock:
+            return [(k, v) for k, v in self._values.items() if k.startswith(folder)]
+
+
+@pytest.mark.parametrize(
+    ("failing", "at", "told"),
+    [
+        ((), "", {}),
+        ((2,), "write", {0: "process 2 could", 1: "process 2 could", 2: "disk"}),
+        ((0, 1), "write", {0: "disk", 1: "disk", 2: "process 0 could|process 1 could"}),
+        ((0, 1, 2), "write", {0: "disk", 1: "disk", 2: "disk"}),
+        ((0,), "commit", {0: "disk", 1: "process 0 could", 2: "process 0 could"}),
+    ],
+)
+def test_a_process_that_fails_leaves_no_other_waiting(monkeypatch, failing, at, told):
+    """Whoever fails wherever: all come to the end of this save, and of the next."""
+    monkeypatch.setattr(saving.distributed, "new_key", lambda name: name)
+    store, said, committed = Store(3), [{}, {}], []
+
+    def process(number):
+        """What Orbax does in a save, of which the first fails."""
+        meeting = saving.Meeting(store, number)
+        wait = functools.partial(meeting, timeout_ms=20_000)
+        for save in range(2):
+            wait(key="set_value_start::1")
+            wait(key="set_value_end::1")
+            try:
+                if save == 0 and at == "write" and number in failing:
+                    raise OSError("disk")
+                wait(key="async_write_complete.8")
+                if number == 0:
+                    if save == 0 and at == "commit":
+                        raise OSError("disk")
+                    committed.append(save)
+                wait(key="async_commit_complete.8")
+            except (OSError, RuntimeError) as error:
+                said[save][number] = str(error)
+            finally:
+                wait(key="set_value_start::2")
+                wait(key="set_value_end::2")
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        list(pool.map(process, range(3)))
+    assert said[0].keys() == told.keys() and not said[1]
+    assert all(re.search(told[number], sentence) for number, sentence in said[0].items())
+    assert committed == ([1] if failing else [0, 1])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
+@pytest.mark.slow
+def test_a_full_disk_stops_no_process_of_several(plan, tmp_path):
+    """None waits for another that cannot write its part."""
+    disk, logs, workdir = tmp_path / "disk", tmp_path / "logs", tmp_path / "run"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        workdir.mkdir()
+        (workdir / "checkpoints").symlink_to(disk)
+        keys = {"checkpoint.keep": 20, "checkpoint.every": 2, "mesh.fsdp": 2}
+        config = config_file(tmp_path, plan, **{k.replace(".", "__"): v for k, v in keys.items()})
+        same = tiny.config(plan)
+        same.update_from_flattened_dict(keys)
+        (workdir / "config.json").write_text(json.dumps(same.to_dict()))
+        began = time.monotonic()
+        ended = finish(start_pod(2, 1, logs, config, workdir), timeout=400)
+        assert ended.status == 1 and time.monotonic() - began < 300
+        said = [(logs / f"process-{i}.log").read_text() for i in range(2)]
+        assert any("No space left" in text for text in said), said
+        assert "the checkpoint of the last step, 12, could not be written" in said[0]
+        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+        ended = finish(start_pod(2, 1, logs, config, workdir), timeout=400)
+        assert ended.status == 0
+        assert sorted(lines(workdir)) == list(range(1, 13))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
