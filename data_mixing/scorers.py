@@ -130,7 +130,8 @@ class Gradients:
 class States:
     """The loss, and the likeness of hidden states to the probes': cosines with their mean state.
 
-    The mean state of rows of what is scored is taken off before, or all texts would be alike.
+    What is common to the probes of all capabilities and to rows of what is scored, as one more kind, is taken
+    off before, or all texts would be alike.
     """
 
     path: epath.Path
@@ -155,8 +156,9 @@ class States:
             states_BTD, weight_BT = _all_states(of, rows)
             return (states_BTD * weight_BT[..., None]).sum((0, 1)) / weight_BT.sum()
 
-        centre_D = mean_D(self.rows)
-        toward_KD = unit(np.stack(list(map(mean_D, self.probes.values()))) - centre_D)
+        mean_KD = np.stack(list(map(mean_D, self.probes.values())))
+        centre_D = np.stack([*mean_KD, mean_D(self.rows)]).mean(0)
+        toward_KD = unit(mean_KD - centre_D)
 
         def values(tokens: np.ndarray) -> np.ndarray:
             nll_BT, weight_BT = derivatives.losses(of, tokens)

@@ -130,7 +130,7 @@ def joined(mode: str, timeout: int = TIMEOUT) -> Iterator[None]:
         silence = contextlib.ExitStack()
         if number:
             silence.enter_context(contextlib.redirect_stdout(silence.enter_context(_nowhere())))
-        pulse = _Pulse(_service.global_state.client, number, jax.process_count())
+        pulse = _Pulse(_service.global_state.client, number, jax.process_count(), abort)
         with silence:
             try:
                 yield
@@ -217,8 +217,9 @@ def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
 class _Pulse:
     """Signs of life of this process, and the news that the run has ended."""
 
-    def __init__(self, client: Any, number: int, processes: int) -> None:
+    def __init__(self, client: Any, number: int, processes: int, abort: "_Abort") -> None:
         self._client, self._number, self._processes = client, number, processes
+        self._abort = abort
         self._over = threading.Event()
         self._threads = [
             threading.Thread(target=target, daemon=True) for target in (self._beat, self._listen)
@@ -228,6 +229,7 @@ class _Pulse:
 
     def _beat(self) -> None:
         seen: dict[str, tuple[str, float]] = {}
+        usual = self._abort.sentence
         for count in itertools.count():
             if self._over.wait(PULSE):
                 return
@@ -240,12 +242,17 @@ class _Pulse:
                 for key, value in self._client.key_value_dir_get("pulse/"):
                     if seen.get(key, ("", 0.0))[0] != value:
                         seen[key] = value, now
-                    elif now - seen[key][1] > DEAD:
-                        self.end(
-                            f"process {key.rsplit('/', 1)[1]} has died (no sign of life for {DEAD} s): "
-                            f"the run ends here; {_GOES_ON}."
-                        )
-                        return
+                key, (_, last) = min(seen.items(), key=lambda item: item[1][1])
+                news = (
+                    f"process {key.rsplit('/', 1)[1]} has died (no sign of life for {now - last:.0f} s): "
+                    f"the run ends here; {_GOES_ON}."
+                )
+                # On a busy machine JAX may notice before us.
+                quiet = now - last > DEAD / 2
+                self._abort.sentence = f"process {self._number}: {news}" if quiet else usual
+                if now - last > DEAD:
+                    self.end(news)
+                    return
             except jax.errors.JaxRuntimeError:
                 return  # the store is gone; JAX ends this process
 
