@@ -49,10 +49,9 @@ from mobilellm_jax.interop.stored import open_model
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.parallel.mesh import local_mesh
 from mobilellm_jax.tables import aligned
-from mobilellm_jax.training.checkpoint import FOLDER, saved_steps
+from mobilellm_jax.training.checkpoint import FOLDER, located, saved_steps
 from mobilellm_jax.training.config import configured
 from mobilellm_jax.training.length import length_of
-from mobilellm_jax.training.start import located
 
 GRADIENTS = {"datainf", "tracin", "dot"}
 METRICS = ("datainf", "tracin", "dot", "loss", "embedding", "ngrams")
@@ -215,7 +214,7 @@ def open_checkpoints(
         saved = saved_steps(directory / FOLDER)
         chosen = np.unique(np.linspace(0, len(saved), min(steps, len(saved)) + 1).round()[1:] - 1)
         paths = [directory / FOLDER / str(saved[int(i)]) for i in chosen]
-        for path in paths or [epath.Path(located(str(directory)))]:
+        for path in paths or [epath.Path(located(directory))]:
             found.append(_opened(path, of))
     return found
 
@@ -397,6 +396,11 @@ def _score(
                 costs[scorer.name] = json.loads(cost_file.read_text())
                 continue
             start = time.monotonic()
+            if bar.disable:  # no terminal, but perhaps a log
+                print(
+                    f"{scorer.name}: {scorer.rows_before + sum(map(len, scored)):,} rows ...",
+                    flush=True,
+                )
             values, before, each = scorer.open(bar.update)
             for number, (sample, part) in enumerate(parts):
                 path = folder / f"{number:05d}.parquet"

@@ -41,6 +41,7 @@ from mobilellm_jax.data.encoding import Workers
 from mobilellm_jax.data.ngrams import jaccard
 from mobilellm_jax.data.source_flags import corpus_of
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import alone
 from mobilellm_jax.tables import aligned
 
 VERSION = 1  # of what is written; another one is begun anew
@@ -84,11 +85,15 @@ def clean(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return _complete(out, settings)
-    growing = _begun(out.parent / f"{out.name}.incomplete", settings)
-    with Workers(workers or os.cpu_count() or 1) as processes:
+    decontamination.load_index.cache_clear()  # the files may have changed since an earlier run
+    if evals:
+        decontamination.load_index(evals)  # which tells of bad ones before anything is written
+    growing = out.parent / f"{out.name}.incomplete"
+    with alone(growing, "is cleaning"), Workers(workers or os.cpu_count() or 1) as processes:
+        _take_up(growing, settings)
         report = {"settings": settings, **_Passes(corpus, growing, evals, processes).all(dedup)}
-    cleaning.write_json(growing / "report.json", report)
-    growing.rename(out)
+        cleaning.write_json(growing / "report.json", report)
+        growing.rename(out)
     shutil.rmtree(cleaning.work_folder(out))
     return report
 
@@ -123,7 +128,7 @@ def _complete(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     return report
 
 
-def _begun(growing: Path, settings: Mapping[str, Any]) -> Path:
+def _take_up(growing: Path, settings: Mapping[str, Any]) -> None:
     path = cleaning.work_folder(growing) / "settings.json"
     if not path.exists():
         if any(file.is_file() and file.suffix != ".half" for file in growing.rglob("*")):
@@ -134,7 +139,6 @@ def _begun(growing: Path, settings: Mapping[str, Any]) -> Path:
         raise UserError(
             f"{growing} was begun from other input or with other options: delete it, or give the same ones."
         )
-    return growing
 
 
 class _Passes:
@@ -142,7 +146,6 @@ class _Passes:
 
     def __init__(self, corpus: Corpus, out: Path, evals: EvalSets | None, workers: Workers) -> None:
         self._name, self._out, self._workers = corpus.name, out, workers
-        decontamination.load_index.cache_clear()  # the files may have changed since an earlier run
         self._index = decontamination.load_index(evals) if evals else None
         self._jobs = [PartJob(part, n, out, evals) for n, part in enumerate(corpus.parts())]
 

@@ -1,6 +1,8 @@
 """Results that are there whole or not at all, in the place of something else only where that is meant."""
 
 import contextlib
+import fcntl
+import os
 import uuid
 from collections.abc import Iterator
 
@@ -74,6 +76,37 @@ def replaced(path: epath.PathLike) -> Iterator[epath.Path]:
     unfinished = path.with_name(f"{path.name}.unfinished")
     yield unfinished
     unfinished.replace(path)
+
+
+@contextlib.contextmanager
+def alone(folder: epath.PathLike, doing: str) -> Iterator[None]:
+    """Around all that a program writes into a folder of this machine, which it makes: no other does so.
+
+    Args:
+      folder: where; of an object store nothing is known.
+      doing: what another program would be doing, `is training`.
+
+    Raises:
+      UserError: another program is in there.
+    """
+    folder = epath.Path(folder)
+    if "://" in str(folder):
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)  # ends with the process, however that ends
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another program {doing} in {folder} at this moment: wait for its end, or stop it."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(lock)
 
 
 @contextlib.contextmanager

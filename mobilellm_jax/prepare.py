@@ -253,6 +253,8 @@ def _tokenizer(
         texts = (text for corpus in corpora for text in corpus.sample(SAMPLE // len(corpora)))
         tokenizer = train_tokenizer(texts, vocab_size, markers(chat_template or ""))
         tokenizer = dataclasses.replace(tokenizer, chat_template=chat_template)
+    if any(isinstance(corpus, ChatCorpus) for corpus in corpora):
+        ConversationEncoder(tokenizer)  # before it is stored without the template that they need
     settings_path.write_text(json.dumps(settings, indent=2) + "\n")
     tokenizer.write(out)
     seconds = time.monotonic() - start

@@ -107,7 +107,7 @@ def prune(
     check_new_folder(out)
     source, loaded = open_model(checkpoint), Plan.load(plan)
     tokenizer = tokenizer_of(loaded, plan)
-    check_tokenizer(source.needed_tokenizer, tokenizer, f"--checkpoint={checkpoint}")
+    check_tokenizer(source.needed_tokenizer, tokenizer, f"--checkpoint={checkpoint}", "network")
     model = source.model
     amount(target_params, size(model))  # may be none; what it means, the weights say
     for flag, value in (("rounds", rounds), ("rows", rows), ("batch_rows", batch_rows)):

@@ -32,9 +32,9 @@ from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.reporting.history import read_history
 from mobilellm_jax.tables import aligned
-from mobilellm_jax.training.checkpoint import FOLDER, saved_steps
+from mobilellm_jax.training.checkpoint import FOLDER, read_meta, saved_steps
 from mobilellm_jax.training.length import Length, length_of
-from mobilellm_jax.training.workdir import read_config
+from mobilellm_jax.training.workdir import check_past, read_config
 
 SHOWN = 400  # characters of a row's text in a table
 
@@ -75,11 +75,15 @@ def open_run(workdir: epath.PathLike) -> Run:
     """Reads the record of a run and opens its data.
 
     Raises:
-      UserError: it is not the workdir of a run, or its data are not there.
+      UserError: it is not the workdir of a run, its data are not there, or its plan is now another in what
+        the run has read.
     """
     workdir = epath.Path(workdir)
     config = read_config(workdir)
     plan = Plan.load(config["plan"])
+    if steps := saved_steps(workdir / FOLDER):
+        newest = workdir / FOLDER / str(steps[-1])
+        check_past(read_meta(newest), plan, config["row_length"], str(newest))
     mixture = open_mixture(plan, config["row_length"], config["model"]["vocab_size"])
     try:
         history = read_history(workdir)
@@ -214,7 +218,8 @@ def skip(run: Run, first: int, last: int, reason: str) -> str:
     went = f" Checkpoints {', '.join(map(str, moved))} are now in {aside}." if moved else ""
     return (
         f"{path}: rows {begin:,} to {end - 1:,} (steps {first:,} to {last:,}) are left out; the plan "
-        f"as it was is {kept.name}.{went} Start training again with the same command."
+        f"as it was is {kept.name}.{went} Start training again with the same command. Other runs of "
+        "this plan leave these rows out as well, if they have not read them yet."
     )
 
 

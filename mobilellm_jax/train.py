@@ -7,6 +7,7 @@ workdir holds config.json, metrics.jsonl, tensorboard/ and checkpoints/. Several
 same command (launch/README.md).
 """
 
+import contextlib
 import sys
 import time
 import zlib
@@ -22,6 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from mobilellm_jax import cli
 from mobilellm_jax.data.mixture import consumed
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import alone
 from mobilellm_jax.parallel import distributed
 from mobilellm_jax.parallel.chips import peak_flops
 from mobilellm_jax.parallel.compiled import keep_compiled
@@ -73,7 +75,7 @@ def train(
     run = set_up(config, devices or jax.devices())
     origin = provenance(run.devices)
     judge, checked = _judge(config, run), run
-    with jax.set_mesh(run.mesh):
+    with jax.set_mesh(run.mesh), contextlib.ExitStack() as held:
         steps_saved = saved_steps(epath.Path(workdir) / FOLDER)
         distributed.check_same(
             {"config": config.to_dict(), "plan": run.plan.hash, "workdir": str(workdir)}
@@ -86,6 +88,8 @@ def train(
 
         # All is checked: from here on the workdir is this run's.
         workdir = claim(workdir, config)
+        if leads:
+            held.enter_context(alone(workdir, "is training"))
 
         # --- The state: restored, or made in place
         clock = Goodput(workdir, began, writes=leads)

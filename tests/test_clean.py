@@ -161,6 +161,15 @@ def test_a_long_document_needs_little_memory_and_equals_itself(tmp_path, monkeyp
     assert cleaning.near_copies(tmp_path / "matches", [0, 2]).tolist() == [[1, 0]]
 
 
+def test_a_typo_in_a_field_leaves_nothing_in_the_way(tmp_path):
+    source = corpus(tmp_path, [text_of(random.Random(0))])
+    path, out = str(write_lines(tmp_path / "e.jsonl", [{"question": "x"}])), tmp_path / "out"
+    how = {"dedup": ["exact"], "workers": 1}
+    with pytest.raises(UserError, match="none of the fields questoin"):
+        clean(source, out, evals=EvalSets((path,), ("questoin",)), **how)
+    clean(source, out, evals=EvalSets((path,), ("question",)), **how)
+
+
 # The same whoever does it; whole or not there.
 
 

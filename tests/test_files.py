@@ -1,9 +1,12 @@
 """Results are there whole or not at all, and never in the place of something else."""
 
+import subprocess
+import sys
+
 import pytest
 
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import new_file, new_folder, replaced
+from mobilellm_jax.files import alone, new_file, new_folder, replaced
 
 
 def write(path, text="whole"):
@@ -75,3 +78,23 @@ def test_a_file_is_replaced_in_one_move_or_not_at_all(tmp_path):
         unfinished.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_one_program_at_a_time_is_in_a_folder(tmp_path):
+    """Of this process and of another; what was left by one that has ended is no obstacle."""
+    code = "import sys; from mobilellm_jax.files import alone; alone(sys.argv[1], 'is here').__enter__()"
+    other = [sys.executable, "-c", code, tmp_path / "run"]
+    for inside in (True, False):
+        if inside:
+            with alone(tmp_path / "run", "is training"):
+                with (
+                    pytest.raises(UserError, match="another program is training in .*run at this"),
+                    alone(tmp_path / "run", "is training"),
+                ):
+                    pass
+                ended = subprocess.run(other, capture_output=True, text=True, check=False)
+                assert "another program is here in" in ended.stderr
+        else:
+            subprocess.run(other, check=True)
+            with alone(tmp_path / "run", "is training"):
+                pass

@@ -228,7 +228,10 @@ def test_skipped_steps_are_left_out_and_the_rest_is_as_if_they_had_never_been(pr
     runs.run(config, workdir)
     old = Plan.load(plan)
     seen = open_mixture(old, tiny.ROW, tiny.VOCAB).locate(np.arange(STEPS * BATCH * 2))
+    shutil.copytree(workdir, tmp_path / "other")
     said = skip(open_run(workdir), 6, 7, "a spike")
+    with pytest.raises(UserError, match="was trained on another plan .* they differ in the skips"):
+        open_run(tmp_path / "other")  # whose rows are not those of the plan any more
     assert "steps 6 to 7" in said and f"mixture.{old.hash[:8]}.json" in said
     assert Plan.load(data / f"mixture.{old.hash[:8]}.json").hash == old.hash
     (aside,) = workdir.glob("rewound-*")
@@ -262,11 +265,12 @@ def test_a_plan_that_ends_with_its_run_is_lengthened_by_what_is_skipped(prepared
     assert Plan.load(plan).tokens == (STEPS + 1) * BATCH * tiny.ROW
     runs.run(tiny.config(plan, STEPS), workdir)
     assert max(runs.lines(workdir)) == STEPS
+    raw = json.loads(plan.read_text())
     for source in raw["sources"]:
         source["max_epochs"] = 1e3
     plan.write_text(json.dumps(raw))
     with pytest.raises(UserError, match="ends 512 tokens before the run, and .*'train', is"):
-        skip(open_run(workdir), 6, 6, "")
+        skip(open_run(workdir), 8, 8, "")
 
 
 def test_what_cannot_be_skipped_or_replayed(prepared, trained):

@@ -12,6 +12,7 @@ from runs import bits, config_file, files, lines, program, rows_seen, run
 from weights import said
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.interop.stored import open_model
 from mobilellm_jax.rows import open_run
 from mobilellm_jax.train import train
 from mobilellm_jax.training import optimizer
@@ -124,7 +125,9 @@ def test_a_named_checkpoint_is_found_from_where_the_user_stands(plan, stable, mo
         return open_start(config, set_up(config, jax.devices()[:1]))[0]
 
     for name in (f"{stable.name}@8", f"{stable.name}/checkpoints/8", f"./{stable.name}@8"):
-        assert begun(name).step == 8
+        assert begun(name).step == open_model(name).step == 8
+    with pytest.raises(UserError, match="no checkpoint of step 9 .* its steps are: 4, 8, 12, 16"):
+        open_model(f"{stable}@9")
     with pytest.raises(UserError, match="is a run that has not ended"):
         begun(stable.name)
 

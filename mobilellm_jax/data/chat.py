@@ -213,8 +213,8 @@ class ConversationEncoder:
         """
         if tokenizer.chat_template is None:
             raise UserError(
-                "the tokenizer has no chat template: name one with --chat_template, "
-                f"{', '.join(shipped_templates())} or a file."
+                "the tokenizer has no chat template: name one with --chat_template when conversations are "
+                f"prepared, {', '.join(shipped_templates())} or a file."
             )
         self.template = ChatTemplate(tokenizer.chat_template, tokenizer.named_tokens)
         self._tokenizer = tokenizer

@@ -10,9 +10,7 @@ with them the commit mark of the source.
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -36,7 +34,7 @@ from mobilellm_jax.data.rows import (
     read_info,
 )
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import written_records
+from mobilellm_jax.files import alone, written_records
 
 _WRITE = "group_size:1,zstd:1"  # a row per group: any row is one read
 _SCRATCH = "scratch-"  # folders of parts that are being written
@@ -98,23 +96,11 @@ class SourceWriter:
         Raises:
           UserError: another does.
         """
-        if not _is_local(self._growing) or epath.Path(self.path).exists():
+        if epath.Path(self.path).exists() or not _is_local(self._growing):
             yield
             return
-        self._growing.mkdir(parents=True, exist_ok=True)
-        folder = os.open(
-            self._growing, os.O_RDONLY
-        )  # its lock ends with the process, however that ends
-        try:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another program is preparing {self.path} at this moment: wait for its end."
-                ) from None
+        with alone(self._growing, "is preparing"):
             yield
-        finally:
-            os.close(folder)
 
     def begin(self) -> None:
         """Makes the directory; parts that are there stay.

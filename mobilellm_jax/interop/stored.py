@@ -95,7 +95,8 @@ def open_model(directory: epath.PathLike, ls_kv: str = "fresh") -> StoredModel:
     """Opens a network without reading its weights.
 
     Args:
-      directory: a workdir, its `checkpoints` folder, one step's folder, or a Hugging Face folder.
+      directory: a workdir, its `checkpoints` folder, one step's folder or DIR@STEP, or a Hugging Face
+        folder.
       ls_kv: what a shared block of an official MobileLLM reads in its second pass, which its files
         do not say (see `ModelConfig.ls_kv`).
 
@@ -103,7 +104,7 @@ def open_model(directory: epath.PathLike, ls_kv: str = "fresh") -> StoredModel:
       UserError: there is no network, or it is damaged, or not one that can be computed here; its
         tokenizer is not usable, or has more pieces than the network embeddings.
     """
-    directory = epath.Path(directory)
+    directory = epath.Path(checkpoint.located(directory))
     stored = _folder(directory, ls_kv) if is_folder(directory) else _checkpoint(directory)
     if stored.tokenizer and stored.tokenizer.vocab_size > stored.model.vocab_size:
         raise UserError(

@@ -14,6 +14,8 @@ may also stand alone, without an optimizer: a network that was brought here from
 
 import contextlib
 import dataclasses
+import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -158,6 +160,26 @@ def find(directory: epath.PathLike) -> epath.Path:
         f"there is no checkpoint in {directory}: name a workdir in which training has saved one, "
         f"its {FOLDER} folder, one step's folder, or a Hugging Face folder with its config.json."
     )
+
+
+def located(name: epath.PathLike) -> epath.PathLike:
+    """The directory that a name means: itself, or of DIR@STEP that step's folder.
+
+    Raises:
+      UserError: DIR has no checkpoint of that step.
+    """
+    match = re.fullmatch(r"(.+)@(\d+)", os.fspath(name))
+    if not match or epath.Path(name).exists():
+        return name
+    directory, step = epath.Path(match[1]), int(match[2])
+    folder = directory / FOLDER if (directory / FOLDER).exists() else directory
+    steps = saved_steps(folder)
+    if step not in steps:
+        there = ", ".join(f"{s:,}" for s in steps) or "none"
+        raise UserError(
+            f"{name}: there is no checkpoint of step {step:,} in {folder}; its steps are: {there}."
+        )
+    return folder / str(step)
 
 
 def saved_steps(folder: epath.Path) -> list[int]:

@@ -7,7 +7,6 @@ long run at any checkpoint that is kept.
 
 import dataclasses
 import functools
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.pruning.while_training import schedule_of
-from mobilellm_jax.training.checkpoint import FOLDER, saved_steps
+from mobilellm_jax.training.checkpoint import located
 from mobilellm_jax.training.config import differences
 from mobilellm_jax.training.length import length_of
 from mobilellm_jax.training.outliers import init_window
@@ -66,27 +65,6 @@ def open_start(config: ConfigDict, run: "Setup") -> tuple[StoredModel, "Setup"]:
     if config.init_state == "all":
         check_state(start, config, run)
     return start, run
-
-
-def located(name: str) -> epath.PathLike:
-    """The directory that `config.init_from` names: itself, or of DIR@STEP that step's folder.
-
-    Raises:
-      UserError: DIR has no checkpoint of that step.
-    """
-    match = re.fullmatch(r"(.+)@(\d+)", name)
-    if not match:
-        return name
-    directory, step = epath.Path(match[1]), int(match[2])
-    folder = directory / FOLDER if (directory / FOLDER).exists() else directory
-    steps = saved_steps(folder)
-    if step not in steps:
-        there = ", ".join(f"{s:,}" for s in steps) or "none"
-        raise UserError(
-            f"config.init_from={name}: there is no checkpoint of step {step:,} in {folder}; its steps are: "
-            f"{there}."
-        )
-    return folder / str(step)
 
 
 def check_stage(start: StoredModel, config: ConfigDict, named: bool) -> None:
@@ -241,7 +219,8 @@ def check_state(start: StoredModel, config: ConfigDict, run: "Setup") -> None:
             f"{config.row_length:,}; give it the row_length, first_row, global_batch and batch_ramp of "
             "that run up to there (a new global_batch may follow a ramp that ends there)."
         )
-    check_past(start.meta, run.plan, config.row_length, str(start.directory))
+    if changed := check_past(start.meta, run.plan, config.row_length, str(start.directory)):
+        print(f"init_from: {changed}.")
 
 
 def open_weights(

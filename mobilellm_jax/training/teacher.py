@@ -141,8 +141,10 @@ def abstract_teacher(
     return Teacher(network, params)
 
 
-def check_tokenizer(of_teacher: "Tokenizer", of_data: "Tokenizer", where: str) -> None:
-    """A teacher speaks of the student's tokens: every id must stand for the same text.
+def check_tokenizer(
+    of_teacher: "Tokenizer", of_data: "Tokenizer", where: str, who: str = "teacher"
+) -> None:
+    """Who reads rows must know their tokens: every id must stand for the same text.
 
     Special tokens may differ, and which of them begins and ends a document, as they do between a
     network and its chat version; that is printed.
@@ -155,13 +157,13 @@ def check_tokenizer(of_teacher: "Tokenizer", of_data: "Tokenizer", where: str) -
     if of_teacher.vocabulary != of_data.vocabulary:
         raise UserError(
             f"{where} has another tokenizer ({of_teacher.fingerprint[:12]}) than the data "
-            f"({of_data.fingerprint[:12]}): a teacher speaks of the student's tokens. Prepare the data "
-            "with the teacher's tokenizer, or choose another teacher."
+            f"({of_data.fingerprint[:12]}): prepare the data with the {who}'s "
+            f"tokenizer, or choose another {who}."
         )
     ends = ((t.bos_id, t.eos_id) for t in (of_teacher, of_data))
     print(
-        "{}: the teacher's tokenizer has the pieces of the data's, but not all of its special tokens or "
-        "rules (BOS and EOS are {} there, {} here).".format(where, *ends)
+        "{}: the {}'s tokenizer has the pieces of the data's, but not all of its special tokens or "
+        "rules (BOS and EOS are {} there, {} here).".format(where, who, *ends)
     )
 
 

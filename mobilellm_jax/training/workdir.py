@@ -127,11 +127,15 @@ def check_same_run(
         {k: v for k, v in config.to_dict().items() if k not in FREE},
         str(where),
     )
-    check_past(meta, plan, config.row_length, str(where))
+    if changed := check_past(meta, plan, config.row_length, str(where)):
+        print(f"resume: {changed}.")
 
 
-def check_past(meta: Mapping[str, Any], plan: Plan, row_length: int, where: str) -> None:
+def check_past(meta: Mapping[str, Any], plan: Plan, row_length: int, where: str) -> str:
     """What the run of a checkpoint has read so far must be in the plan as it is now.
+
+    Returns:
+      what is different from there on, for people; "" where nothing is.
 
     Raises:
       UserError: it is not; the sentence lists what differs.
@@ -147,4 +151,12 @@ def check_past(meta: Mapping[str, Any], plan: Plan, row_length: int, where: str)
                 f"differ in {', '.join(changed)}. Put that plan back, let the change begin with a new "
                 "stage (`python -m mobilellm_jax.plan --change_at`), or use a new --workdir."
             )
-        print(f"resume: the plan has changed from {tokens:,} tokens on, {plan.hash[:12]} now.")
+        left = [
+            f"rows {s.at_row:,} to {s.at_row + s.rows - 1:,} are left out"
+            + (f" ({s.reason})" if s.reason else "")
+            for s in plan.skips
+            if s.at_row >= int(meta["rows"])
+        ]
+        changed_now = f"the plan has changed from {tokens:,} tokens on, {plan.hash[:12]} now"
+        return "; ".join([changed_now, *left])
+    return ""

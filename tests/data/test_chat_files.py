@@ -172,7 +172,8 @@ def test_without_a_template_one_must_be_named(tmp_path):
     (tmp_path / "t.model").write_bytes(tiny.tokenizer().model_bytes)
     corpus, out = chats.corpus_of(tmp_path, {"messages": TALK}), tmp_path / "out"
     with pytest.raises(UserError, match="no chat template: name one with --chat_template"):
-        chats.run([corpus], tmp_path / "other", tmp_path / "t.model")
+        chats.run([corpus], out, tmp_path / "t.model")
+    assert not list(out.iterdir())  # nothing that the corrected command would stumble over
     for _ in range(2):
         chats.run([corpus], out, tmp_path / "t.model", chat_template=read_template("llama3"))
     tokenizer = Tokenizer.load(out)
