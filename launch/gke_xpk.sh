@@ -9,7 +9,8 @@ usage: launch/gke_xpk.sh --name=NAME --cluster=NAME --project=ID --zone=ZONE --t
        launch/gke_xpk.sh --name=NAME --cluster=NAME --project=ID --zone=ZONE --logs | --delete
 
 Submits COMMAND as a workload to a cluster that exists (`xpk cluster create`). Kubernetes starts it
-again up to --restarts times when a machine is taken away or a process dies; it resumes by itself.
+again up to --restarts times when a machine is taken away or a process dies (those that are left end
+with status 42, which xpk counts as such); it resumes by itself. A mistake (status 1, 2) is not repeated.
 
   launch/gke_xpk.sh --name=r1-950m --cluster=tpus --project=$PROJECT --zone=us-east5-a \
     --type=v5p-1024 --image=$REGION-docker.pkg.dev/$PROJECT/images/mobilellm-jax \
