@@ -89,13 +89,16 @@ def activation(found: Mapping[str, Any], config: ModelConfig) -> Groups:
     return jax.tree.map(lambda x: jnp.sqrt(x / tokens), squares)
 
 
-def importance(found: Mapping[str, Any], measure: str) -> np.ndarray:
-    """Of each block, as float64.
+def importance(found: Mapping[str, Any], config: ModelConfig, measure: str) -> np.ndarray:
+    """Of each block, as float64; of one that is applied several times a mean.
 
     Raises:
       UserError: there is no such measure.
     """
     if measure not in IMPORTANCE:
         raise UserError(f"importance={measure!r} is not one of {', '.join(IMPORTANCE)}.")
-    by_stack = [np.asarray(found[f"stack_{i}"][measure]) for i in range(len(found) - 1)]
+    by_stack = [
+        np.asarray(found[f"stack_{i}"][measure]) / stack.repeats
+        for i, stack in enumerate(config.stacks)
+    ]
     return IMPORTANCE[measure] * np.concatenate(by_stack).astype(np.float64)

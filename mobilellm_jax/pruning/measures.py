@@ -52,7 +52,7 @@ class Measures:
 
     def importance(self, measure: str) -> np.ndarray:
         """Of each block, float64; see `activations.importance`."""
-        return activations.importance(self.statistics, measure)
+        return activations.importance(self.statistics, self._network.model, measure)
 
     @functools.cached_property
     def statistics(self) -> Mapping[str, Any]:

@@ -200,6 +200,16 @@ def test_statistics_are_those_of_the_activations(config):
                 )
 
 
+def test_blocks_are_as_important_however_often_they_are_applied_alike():
+    rng = np.random.default_rng(0)
+    once, twice = rng.random(3), rng.random(2)
+    stacks = Stack(3, 6, 3, 20), Stack(2, 6, 3, 20, repeats=2)
+    config = dataclasses.replace(networks.PLAIN, stacks=stacks)
+    found = {"tokens": 9.0, "stack_0": {"cosine": once}, "stack_1": {"cosine": 2 * twice}}
+    expected = activations.IMPORTANCE["cosine"] * np.concatenate([once, twice])
+    np.testing.assert_allclose(activations.importance(found, config, "cosine"), expected)
+
+
 def test_importance_is_that_of_the_definition():
     """One block without weights to speak of hardly turns its input."""
     params = networks.parameters(networks.PLAIN)
