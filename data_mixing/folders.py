@@ -11,9 +11,8 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import replaced
 from mobilellm_jax.training.config import differences
 
-_HALF = (
-    r"\.(unfinished|partial-[0-9a-f]{8})$"  # what `mobilellm_jax.files` leaves when it is killed
-)
+# What `mobilellm_jax.files` leaves when it is killed.
+_HALF = r"\.(unfinished|partial-[0-9a-f]{8})$"
 
 
 def claim(folder: epath.PathLike, settings: Mapping[str, Any], name: str = "settings.json") -> None:

@@ -273,9 +273,8 @@ def save_arrays(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a .npz file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as unfinished, unfinished.open("wb") as file:
-        with zipfile.ZipFile(
-            file, "w"
-        ) as packed:  # like np.savez, which has arguments among the names
+        # As np.savez does, whose own arguments could not be names.
+        with zipfile.ZipFile(file, "w") as packed:
             for name, array in arrays.items():
                 with packed.open(f"{name}.npy", "w", force_zip64=True) as entry:
                     np.lib.format.write_array(entry, np.asarray(array), allow_pickle=False)

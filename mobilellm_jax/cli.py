@@ -13,14 +13,8 @@ from absl import app, flags, logging
 
 from mobilellm_jax.errors import UserError, of_the_disk
 
-_TEXTS = (
-    "prompt",
-    "system",
-    "system_prompt",
-    "answer",
-    "stop",
-    "reason",
-)  # flags that are text, in which ~ is a letter
+# Flags that are text, in which ~ is a letter.
+_TEXTS = ("prompt", "system", "system_prompt", "answer", "stop", "reason")
 
 
 def run(main: Callable[..., None], positional: str = "") -> None:

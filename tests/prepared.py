@@ -1,6 +1,8 @@
 """Small corpora, and what `prepare` made of them."""
 
 import json
+import os
+import pathlib
 import random
 
 import numpy as np
@@ -16,6 +18,9 @@ def write_corpus(path, seed, count=400):
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 60))) + f" {i}\n" for i in range(count)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return texts
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}  # of programs
 
 
 def two_corpora(folder):

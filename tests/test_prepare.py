@@ -1,8 +1,6 @@
 """Preparation: whole, repeatable, never half-done, never overwriting."""
 
 import dataclasses
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -10,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import tokenizer_files
-from prepared import contents, decoded, run, two_corpora, write_corpus
+from prepared import ENVIRONMENT, contents, decoded, run, two_corpora, write_corpus
 
 from mobilellm_jax.data import encoding
 from mobilellm_jax.data.corpora import FileCorpus, documents
@@ -22,9 +20,6 @@ from mobilellm_jax.data.sentencepiece_tokenizer import train_tokenizer
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.prepare import parse_weights, prepare
-
-ROOT = pathlib.Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture

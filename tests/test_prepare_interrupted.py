@@ -13,27 +13,13 @@ import sys
 import time
 
 import pytest
-from prepared import contents, run, stream, two_corpora, write_corpus
+from prepared import ENVIRONMENT, contents, run, stream, two_corpora, write_corpus
 
 from mobilellm_jax.data.corpora import FileCorpus
 from mobilellm_jax.data.rows import open_rows
 from mobilellm_jax.data.sentencepiece_tokenizer import train_tokenizer
 from mobilellm_jax.data.shards import SourceWriter
 from mobilellm_jax.errors import UserError
-
-ROOT = pathlib.Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-
-@pytest.fixture
-def corpora(tmp_path):
-    return two_corpora(tmp_path)
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
-
 
 KILLED = """
 import os, sys
@@ -75,10 +61,9 @@ MOMENTS = ["add 0", "add 9", "_publish 1", "_publish 27", "add 80", "tokenizer",
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_at_any_moment_it_leaves_nothing_half_and_goes_on(
-    corpora, out, tmp_path, moment, monkeypatch
-):
-    corpora = [dataclasses.replace(corpus, part_size=5000) for corpus in corpora]
+def test_killed_at_any_moment_it_leaves_nothing_half_and_goes_on(tmp_path, moment, monkeypatch):
+    corpora = [dataclasses.replace(corpus, part_size=5000) for corpus in two_corpora(tmp_path)]
+    out = tmp_path / "out"
     run(corpora, tmp_path / "whole")
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path), moment], env=ENVIRONMENT, capture_output=True

@@ -96,7 +96,7 @@ class SourceWriter:
         Raises:
           UserError: another does.
         """
-        if epath.Path(self.path).exists() or not _is_local(self._growing):
+        if epath.Path(self.path).exists():  # `begin` says what that means
             yield
             return
         with alone(self._growing, "is preparing"):

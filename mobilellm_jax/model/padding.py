@@ -7,7 +7,6 @@ programs that are compiled once for all of them.
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,17 +20,14 @@ from mobilellm_jax.model.transformer import Params
 
 def widest(model: ModelConfig) -> ModelConfig:
     """The network whose blocks all have the widths of its widest."""
-    return dataclasses.replace(model, stacks=_widest(model.stacks))
-
-
-def _widest(stacks: Sequence[Stack]) -> tuple[Stack, ...]:
-    each = max(stack.heads // stack.kv_heads for stack in stacks)
-    kv_heads = max(stack.kv_heads for stack in stacks)
-    mlp_width = max(stack.mlp_width for stack in stacks)
-    return tuple(
+    each = max(stack.heads // stack.kv_heads for stack in model.stacks)
+    kv_heads = max(stack.kv_heads for stack in model.stacks)
+    mlp_width = max(stack.mlp_width for stack in model.stacks)
+    stacks = (
         dataclasses.replace(stack, heads=kv_heads * each, kv_heads=kv_heads, mlp_width=mlp_width)
-        for stack in stacks
+        for stack in model.stacks
     )
+    return dataclasses.replace(model, stacks=tuple(stacks))
 
 
 def padded(leaves: Leaves, model: ModelConfig) -> tuple[Leaves, ModelConfig]:
@@ -58,24 +54,17 @@ def joined(params: Params, model: ModelConfig) -> tuple[Params, ModelConfig]:
     numbers = range(len(model.stacks))
     for _, group in itertools.groupby(numbers, key=lambda i: _kind(i, model)):
         run = list(group)
-        own = [model.stacks[i] for i in run]
-        weights, stack = params[f"stack_{run[0]}"], own[0]
+        weights, stack = params[f"stack_{run[0]}"], model.stacks[run[0]]
         if len(run) > 1:
-            wide = _widest(own)
-            stack = dataclasses.replace(wide[0], layers=sum(s.layers for s in own))
-            shapes = transformer.shapes(dataclasses.replace(model, stacks=(stack,)))["stack_0"]
-            parts = [flat(params[f"stack_{i}"]) for i in run]
+            part = dataclasses.replace(model, stacks=tuple(model.stacks[i] for i in run))
+            own = {f"stack_{j}": params[f"stack_{i}"] for j, i in enumerate(run)}
+            filled, wide = padded(flat(own), part)
+            layers = sum(stack.layers for stack in wide.stacks)
+            stack = dataclasses.replace(wide.stacks[0], layers=layers)
             weights = nested(
                 {
-                    path: np.concatenate(
-                        [
-                            _Padded(
-                                np.asarray(part[path]), shape.shape, axes_of(path) or "", *each
-                            )[:]
-                            for part, *each in zip(parts, own, wide, strict=True)
-                        ]
-                    )
-                    for path, shape in flat(shapes).items()
+                    path: np.concatenate([filled[f"stack_{j}/{path}"][:] for j in range(len(run))])
+                    for path in flat(weights)
                 }
             )
         few[f"stack_{len(stacks)}"] = weights

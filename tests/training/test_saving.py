@@ -150,18 +150,26 @@ def test_the_delay_grows_and_a_success_resets_it(tmp_path, monkeypatch, capsys):
     assert steps_saved(tmp_path) == [str(tried[-1])]
 
 
+@contextlib.contextmanager
+def small_disk(folder):
+    """A file system of 1.5 MB in the place of a folder; gives what makes it larger."""
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        larger = ["mount", "-o", "remount,size=50m", str(folder)]
+        yield functools.partial(subprocess.run, larger, check=True)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
 @pytest.mark.slow
 def test_a_disk_that_is_really_full(plan, tmp_path):
     """Checkpoints on a file system with room for the first few, which then becomes larger."""
-    disk, workdir = tmp_path / "disk", tmp_path / "run"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting is not permitted here")
-    try:
-        workdir.mkdir()
-        (workdir / "checkpoints").symlink_to(disk)
+    workdir = tmp_path / "run"
+    with small_disk(workdir / "checkpoints") as enlarge:
         config = config_file(tmp_path, plan, checkpoint__keep=20, checkpoint__every=1)
         (workdir / "config.json").write_text(json.dumps(tiny.config(plan).to_dict()))
         ended = finish(start_training(config, workdir))
@@ -169,13 +177,11 @@ def test_a_disk_that_is_really_full(plan, tmp_path):
         assert "tries again in 10 s" in ended.err
         assert ended.err.splitlines()[-1].startswith("error: the checkpoint of the last step, 12, ")
         assert sorted(lines(workdir)) == list(range(1, 13))  # training went on all the same
-        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+        enlarge()
         ended = finish(start_training(config, workdir))
         assert ended.status == 0, ended.err
         assert finish(start_training(config, tmp_path / "whole")).status == 0
         assert bits(load_model(workdir).params) == bits(load_model(tmp_path / "whole").params)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 class Store:
@@ -248,14 +254,8 @@ def test_a_process_that_fails_leaves_no_other_waiting(monkeypatch, failing, at, 
 @pytest.mark.slow
 def test_a_full_disk_stops_no_process_of_several(plan, tmp_path):
     """None waits for another that cannot write its part."""
-    disk, logs, workdir = tmp_path / "disk", tmp_path / "logs", tmp_path / "run"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting is not permitted here")
-    try:
-        workdir.mkdir()
-        (workdir / "checkpoints").symlink_to(disk)
+    logs, workdir = tmp_path / "logs", tmp_path / "run"
+    with small_disk(workdir / "checkpoints") as enlarge:
         keys = {"checkpoint.keep": 20, "checkpoint.every": 2, "mesh.fsdp": 2}
         config = config_file(tmp_path, plan, **{k.replace(".", "__"): v for k, v in keys.items()})
         same = tiny.config(plan)
@@ -267,12 +267,10 @@ def test_a_full_disk_stops_no_process_of_several(plan, tmp_path):
         said = [(logs / f"process-{i}.log").read_text() for i in range(2)]
         assert any("No space left" in text for text in said), said
         assert "the checkpoint of the last step, 12, could not be written" in said[0]
-        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+        enlarge()
         ended = finish(start_pod(2, 1, logs, config, workdir), timeout=400)
         assert ended.status == 0
         assert sorted(lines(workdir)) == list(range(1, 13))
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 # --- Damaged checkpoints ----------------------------------------------------------------------------
