@@ -20,7 +20,7 @@ are there are used, those that were taken away are queued anew, and COMMAND resu
   --spot                cheaper, and may be taken away at any moment
   --keep_trying         stay, and begin again whenever the TPUs are taken away or COMMAND has failed,
                         until its log says "done:"
-  --logs                follow the output of host 0
+  --logs                follow the output of host 0 (run.log; of earlier starts run-before.log)
   --delete              give the TPUs back
   --dry-run             print the commands and run nothing
   --help                this text
@@ -108,14 +108,15 @@ for variable in LIBTPU_INIT_ARGS JAX_COMPILATION_CACHE_DIR; do
   [[ -z "${!variable:-}" ]] || settings+="$variable=$(printf '%q' "${!variable}") "
 done
 
-begin() {  # what runs already is left alone
+begin() {  # what runs already is left alone; a log is of one start, for an earlier command may be done
   queue || return 1
   run tar --exclude=./.venv --exclude=./data --exclude=./runs -czf "$bundle" . || return 1
   run gcloud compute tpus tpu-vm scp "$bundle" "$name:code.tgz" "${where[@]}" --worker=all || return 1
   on all "mkdir -p code && tar -xzf code.tgz -C code && cd code && python3 -m venv .venv \
 && .venv/bin/pip install --quiet --editable '.[tpu,gcs]'" || return 1
   on all "cd code && . .venv/bin/activate && { pgrep -F ../run.pid >/dev/null 2>&1 \
-|| { ${settings}nohup $command >>../run.log 2>&1 </dev/null & echo \$! >../run.pid; }; }"
+|| { [ ! -e ../run.log ] || cat ../run.log >>../run-before.log; \
+${settings}nohup $command >../run.log 2>&1 </dev/null & echo \$! >../run.pid; }; }"
 }
 
 bundle="${TMPDIR:-/tmp}/$name.tgz"
@@ -124,7 +125,11 @@ if [[ -z "$keep" || -n "$dry" ]]; then
   echo "started: follow it with --logs; started again with the same --name it goes on."
   exit
 fi
-until on 0 "grep -q '^done: ' run.log" 2>/dev/null; do
-  on 0 "pgrep -F run.pid" >/dev/null 2>&1 || begin || echo "not started; trying again in a minute ..."
+until on 0 "pgrep -F run.pid" >/dev/null 2>&1 || begin; do
+  echo "not started; trying again in a minute ..."
   sleep 60
+done
+until on 0 "grep -q '^done: ' run.log" 2>/dev/null; do
+  sleep 60
+  on 0 "pgrep -F run.pid" >/dev/null 2>&1 || begin || echo "not started; trying again in a minute ..."
 done

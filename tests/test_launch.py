@@ -127,6 +127,33 @@ def test_a_pod_slice_is_queued_installed_and_started():
     assert there[begin + 1 :][: len(TRAIN) + 1] == [*TRAIN, "--distributed=on"]
 
 
+def test_what_an_earlier_command_has_done_does_not_end_the_next(tmp_path):
+    """A folder plays the TPU VM, with what another command of the same name has left there."""
+    host, programs = tmp_path / "host", tmp_path / "bin"
+    (host / "code/.venv/bin").mkdir(parents=True)
+    (host / "code/.venv/bin/activate").touch()
+    (host / "run.log").write_text("done: step 10\n")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (host / "run.pid").write_text(f"{gone.pid}\n")
+    programs.mkdir()
+    bodies = {
+        "gcloud": 'case "$*" in *describe*) echo ACTIVE ;; *"pip install"*) ;; '
+        f'*ssh*) cd {host} && last="${{@: -1}}" && bash -c "${{last#--command=}}" ;; esac',
+        "sleep": "exec /bin/sleep 0.1",
+    }
+    for name, body in bodies.items():
+        (programs / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (programs / name).chmod(0o755)
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
+    command = "--", "bash", "-c", "echo 'done: step 20'"
+    arguments = (*CLOUD, "--type=v6e-8", "--keep_trying", *command)
+    status, _, err = launch("tpu_vm.sh", *arguments, **environment)
+    assert (status, err) == (0, "")
+    assert (host / "run.log").read_text() == "done: step 20\n"
+    assert (host / "run-before.log").read_text() == "done: step 10\n"
+
+
 def test_a_workload_is_submitted():
     arguments = (*CLOUD, "--cluster=c", "--type=v5p-1024", "--slices=2", "--image=i", "--dry-run")
     status, out, err = launch("gke_xpk.sh", *arguments, "--", *TRAIN)
@@ -157,12 +184,15 @@ def test_a_slurm_job_runs_the_command_as_it_is():
         (137, "config.seed is no number", False),  # Slurm has ended the others
     ],
 )
-def test_a_slurm_job_that_goes_on_is_queued_again(status, said, queued, tmp_path):
-    """Slurm's programs play along: what a step says lies in the file of the job's output."""
-    log = tmp_path / "elsewhere.out"  # long, behind the sentence as well
-    log.write_text("\n".join([*["x" * 197] * 200, said, *["y" * 197] * 190]))
+@pytest.mark.parametrize("more", [0, 190])
+def test_a_slurm_job_that_goes_on_is_queued_again(status, said, queued, more, tmp_path):
+    """Slurm's programs play along: what a step says is added to the file of the job's output."""
+    log = tmp_path / "elsewhere.out"
+    log.write_text("process 1 has died: the same command goes on\n")  # an earlier start of the job
+    says = tmp_path / "says"  # may be much, behind the sentence as well
+    says.write_text("\n".join([*["x" * 197] * more, said, *["y" * 197] * more, ""]))
     programs = {
-        "srun": f'[[ "$SRUN_CPUS_PER_TASK" == 6 ]] || exit 9\nexit {status}',
+        "srun": f'[[ "$SRUN_CPUS_PER_TASK" == 6 ]] || exit 9\ncat {says} >>{log}\nexit {status}',
         "scontrol": f'echo "$@" >>{tmp_path}/asked\n[[ "$1" == show ]] && echo "   StdOut={log}"\nexit 0',
     }
     for name, body in programs.items():
@@ -171,6 +201,7 @@ def test_a_slurm_job_that_goes_on_is_queued_again(status, said, queued, tmp_path
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "mobilellm", "SLURM_CPUS_PER_TASK": "6"}
     path = f"{tmp_path}:{os.environ['PATH']}"
     for _ in range(5):  # no race decides
+        log.write_text(log.read_text().splitlines(keepends=True)[0])
         assert launch("slurm_gpu.sbatch", *TRAIN, PATH=path, **job)[0] == status
     asked = (tmp_path / "asked").read_text() if status else ""
     assert asked.count("requeue 7") == 5 * queued
