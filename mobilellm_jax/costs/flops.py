@@ -5,7 +5,8 @@ knows nothing of what a kernel does. Counted here are matrix products alone, two
 multiply-add; what a step recomputes is in its jaxpr and so in the count. A custom kernel is priced
 by a formula of its own; one without a formula is named and not counted.
 
-A product with batch dimensions is between activations: attention. One without is with a weight.
+A product with batch dimensions is between activations: attention. One without is with a weight. What
+the optimizer multiplies (`jax.named_scope("optimizer")` in `training.step`) is neither.
 """
 
 import dataclasses
@@ -25,22 +26,29 @@ class Flops:
 
     matmul: float = 0.0  # products with weights
     attention: float = 0.0  # products between activations, kernels of attention included
+    optimizer: float = 0.0  # what the optimizer multiplies; these do not grow with the rows
     uncounted: Mapping[str, float] = dataclasses.field(default_factory=dict)  # what: calls of it
 
     @property
     def total(self) -> float:
         """All that is counted."""
-        return self.matmul + self.attention
+        return self.matmul + self.attention + self.optimizer
 
     def __add__(self, other: "Flops") -> "Flops":
         names = {**self.uncounted, **other.uncounted}
         calls = {n: self.uncounted.get(n, 0) + other.uncounted.get(n, 0) for n in names}
-        return Flops(self.matmul + other.matmul, self.attention + other.attention, calls)
+        return Flops(
+            self.matmul + other.matmul,
+            self.attention + other.attention,
+            self.optimizer + other.optimizer,
+            calls,
+        )
 
     def times(self, count: float) -> "Flops":
         """The same, `count` times."""
         calls = {name: n * count for name, n in self.uncounted.items()}
-        return Flops(self.matmul * count, self.attention * count, calls)
+        parts = (part * count for part in (self.matmul, self.attention, self.optimizer))
+        return Flops(*parts, calls)
 
 
 def count(jaxpr: Any) -> Flops:
@@ -52,7 +60,10 @@ def count(jaxpr: Any) -> Flops:
     """
     found = Flops()
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        found += _of_equation(equation)
+        costs = _of_equation(equation)
+        if "optimizer" in str(equation.source_info.name_stack).split("/"):
+            costs = Flops(optimizer=costs.total, uncounted=costs.uncounted)
+        found += costs
     return found
 
 

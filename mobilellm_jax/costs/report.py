@@ -151,6 +151,7 @@ def _flops_table(costs: StepCosts, per_chip: int) -> str:
         ("model, attention (causal half)", costs.model_attention),
         ("program, matrices", costs.matmul),
         ("program, attention", costs.attention),
+        *([("program, optimizer", costs.optimizer)] if costs.optimizer else []),
     ]
     table = _table("TFLOP of a step", rows, per_chip, 1e12)
     return (

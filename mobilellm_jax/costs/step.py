@@ -56,6 +56,8 @@ class StepCosts:
     model_attention: float  # likewise, the causal half
     matmul: float  # FLOPs that the program computes, recomputation included
     attention: float
+    optimizer: float  # FLOPs of the products in the optimizer: all of them, or a share as large as
+    # this device's pieces of the weights are
     uncounted: dict[str, float]  # what is not in the count, and how often
     traffic: float | None  # bytes to and from memory
     exchanged: list[dict[str, Any]] | None  # collectives, see `collectives.summary`
@@ -80,7 +82,7 @@ class StepCosts:
         chip, found = self.chip, {}
         if chip is None:
             return {}
-        found["compute"] = (self.matmul + self.attention) / chip.flops
+        found["compute"] = (self.matmul + self.attention + self.optimizer) / chip.flops
         if self.traffic is not None and chip.bandwidth:
             found["memory"] = self.traffic / chip.bandwidth
         if self.exchanged is not None and chip.link:
@@ -174,6 +176,7 @@ def measure(made: Programs, config: ConfigDict) -> StepCosts:
         model_attention=tokens * (made.flops_per_token(config.row_length) - matmul) / devices,
         matmul=counted.matmul / devices,
         attention=counted.attention / devices,
+        optimizer=counted.optimizer / made.mesh.shape["fsdp"],
         uncounted=dict(counted.uncounted)
         | {f"traffic and exchange of further turns of the loop {name}": 1.0 for name in unknown},
         traffic=traffic,

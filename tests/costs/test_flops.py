@@ -64,8 +64,11 @@ def test_an_unrolled_step_equals_xla_up_to_elementwise_work():
     assert ours.total < xla < 1.05 * ours.total
 
 
-def step_flops(remat="none", microbatches=1, model=tiny.MODEL, devices=1, fsdp=1):
+def step_flops(
+    remat="none", microbatches=1, model=tiny.MODEL, devices=1, fsdp=1, optimizer="adamw"
+):
     config = tiny.config("unused")
+    config.optimizer.use = f"mobilellm_jax.training.optimizer:{optimizer}"
     config.model = model.to_dict()
     config.execution.remat, config.execution.attention = remat, "reference"
     config.microbatches, config.mesh.fsdp = microbatches, fsdp
@@ -84,6 +87,17 @@ def test_without_remat_the_step_computes_what_the_formula_says(microbatches, dev
     assert matmul <= found.matmul <= 1.02 * matmul
     assert found.attention == pytest.approx(2 * attention)  # the reference computes both halves
     assert not found.uncounted
+
+
+def test_the_products_of_muon_are_those_of_its_iterations_and_no_attention():
+    """Per layer and iteration two products with the longer side, and one of the shorter side alone."""
+    plain, matmul, attention = step_flops()
+    found, _, _ = step_flops(optimizer="muon")
+    assert (found.matmul, found.attention) == (plain.matmul, plain.attention)
+    assert plain.optimizer == 0
+    layers, sides = 2, [(32, 32), (16, 32), (16, 32), (32, 32), (32, 48), (32, 48), (32, 48)]
+    one = sum(2 * (2 * short**2 * long + short**3) for short, long in sides)
+    assert found.optimizer == 5 * layers * one
 
 
 def test_remat_recomputes_the_forward_pass():
@@ -118,7 +132,9 @@ def test_control_flow():
 
     product = 2 * 8**3
     assert counted(branches, (8, 8)) == Flops(2 * product)
-    assert counted(turns, (8, 8)) == Flops(product, 0, {"while loop, counted as one turn": 1})
+    assert counted(turns, (8, 8)) == Flops(
+        product, uncounted={"while loop, counted as one turn": 1}
+    )
     three = counted(lambda x: jax.lax.fori_loop(0, 3, lambda i, x: x @ x, x), (8, 8))
     assert three == Flops(3 * product)
 
