@@ -10,7 +10,9 @@ mobilellm-jax[preflight]`), for simulated devices (`--topology=cpu:8`) or for wh
 explains the output.
 """
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,9 @@ def main() -> None:
     found: dict[str, Any] | list[dict[str, Any]]
     if args.search:
         devices = topology_devices(args.topology)
-        found = search(args.config, args.topology, devices, sources(args.config), args.cache)
+        given = args.config, args.topology, devices, sources(args.config), args.cache
+        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+            found = search(*given)
     else:
         costs = preflight(args.config, args.topology)
         if not args.json:

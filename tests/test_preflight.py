@@ -1,6 +1,7 @@
 """The program as a user starts it: what it says of a step, what it refuses, what it advises."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import re
@@ -151,6 +152,15 @@ def test_out_of_memory_is_an_answer_with_what_helps(costs):
     heavy = dataclasses.replace(full.memory, weights=4 * GIB, optimizer=8 * GIB)
     advice = report.advice(dataclasses.replace(full, memory=heavy), config)
     assert any(line.startswith("config.mesh.fsdp=") for line in advice)
+    config.mesh.data = 8  # a key that would contradict
+    advice = report.advice(
+        dataclasses.replace(full, memory=heavy, mesh={"data": 12, "fsdp": 2}), config
+    )
+    [line] = [line for line in advice if line.startswith("config.mesh.fsdp=")]
+    assert line.startswith("config.mesh.fsdp=24 with config.mesh.data=1: ")
+    learns = dataclasses.replace(full.memory, teacher=12 * GIB)  # is split over all devices already
+    advice = report.advice(dataclasses.replace(full, memory=learns), config)
+    assert not any(line.startswith("config.mesh.fsdp=") for line in advice)
     assert report.advice(on_v5e(costs, 10 * GIB), config) == []
 
 
@@ -232,6 +242,44 @@ def test_search_finds_the_fewest_microbatches_and_the_frontier(
     before = len(asked)
     assert search.search(*arguments) == found
     assert len(asked) == before  # all from the cache
+
+
+def test_search_tries_what_the_batches_of_a_ramp_can_be_split_into(costs, monkeypatch, capsys):
+    config = tiny.config("unused")
+    config.global_batch, config.batch_ramp = 32, ((24, 2000),)
+
+    def fake(made, setting):  # so little memory that the most microbatches are asked about
+        return pretended(costs, Point(1, "none", 1, setting.microbatches), 80)
+
+    monkeypatch.setattr(search, "measure", fake)
+    found = search.search(config, "cpu:8", jax.devices(), 2)
+    assert {row["microbatches"] for row in found} <= {
+        1,
+        4,
+    } and "x 2 numbers" in capsys.readouterr().out
+
+
+def test_a_search_keeps_apart_what_the_name_of_a_topology_does_not(costs, tmp_path, monkeypatch):
+    """`local` is another machine elsewhere."""
+    asked = []
+
+    def fake(made, setting):
+        asked.append(len(made.devices))
+        return pretended(costs, Point(1, "none", 1, 1), 4)
+
+    monkeypatch.setattr(search, "measure", fake)
+    for count_ in (8, 4):
+        arguments = tiny.config("unused"), "local", jax.devices()[:count_], 2, str(tmp_path)
+        search.search(*arguments)
+    assert {*asked} == {8, 4}
+
+
+def test_a_search_as_json_is_json(tmp_path, costs, monkeypatch):
+    fake = functools.partial(pretended, costs, Point(1, "none", 1, 1), 4)
+    monkeypatch.setattr(search, "measure", lambda *_: fake())
+    config = config_file(tmp_path, tmp_path / "nowhere.json")
+    ended = program(PROGRAM, f"--config={config}", "--topology=cpu:8", "--search", "--json")
+    assert json.loads(ended.out)[0]["microbatches"] and "* on the frontier" in ended.err
 
 
 def test_search_leaves_out_what_arithmetic_rules_out(monkeypatch):

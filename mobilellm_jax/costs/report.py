@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from mobilellm_jax.costs.step import StepCosts
 from mobilellm_jax.tables import aligned
-from mobilellm_jax.training.length import length_of
+from mobilellm_jax.training.length import length_of, possible_microbatches
 
 GIB = 2**30
 
@@ -105,13 +105,15 @@ def advice(costs: StepCosts, config: ConfigDict) -> list[str]:
     if m.fits or m.capacity is None:
         return []
     said = []
-    state = m.weights + m.teacher + m.optimizer + m.batch
+    split = m.weights + m.optimizer + m.gradients  # over fsdp; the others over all devices
+    state = split - m.gradients + m.teacher + m.batch
     rows = config.global_batch // (costs.devices * config.microbatches)
     rest = max(m.peak - state - m.gradients, 0.0)
-    if rows > 1:
+    possible = possible_microbatches(config, costs.devices)
+    factors = [k // config.microbatches for k in possible if k % config.microbatches == 0][1:]
+    if factors:
         room = m.capacity - state - m.gradients
-        fitting = (k for k in range(2, rows + 1) if rows % k == 0 and rest / k <= 0.9 * room)
-        by = next(fitting, rows)
+        by = next((k for k in factors if rest / k <= 0.9 * room), factors[-1])
         said.append(
             f"config.microbatches={config.microbatches * by}: {rows // by} row(s) at once instead of "
             f"{rows}; the temporaries shrink to about a {by}th, {(rest - rest / by) / GIB:.1f} GiB back."
@@ -128,13 +130,14 @@ def advice(costs: StepCosts, config: ConfigDict) -> list[str]:
             f"config.loss_chunks={2 * config.loss_chunks}: the logits of a chunk, "
             f"{logits / GIB:.1f} GiB, are halved."
         )
-    if costs.mesh["data"] > 1 and state + m.gradients > 0.1 * m.capacity:
-        by = 2
-        while by < costs.mesh["data"] and (state + m.gradients) / by > 0.1 * m.capacity:
-            by *= 2
+    data = costs.mesh["data"]
+    if data > 1 and split > 0.1 * m.capacity:
+        pieces = [by for by in range(2, data + 1) if data % by == 0]
+        by = next((by for by in pieces if split / by <= 0.1 * m.capacity), data)
+        rest_of_it = "" if config.mesh.data == -1 else f" with config.mesh.data={data // by}"
         said.append(
-            f"config.mesh.fsdp={costs.mesh['fsdp'] * by}: weights, moments and gradients in as many "
-            f"pieces, {(state + m.gradients) * (1 - 1 / by) / GIB:.1f} GiB back."
+            f"config.mesh.fsdp={costs.mesh['fsdp'] * by}{rest_of_it}: weights, moments and gradients in "
+            f"as many pieces, {split * (1 - 1 / by) / GIB:.1f} GiB back."
         )
     # Last, because it alone changes the result: a first moment for each weight, in half its bytes.
     if config.optimizer.get("mu_dtype") == "float32" and m.weights / 2 > (m.peak - m.capacity) / 10:

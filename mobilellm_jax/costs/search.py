@@ -27,6 +27,7 @@ from mobilellm_jax.costs.step import (
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.transformer import REMAT
 from mobilellm_jax.tables import aligned
+from mobilellm_jax.training.length import possible_microbatches
 
 GIB = 2**30
 SECONDS = 30, 60  # that a compilation takes on a quiet machine
@@ -102,8 +103,7 @@ def search(
       UserError: the configuration is not usable, or the state fits at no sharding.
     """
     lines = lines_to_try(config, devices, sources)
-    rows = config.global_batch // len(devices)
-    divisors = [k for k in range(1, rows + 1) if rows % k == 0]
+    divisors = possible_microbatches(config, len(devices))
     most = len(lines) * math.ceil(math.log2(len(divisors) + 1))
     low, high = (most * seconds / 60 for seconds in SECONDS)
     print(
@@ -118,7 +118,7 @@ def search(
                 setting = point.applied(config)
                 found[point] = _cached(
                     cache,
-                    [setting.to_dict(), topology, sources],
+                    [setting.to_dict(), topology, len(devices), devices[0].device_kind, sources],
                     functools.partial(_measure, setting, devices, sources),
                 )
                 bar.update()

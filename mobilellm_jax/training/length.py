@@ -142,6 +142,19 @@ def microbatches(config: Mapping[str, Any], rows: int) -> int:
     return -(-rows * config["microbatches"] // config["global_batch"])
 
 
+def possible_microbatches(config: Mapping[str, Any], devices: int) -> list[int]:
+    """The numbers of microbatches, rising, with which steps of every size split evenly over devices."""
+    whole = config["global_batch"]
+    batches = {phase.batch for phase in length_of(config).phases} | {whole}
+
+    def even(count: int, rows: int) -> bool:
+        parts = microbatches({"microbatches": count, "global_batch": whole}, rows)
+        return rows % (parts * devices) == 0
+
+    most = whole // devices
+    return [k for k in range(1, most + 1) if all(even(k, rows) for rows in batches)]
+
+
 def stream(
     mixture: Mixture, length: Length, step: int, process: int, processes: int, **ahead: int
 ) -> Iterator[dict[str, np.ndarray]]:
