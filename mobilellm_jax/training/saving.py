@@ -63,7 +63,7 @@ class Checkpoints:
         """
         self.directory = (workdir / FOLDER).resolve()  # Orbax refuses relative paths
         self.failed = 0
-        self._every, self._always = every, {*always}
+        self._every, self._always = [n for n in (every, keep_every) if n], {*always}
         self._saving: int | None = None  # step that is being written
         self._delay, self._retry_at = RETRY[0], float("inf")
         self._broken = False  # what a failed save left in Orbax would fail the next one too
@@ -86,7 +86,7 @@ class Checkpoints:
     def due(self, step: int) -> bool:
         """Whether to save after this step: it is one of those, or a save that failed is to be repeated."""
         self._settle()
-        due = step % self._every == 0 or step in self._always
+        due = any(step % n == 0 for n in self._every) or step in self._always
         return due or time.monotonic() >= self._retry_at
 
     def save(self, state: TrainState, meta: Mapping[str, Any], tokenizer: Tokenizer) -> None:

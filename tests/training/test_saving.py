@@ -110,6 +110,13 @@ def test_a_save_that_fails_is_told_counted_and_repeated(
     assert bits(load_model(tmp_path / "run").params) == bits(whole[1].params)
 
 
+def test_what_is_kept_for_ever_need_not_be_due_otherwise(plan, tmp_path):
+    config = tiny.config(plan)
+    config.checkpoint = {"every": 3, "keep": 1, "keep_every": 5}
+    run(config, tmp_path / "run")
+    assert steps_saved(tmp_path / "run") == ["10", "12", "5"]
+
+
 def test_a_last_save_that_fails_is_an_error(plan, tmp_path, monkeypatch, impatient):
     with full_disk(monkeypatch, lambda step: step > 8), pytest.raises(UserError) as error:
         run(tiny.config(plan), tmp_path / "run")
