@@ -40,6 +40,7 @@ class Goodput:
         """Goes on with the record in the workdir; `began` is the time.time() of the program's start."""
         self._path, self._writes = workdir / FILE, writes
         self._began = self._last = began
+        self._epoch = time.time() - time.monotonic()  # a clock that is set must not count as work
         self._written = 0.0
         self._seconds = dict.fromkeys(KINDS, 0.0)
         earlier = _read(self._path)
@@ -50,7 +51,7 @@ class Goodput:
 
     def lap(self, kind: str) -> None:
         """The seconds since the last lap went to `kind`, one of `KINDS`."""
-        now = time.time()
+        now = self._epoch + time.monotonic()
         self._seconds[kind] += now - self._last
         self._last = now
 
@@ -79,15 +80,18 @@ class Goodput:
         to; `run/seconds/down` is the time in which no program ran, or one that was killed before it
         could record.
         """
-        wall, total = self._last - self._began, self._last - self._first
         run = {kind: self._earlier[kind] + self._seconds[kind] for kind in KINDS}
+        wall = self._last - self._began
+        total = max(
+            self._last - self._first, sum(run.values())
+        )  # if the clock was set between starts
         return {
             "goodput": self._seconds[PRODUCTIVE] / max(wall, 1e-9),
             "run/goodput": run[PRODUCTIVE] / max(total, 1e-9),
             "run/starts": self._starts,
             **{f"seconds/{kind}": seconds for kind, seconds in self._seconds.items()},
             **{f"run/seconds/{kind}": seconds for kind, seconds in run.items()},
-            "run/seconds/down": max(total - sum(run.values()), 0.0),
+            "run/seconds/down": total - sum(run.values()),
         }
 
     def summary(self) -> str:

@@ -13,11 +13,13 @@ from mobilellm_jax.training.goodput import KINDS, Goodput
 
 @pytest.fixture
 def clock(monkeypatch):
-    now = [1000.0]
+    now, turned_on = [1000.0], [70.0]
     monkeypatch.setattr(goodput.time, "time", lambda: now[0])
+    monkeypatch.setattr(goodput.time, "monotonic", lambda: turned_on[0])
 
-    def wait(seconds):
-        now[0] += seconds
+    def wait(seconds, clock_is_set=0.0):
+        now[0] += seconds + clock_is_set
+        turned_on[0] += seconds
 
     return wait
 
@@ -60,6 +62,25 @@ def test_steps_done_again_and_time_without_a_program_are_lost(tmp_path, clock):
     assert values["run/seconds/down"] == 100
     assert values["run/goodput"] == (50 + 20) / 190
     assert "goodput over 2 starts" in second.summary()
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_a_clock_that_is_set_is_no_work(tmp_path, clock, hours):
+    counted = Goodput(epath.Path(tmp_path), began=1000.0)
+    clock(10, clock_is_set=hours * 3600)
+    counted.lap("start")
+    clock(30)
+    counted.stepped(1)
+    values = counted.values()
+    assert seconds(values, "seconds/")["start"] == 10
+    assert values["goodput"] == values["run/goodput"] == 30 / 40
+    counted.record(1)
+    clock(0, clock_is_set=-10 * 3600)  # before the next start
+    again = Goodput(epath.Path(tmp_path), began=goodput.time.time())
+    clock(40)
+    again.stepped(2)
+    values = again.values()
+    assert values["run/goodput"] == 70 / 80 and values["run/seconds/down"] == 0
 
 
 def test_a_torn_record_stops_nothing(tmp_path, clock):
