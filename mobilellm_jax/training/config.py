@@ -83,7 +83,7 @@ def base_config(model: ModelConfig) -> ConfigDict:
     c.optimizer.b1 = 0.9  # decay of the first moment
     c.optimizer.b2 = 0.95  # decay of the second moment
     c.optimizer.eps = 1e-8  # added to the root of the second moment
-    c.optimizer.weight_decay = 0.1  # of matrices and embedding, not of norm scales
+    c.optimizer.weight_decay = 0.1  # of matrices and embedding, not of norm scales and biases
     c.optimizer.clip = 1.0  # global norm to which gradients are cut
     c.optimizer.mu_dtype = "float32"  # of the first moment as it is kept; bfloat16 halves it
 

@@ -39,7 +39,7 @@ def adamw(
     clip: float,
     mu_dtype: str = "float32",
 ) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) on gradients clipped to a global norm; norm scales are not decayed.
+    """AdamW (arXiv 1711.05101) on gradients clipped to a global norm; norm scales and biases are not decayed.
 
     `mu_dtype` is that in which the first moment is kept between steps; it is summed in float32, and the
     second moment, whose small values decide the size of a step, is always float32.
@@ -132,9 +132,9 @@ def _clipped(clip: float) -> optax.GradientTransformation:
 
 
 def decayed(params: Any) -> Any:
-    """True for what weight decay acts on: matrices and embedding, not norm scales."""
+    """True for what weight decay acts on: matrices and embedding, not norm scales and biases."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not path_name(path).endswith("scale"), params
+        lambda path, _: not path_name(path).endswith(("scale", "bias")), params
     )
 
 

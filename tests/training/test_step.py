@@ -1,5 +1,6 @@
 """One step: the objective's targets, microbatches, non-finite steps, schedules, the optimizer's mask."""
 
+import dataclasses
 import functools
 import re
 
@@ -183,9 +184,10 @@ def test_z_loss_is_minimised_but_not_reported():
 
 
 def test_decay_acts_on_matrices_and_embedding_only():
-    mask = optimizer.decayed(start().params)
+    biased = dataclasses.replace(tiny.MODEL, qkv_bias=True, out_bias=True)
+    mask = optimizer.decayed(transformer.shapes(biased))
     flat = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(mask)}
-    assert {k for k, v in flat.items() if not v} == {k for k in flat if "norm" in k}
+    assert {k for k, v in flat.items() if not v} == {k for k in flat if "norm" in k or "_bias" in k}
     zero = jax.tree.map(jnp.zeros_like, start().params)
     updates, _ = jax.jit(lambda p: ADAMW(0.5).update(zero, ADAMW(0.5).init(p), p))(start().params)
     np.testing.assert_allclose(updates["embedding"], -0.05 * start().params["embedding"], rtol=1e-6)
