@@ -382,6 +382,8 @@ def test_descriptions_that_do_not_hang_together():
         ("schedule.peak", (2.0, 1.0), 1.0, "rising order"),
         ("schedule.peak", (1.0, 2.0), 3.0, "start at one of them"),
         ("schedule.peek", (1.0, 2.0), 1.0, "'a' is tuned by 'schedule.peek'"),
+        ("global_batch", (16, 24.5), 16, "'a' is tuned by 'global_batch'"),
+        ("schedule.peak", (1e-3, 1.0000001e-3), 1e-3, "alike to six digits"),
     ):
         with pytest.raises(UserError, match=said):
             Sweep({"a": Tuned(config, key, values, start)}, ())

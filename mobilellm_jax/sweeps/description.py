@@ -158,8 +158,15 @@ def _check_tuned(name: str, row: Tuned) -> None:
             f"the row {name!r} is tuned over {row.values} from {row.start}: give values in rising "
             "order and start at one of them."
         )
+    named = {cell_name(name, 0, value) for value in row.values}
+    if len(named) < len(row.values):
+        raise UserError(
+            f"the row {name!r} is tuned over {row.values}, of which some are alike to six digits, by "
+            "which their directories are named: leave one of them out."
+        )
     try:
-        row.at(row.start)
+        for value in row.values:
+            row.at(value)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"the row {name!r} is tuned by {row.key!r}, which its configuration cannot take: {error}."
