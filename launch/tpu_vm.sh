@@ -110,7 +110,7 @@ done
 
 begin() {  # what runs already is left alone; a log is of one start, for an earlier command may be done
   queue || return 1
-  run tar --exclude=./.venv --exclude=./data --exclude=./runs -czf "$bundle" . || return 1
+  run tar --exclude='./.venv*' --exclude='./.*_cache' --exclude=./data --exclude=./runs -czf "$bundle" . || return 1
   run gcloud compute tpus tpu-vm scp "$bundle" "$name:code.tgz" "${where[@]}" --worker=all || return 1
   on all "mkdir -p code && tar -xzf code.tgz -C code && cd code && python3 -m venv .venv \
 && .venv/bin/pip install --quiet --editable '.[tpu,gcs]'" || return 1
@@ -131,5 +131,6 @@ until on 0 "pgrep -F run.pid" >/dev/null 2>&1 || begin; do
 done
 until on 0 "grep -q '^done: ' run.log" 2>/dev/null; do
   sleep 60
-  on 0 "pgrep -F run.pid" >/dev/null 2>&1 || begin || echo "not started; trying again in a minute ..."
+  on 0 "pgrep -F run.pid || grep -q '^done: ' run.log" >/dev/null 2>&1 || begin \
+    || echo "not started; trying again in a minute ..."
 done
