@@ -27,20 +27,22 @@ _NOSUID, _NODEV, _REC, _BIND, _PRIVATE, _DETACH = 2, 4, 1 << 14, 1 << 12, 1 << 1
 _PDEATHSIG, _DUMPABLE, _SECCOMP, _NO_NEW_PRIVS = 1, 4, 22, 38
 _MOUNT_SETATTR, _AT_RECURSIVE, _ATTR_RDONLY, _ATTR_NOSUID, _ATTR_NODEV = 442, 0x8000, 1, 2, 4
 
-# Per machine: the audit architecture, pivot_root, and what a program is refused: memory that no
-# limit counts (shmget, memfd_create), and parts of the kernel that it has no need to reach
-# (add_key, request_key, keyctl, ptrace, bpf, perf_event_open, userfaultfd, io_uring_setup, setns,
-# unshare, mount, process_vm_readv, process_vm_writev, memfd_secret).
+# Per machine: the audit architecture, pivot_root, prlimit64, and what a program is refused: memory
+# that no limit counts (shmget, semget, msgget, memfd_create), and parts of the kernel that it has no
+# need to reach (add_key, request_key, keyctl, ptrace, bpf, perf_event_open, userfaultfd,
+# io_uring_setup, setns, unshare, mount, process_vm_readv, process_vm_writev, memfd_secret).
 MACHINES = {
     "x86_64": (
         0xC000003E,
         155,
-        (29, 319, 248, 249, 250, 101, 321, 298, 323, 425, 308, 272, 165, 310, 311, 447),
+        302,
+        (29, 64, 68, 319, 248, 249, 250, 101, 321, 298, 323, 425, 308, 272, 165, 310, 311, 447),
     ),
     "aarch64": (
         0xC00000B7,
         41,
-        (194, 279, 217, 218, 219, 117, 280, 241, 282, 425, 268, 97, 40, 270, 271, 447),
+        261,
+        (194, 190, 186, 279, 217, 218, 219, 117, 280, 241, 282, 425, 268, 97, 40, 270, 271, 447),
     ),
 }
 NOBODY = 65534
@@ -84,6 +86,7 @@ def main() -> None:
         return
     _call("prctl", _PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     _call("prctl", _DUMPABLE, 0, 0, 0, 0)  # a program of the same user cannot look into it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nor interrupt it: what it handles it can be sent
     try:
         processes = _build_root(spec)
         _limit_namespaces(processes)
@@ -134,10 +137,7 @@ def _build_root(spec: dict[str, Any]) -> int:
     for source in spec["visible"]:
         target = root + source
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        if os.path.islink(source):
-            os.symlink(os.readlink(source), target)
-            continue
-        if os.path.isdir(source):
+        if os.path.isdir(source):  # or a link to one, whose target need not be visible
             os.makedirs(target, exist_ok=True)
         else:
             os.close(os.open(target, os.O_CREAT))
@@ -173,11 +173,11 @@ def _run(spec: dict[str, Any], processes: int) -> dict[str, Any]:
     given = os.open("stdin", os.O_RDONLY)
     os.unlink("stdin")
     pipes = [os.pipe() for _ in range(3)]  # of stdout, stderr and the sign
-    sign = os.urandom(16).hex()
+    sign, failure = os.urandom(16).hex(), os.urandom(16).hex()
     start = time.monotonic()
     child = os.fork()
     if child == 0:
-        _become(spec, given, [write for _, write in pipes], sign)
+        _become(spec, given, [write for _, write in pipes], sign, failure)
     for _, write in pipes:
         os.close(write)
     reads = [read for read, _ in pipes]
@@ -194,7 +194,7 @@ def _run(spec: dict[str, Any], processes: int) -> dict[str, Any]:
                 if not data:
                     selector.unregister(key.fd)
             status, usage = _reaped(child)
-            if len(written[reads[0]]) + len(written[reads[1]]) > limits["output"]:
+            if sum(map(len, written.values())) > limits["output"]:
                 ended, detail = "killed", f"it wrote more than {limits['output']:,} bytes"
             elif time.monotonic() - start > limits["wall_seconds"]:
                 ended, detail = "timeout", f"it ran for {limits['wall_seconds']} s"
@@ -207,15 +207,20 @@ def _run(spec: dict[str, Any], processes: int) -> dict[str, Any]:
         assert status is not None and usage is not None
         told = bytes(written[reads[2]])
         cpu = usage.ru_utime + usage.ru_stime
-        ended, detail = _how(status, told, sign.encode(), cpu, limits["cpu_seconds"])
+        if told.startswith(failure.encode()):
+            ended, detail = "refused", told[len(failure) :].decode(errors="replace")
+        else:
+            ended, detail = _how(status, told, sign.encode(), cpu, limits["cpu_seconds"])
     out, err = (
         bytes(written[read][: limits["output"]]).decode(errors="replace") for read in reads[:2]
     )
     return {"ended": ended, "detail": detail, "stdout": out, "stderr": err, "seconds": seconds}
 
 
-def _become(spec: dict[str, Any], given: int, writes: list[int], sign: str) -> NoReturn:
-    """Turns this process into the program."""
+def _become(
+    spec: dict[str, Any], given: int, writes: list[int], sign: str, failure: str
+) -> NoReturn:
+    """Turns this process into the program, or writes `failure`, which no program knows, and why."""
     try:
         os.setsid()
         limits = spec["limits"]
@@ -254,13 +259,13 @@ def _become(spec: dict[str, Any], given: int, writes: list[int], sign: str) -> N
         python = spec["python"]
         os.execve(python, [python, "-I", "-B", "-c", _RUNNER, "3", sign], environment)
     except BaseException as error:
-        os.write(3, f"start {error}".encode())
+        os.write(3, f"{failure}{error}".encode())
     os._exit(127)
 
 
 def _filter_calls() -> None:
     """Refuses system calls; see `MACHINES`. Other instruction sets of the same machine are killed."""
-    architecture, _, refused = MACHINES[platform.machine()]
+    architecture, _, prlimit, refused = MACHINES[platform.machine()]
     load, equal, at_least, end = 0x20, 0x15, 0x35, 0x06  # BPF
     allow, refuse, kill = 0x7FFF0000, 0x00050001, 0x80000000  # 1 is EPERM
     code = [
@@ -268,8 +273,11 @@ def _filter_calls() -> None:
         (equal, 1, 0, architecture),
         (end, 0, 0, kill),
         (load, 0, 0, 0),
-        (at_least, len(refused) + 1, 0, 0x40000000),  # x32
-        *((equal, len(refused) - i, 0, number) for i, number in enumerate(refused)),
+        (at_least, len(refused) + 4, 0, 0x40000000),  # x32
+        *((equal, len(refused) + 3 - i, 0, number) for i, number in enumerate(refused)),
+        (equal, 0, 2, prlimit),
+        (load, 0, 0, 16),
+        (equal, 0, 1, 0),  # of itself; another of its user is the one who watches it
         (end, 0, 0, allow),
         (end, 0, 0, refuse),
     ]
@@ -318,8 +326,6 @@ def _rest(read: int, bound: int) -> bytes:
 
 def _how(status: int, told: bytes, sign: bytes, cpu: float, cpu_limit: int) -> tuple[str, str]:
     """How a program ended that nobody stopped but the kernel."""
-    if told.startswith(b"start "):
-        return "refused", told[6:].decode(errors="replace")
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         if number == signal.SIGXCPU or (number == signal.SIGKILL and cpu >= cpu_limit):

@@ -181,7 +181,7 @@ def _jailed(spec: dict[str, Any]) -> dict[str, Any]:
     try:
         first = process.stdout.readline().strip()
         if first != b"ready":
-            return json.loads(first) if first else _lost(process.communicate()[1])
+            return json.loads(first) if first else _unstarted(process.communicate()[1])
         try:
             _map_users(process.pid)
         except OSError as error:
@@ -195,6 +195,12 @@ def _jailed(spec: dict[str, Any]) -> dict[str, Any]:
         process.kill()  # and with it all of its namespace
         process.communicate()
     return json.loads(out) if out.strip() else _lost(err)
+
+
+def _unstarted(stderr: bytes) -> dict[str, Any]:
+    """Of a jail that ended before it had a program: a Python that needs an environment, for one."""
+    lines = stderr.decode(errors="replace").split("\n")
+    return {"refused": next(filter(str.strip, reversed(lines)), "its sandbox did not start")}
 
 
 def _lost(stderr: bytes) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
+import venv
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,11 @@ print(sys.version_info[:2], numpy.arange(4) @ numpy.arange(4))
 def test_who_leaves_before_the_assertions_has_not_passed_them(way):
     outcome = run(f"print(1, flush=True)\n{way}\nassert False")
     assert outcome.ended == "exit" and not outcome.passed and outcome.stdout == "1\n"
+
+
+def test_no_program_can_say_that_it_was_not_started():
+    outcome = run("import os\nos.write(3, b'start of nothing')\nos._exit(1)")
+    assert (outcome.ended, outcome.detail) == ("error", "it ended with status 1")
 
 
 def test_only_the_end_of_the_first_process_counts():
@@ -128,6 +134,8 @@ import ctypes
 libc = ctypes.CDLL(None)
 assert libc.memfd_create(b"x", 0) == -1
 assert libc.shmget(0, 1 << 20, 0o1600) == -1
+assert libc.semget(0, 32000, 0o1600) == -1
+assert libc.msgget(0, 0o1600) == -1
 """
     assert run(program).passed
 
@@ -267,6 +275,8 @@ def test_a_flood_of_output_is_cut_and_ends_it():
         outcome = run(program, Limits(output=50_000))
         assert outcome.ended == "killed" and "50,000" in outcome.detail
         assert set(getattr(outcome, stream)) == {"x"} and len(getattr(outcome, stream)) == 50_000
+    flood = "import os\nwhile True: os.write(3, b'x' * 1000)"  # where its end is told
+    assert run(flood, Limits(output=50_000)).ended == "killed"
 
 
 PRIVILEGES = """
@@ -285,6 +295,13 @@ for call in (
 ):
     assert call() == -1
 import resource
+try:
+    resource.prlimit(1, resource.RLIMIT_NOFILE, (0, 0))  # of the one who watches
+    raise AssertionError(1)
+except OSError:
+    pass
+libc.kill(1, 2)  # nor does it end at an interrupt
+assert resource.prlimit(0, resource.RLIMIT_CORE) == (0, 0)
 for limit in (resource.RLIMIT_NPROC, resource.RLIMIT_AS, resource.RLIMIT_CPU):
     try:
         resource.setrlimit(limit, (1 << 40, 1 << 40))
@@ -361,6 +378,22 @@ def test_a_program_dies_with_the_process_that_runs_it():
     while named(name) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not named(name)
+
+
+def test_a_virtual_environment_may_lie_behind_a_link(tmp_path):
+    venv.create(tmp_path / "there", symlinks=True, with_pip=False)
+    (tmp_path / "here").symlink_to(tmp_path / "there")
+    done = subprocess.run(elsewhere(tmp_path / "here/bin/python", "print(12345)"), **ROOT)
+    assert "ended='ok'" in done.stdout, done
+
+
+def test_a_python_that_does_not_start_alone_is_refused(tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'python: no libpython3.so' >&2\nexit 127\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sandbox.sys, "executable", str(python))
+    with pytest.raises(UserError, match="cannot isolate a program .*no libpython3.so"):
+        run("print(1)")
 
 
 ROOT = {"cwd": Path(__file__).parents[2], "capture_output": True, "text": True, "timeout": 100}
