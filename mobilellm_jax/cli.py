@@ -1,6 +1,7 @@
 """How every program starts: parse flags, run `main`, and turn a user's mistake into one sentence."""
 
 import functools
+import io
 import logging as std_logging
 import os
 import re
@@ -28,6 +29,8 @@ def run(main: Callable[..., None], positional: str = "") -> None:
     std_logging.getLogger("asyncio").addFilter(_without_traceback)  # of tasks that Orbax gave up
     # Callbacks in threads of libraries stumble over a failure that is raised, and told, in this one.
     sys.unraisablehook = lambda raised: logging.debug("%s: %s", raised.err_msg, raised.exc_value)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not every locale has the letters of all texts
+        sys.stdout.reconfigure(errors="backslashreplace")
     _show_shared_flags()
     parse = functools.partial(_parse, positional=positional)
     app.run(lambda argv: _guarded(functools.partial(main, *argv[1:])), flags_parser=parse)
@@ -48,6 +51,9 @@ def _without_traceback(record: std_logging.LogRecord) -> bool:
 
 
 def _parse(argv: list[str], positional: str) -> list[str]:
+    for argument in argv:
+        if re.search("[\ud800-\udfff]", argument):  # what Python makes of bytes that it cannot read
+            _exit(f"{argument!r} is not UTF-8, or the locale is not (LC_ALL=C.UTF-8 would be).", 2)
     try:
         rest = flags.FLAGS([_at_home(argument) for argument in argv])
         if "config" in flags.FLAGS:

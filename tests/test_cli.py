@@ -1,6 +1,9 @@
 """The programs as a user starts them."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -43,6 +46,19 @@ def test_a_tilde_behind_the_name_of_a_flag_is_the_home_directory(tmp_path, monke
     assert ended.status == 0, ended.err
     assert (tmp_path / "made").is_dir() and not (tmp_path / "~").exists()
     assert cli._at_home("--prompt=~/.bashrc is") == "--prompt=~/.bashrc is"
+
+
+def test_texts_and_names_that_are_not_utf8_are_one_sentence():
+    ended = program("mobilellm_jax.generate", "--checkpoint=x", "--prompt=caf\udce9")
+    assert ended.status == 2 and "Traceback" not in ended.err
+    assert ended.err.endswith("is not UTF-8, or the locale is not (LC_ALL=C.UTF-8 would be).\n")
+
+
+def test_what_a_locale_has_no_letters_for_is_printed_with_escapes():
+    code = "from mobilellm_jax import cli; cli.run(lambda: print('gr\\xf6\\xdfe'))"
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ended = subprocess.run([sys.executable, "-c", code], env=ascii_only, capture_output=True)
+    assert ended.stdout == rb"gr\xf6\xdfe" + b"\n", ended
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
