@@ -24,6 +24,7 @@ from mobilellm_jax.evaluation import math_worker
 _START_SECONDS = 300.0  # of a worker, on a machine that is busy with evaluating
 _END = 1000  # characters: where a response without a sign says its answer
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(\{|[^\s{}\\])")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \{ and \} are none
 _HASHES = re.compile(r"####\s*(.+)")
 _QUANTITY = re.compile(r"((?:\\?\$\s*)?[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+))\s*([A-Za-z][A-Za-z. ]+)")
 _PER_CENT = re.compile(r"([-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+))\s*\\?%")
@@ -47,20 +48,20 @@ class MathGrade:
 
 def last_boxed(text: str) -> str | None:
     r"""The content of the last `\boxed{}` (or `\fbox{}`, or `\boxed 5`) that is closed, or none."""
+    # In one pass, because a model that goes round in circles opens thousands.
+    opened: list[int] = []
+    closed: dict[int, int] = {}
+    for match in _BRACE.finditer(text):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif match[0] == "}" and opened:
+            closed[opened.pop()] = match.start()
     found = None
     for match in _BOX.finditer(text):
         if match[1] != "{":
             found = match[1]
-            continue
-        depth, i = 1, match.end()
-        while i < len(text) and depth:
-            if text[i] == "\\":
-                i += 1  # \{ and \} are no braces
-            else:
-                depth += {"{": 1, "}": -1}.get(text[i], 0)
-            i += 1
-        if not depth:
-            found = text[match.end() : i - 1]
+        elif match.start(1) in closed:
+            found = text[match.end() : closed[match.start(1)]]
     return found
 
 

@@ -30,6 +30,7 @@ needs_library = pytest.mark.skipif(
         (r"\boxed{}", ""),
         ("18", None),
         (r"\boxed{", None),
+        pytest.param("\\boxed{" * 20_000 + "5}", "5", id="thousands of boxes, one pass"),
         ("", None),
     ],
 )
