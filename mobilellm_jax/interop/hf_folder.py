@@ -83,7 +83,7 @@ def open_folder(directory: epath.PathLike, ls_kv: str = "fresh") -> Folder:
     path = directory / "config.json"
     try:
         raw = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable as JSON ({error}).") from None
     model, family = hf_config.read(raw, str(path), ls_kv)
     # The safetensors beside the official MobileLLM weights were converted by a program, wrongly.

@@ -101,13 +101,15 @@ def open_file(path: epath.PathLike) -> dict[str, Tensor]:
             return {
                 name: _described(path, name, raw, 8 + length, size) for name, raw in header.items()
             }
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise UserError(f"{path} is not a safetensors file ({error!r}).") from None
 
 
 def _described(path: epath.Path, name: str, raw: Mapping[str, Any], base: int, size: int) -> Tensor:
     """The tensor that an entry of a header describes; its bytes lie after `base`, in `size` bytes."""
     start, end = raw["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (start, end, *raw["shape"])):
+        raise ValueError(f"{name}: bytes {start} to {end} for the shape {raw['shape']}")
     if raw["dtype"] not in DTYPES:
         raise UserError(f"{path}: the tensor {name} has the unknown dtype {raw['dtype']}.")
     tensor = Tensor(path, base + start, tuple(raw["shape"]), DTYPES[raw["dtype"]])

@@ -44,12 +44,14 @@ def _open_shards(
 ) -> dict[str, Leaf]:
     try:
         places: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        if not all(isinstance(file, str) for file in places.values()):
+            raise TypeError("a file's name is no text")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{index} is not an index of weights ({error!r}).") from None
     opened: dict[str, Mapping[str, Leaf]] = {}
     for file in sorted(set(places.values())):
         path = index.parent / file
-        if path.parent != index.parent or not path.exists():
+        if path.parent != index.parent or not path.is_file():
             raise UserError(f"{index} names the file {file}, which is not there: fetch it.")
         opened[file] = opener(path)
     for name, file in places.items():

@@ -250,6 +250,9 @@ def test_a_cut_off_shard_is_named(folder):
         ("{}", "is not an index"),
         ("nonsense", "is not an index"),
         ('{"weight_map": 5}', "is not an index"),
+        ('{"weight_map": {"a": 1}}', "is not an index"),
+        ('{"weight_map": {"a": ".."}}', r"names the file \.\., which is not there"),
+        pytest.param("[" * 90_000, "is not an index", id="deep"),
         ('{"weight_map": {"a": "../in/config.json"}}', r"names the file \.\./in/config.json"),
     ],
 )
