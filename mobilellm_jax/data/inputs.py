@@ -218,7 +218,7 @@ def _json_lines(piece: Slice, text_key: str, id_key: str) -> Iterator[Record]:
                 record = json.loads(line)
             except UnicodeDecodeError:
                 raise UserError(f"{where(piece, number)}: not UTF-8.") from None
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{where(piece, number)}: not JSON ({error}).") from None
             known = record if isinstance(record, dict) else {}
             if missing := [key for key in keys if key not in known]:

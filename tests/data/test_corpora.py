@@ -143,6 +143,7 @@ BAD_FILES = [
         r"line 2: there is no field 'text' \(it ",
     ),
     ("a.jsonl", b"[1]\n", r"line 1: there is no field 'text'"),
+    ("a.jsonl", b'{"text": ' + b"[" * 90_000, r"line 1: not JSON \(maximum recursion"),
     ("a.jsonl", b'{"text": null}\n', r"line 1: 'text' is not a text but NoneType"),
     ("a.jsonl", b'{"text": "\xff"}\n', r"line 1: not UTF-8"),
     ("a.jsonl", b'{"text": "\\ud800"}\n', r"line 1: half of a surrogate pair"),
