@@ -88,8 +88,8 @@ def _kind(record: Any) -> Callable[[str, str], dict[str, Any]] | None:
 def _check_question(record: dict[str, Any]) -> None:
     if not 0 <= record["gold"] < len(record["choices"]):
         raise ValueError(f"gold={record['gold']} names none of its choices")
-    if not all(str(choice).strip() for choice in record["choices"]):
-        raise ValueError("one of its choices is empty")
+    if not all(isinstance(choice, str) and choice.strip() for choice in record["choices"]):
+        raise ValueError("one of its choices is no text, or empty")
 
 
 def _question_file(name: str, path: str) -> dict[str, Any]:

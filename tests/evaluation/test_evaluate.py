@@ -235,6 +235,7 @@ def test_a_data_set_that_is_nowhere_is_told_with_where_to_put_it(loaded, data, m
             '{"query": "", "choices": [], "gold": 0}\n{"query": "", "choices": [], "gold": 1}\n',
             "names none",
         ),
+        ('{"query": "1 + 1", "choices": [1, 2], "gold": 1}\n', "line 1, .*is no text, or empty"),
     ],
 )
 def test_damaged_questions_are_told(tmp_path, text, said):
