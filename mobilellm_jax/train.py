@@ -23,7 +23,6 @@ from ml_collections import ConfigDict, config_flags
 from mobilellm_jax import cli
 from mobilellm_jax.data.mixture import consumed
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import alone
 from mobilellm_jax.parallel import distributed
 from mobilellm_jax.parallel.chips import peak_flops
 from mobilellm_jax.parallel.compiled import keep_compiled
@@ -42,7 +41,7 @@ from mobilellm_jax.training.setup import Setup, set_up
 from mobilellm_jax.training.signals import Signals
 from mobilellm_jax.training.start import begin, open_start
 from mobilellm_jax.training.step import TrainState
-from mobilellm_jax.training.workdir import check_same_run, claim
+from mobilellm_jax.training.workdir import check_same_run, claimed
 
 
 def train(
@@ -87,9 +86,7 @@ def train(
             source, run = open_start(config, run)
 
         # All is checked: from here on the workdir is this run's.
-        workdir = claim(workdir, config)
-        if leads:
-            held.enter_context(alone(workdir, "is training"))
+        workdir = held.enter_context(claimed(workdir, config))
 
         # --- The state: restored, or made in place
         clock = Goodput(workdir, began, writes=leads)

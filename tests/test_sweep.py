@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import runs
 import tiny
+from etils import epath
 
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.errors import UserError
@@ -27,6 +28,7 @@ SWEEP = """
 import sys
 sys.path.insert(0, {tests!r})
 import tiny
+from etils import epath
 from mobilellm_jax.sweeps.description import Line, Sweep, Table
 
 
@@ -88,6 +90,28 @@ def test_a_network_that_was_cut_has_the_parameters_that_are_left(tmp_path):
     for records, wanted in ((begun, 100), ([*begun, *cuts], 60)):
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
         assert outcomes._parameters(read_history(tmp_path)) == wanted
+
+
+def test_a_cell_that_was_measured_on_other_rows_is_not_compared(tmp_path):
+    config = tiny.config(tiny.corpus(tmp_path / "corpus"), steps=4)
+    cell = Sweep({"a": config}, (), seeds=(0,)).cell("a", 0)
+    directory = epath.Path(tmp_path / cell.name)
+    (directory / "checkpoints/4").mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(cell.config.to_dict()))
+    start = {"plan": Plan.load(cell.config.plan).hash, "parameters": 1, "flops_per_token": 6}
+    records = [
+        {"kind": "start", "step": 0, **start, "devices": {}, "commit": ""},
+        {"kind": "train", "step": 4, "rows": 64, "step_seconds": 1.0},
+        {"kind": "heldout", "step": 4, "bits_per_byte": 2.0},
+    ]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    found = outcomes.read_outcome(cell, directory)
+    assert found is not None and found.bits_per_byte == 2.0
+    config.eval.every += 1  # decides no figure
+    assert outcomes.read_outcome(Sweep({"a": config}, (), seeds=(0,)).cell("a", 0), directory)
+    config.eval.rows += 1
+    with pytest.raises(UserError, match="measured on 20 held-out rows .*config.eval.rows is 21"):
+        outcomes.read_outcome(Sweep({"a": config}, (), seeds=(0,)).cell("a", 0), directory)
 
 
 @pytest.mark.slow
@@ -326,6 +350,7 @@ TUNED = """
 import sys
 sys.path.insert(0, {tests!r})
 import tiny
+from etils import epath
 from mobilellm_jax.sweeps.description import Line, Sweep, Table, Tuned
 
 

@@ -43,15 +43,24 @@ def read_outcome(cell: Cell, directory: epath.Path) -> Outcome | None:
     """The outcome of a cell, or None while there is something left for training to do, or to refuse.
 
     Raises:
-      UserError: the cell is complete, but nothing finite was measured.
+      UserError: the cell is complete, but nothing finite was measured, or not on the rows asked for.
     """
     steps = length_of(cell.config).steps
-    if not (directory / FOLDER / str(steps)).exists() or not _is_run_of(cell, directory):
+    changed = _changed(cell, directory)
+    if not (directory / FOLDER / str(steps)).exists() or changed is None:
+        return None
+    if not all(key.split(".")[0] in FREE for key in changed):
         return None
     history = read_history(directory)
     start = history.starts[-1]
     if start["plan"] != Plan.load(cell.config.plan).hash or steps not in history.heldout.steps_N:
         return None
+    if "eval.rows" in changed:
+        there, here = changed["eval.rows"]
+        raise UserError(
+            f"{directory} was measured on {there:,} held-out rows of each source, and config.eval.rows is "
+            f"{here:,} now, so its cells would not compare: set it back, or choose another --workdir."
+        )
     bits = float(history.heldout.column("bits_per_byte")[-1])  # of the last step, a number or not
     if not math.isfinite(bits):
         raise UserError(
@@ -81,10 +90,10 @@ def _parameters(history: History) -> int:
     return int(left) if math.isfinite(left) else history.starts[-1]["parameters"]
 
 
-def _is_run_of(cell: Cell, directory: epath.Path) -> bool:
+def _changed(cell: Cell, directory: epath.Path) -> dict[str, tuple[Any, Any]] | None:
+    """In what the configuration of the run there differs from the cell's; None: there is no run."""
     try:
         old = json.loads((directory / "config.json").read_text())
     except (FileNotFoundError, ValueError):
-        return False
-    changed = differences(complete(old), complete(cell.config.to_dict()))
-    return all(key.split(".")[0] in FREE for key in changed)
+        return None
+    return differences(complete(old), complete(cell.config.to_dict()))

@@ -1,8 +1,9 @@
 """One workdir, one run: what may be continued, and what would be overwritten."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -10,19 +11,22 @@ from ml_collections import ConfigDict
 
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import replaced
+from mobilellm_jax.files import alone, replaced
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.parallel import distributed
 from mobilellm_jax.training.config import FREE, base_config, differences
 
 
-def claim(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
-    """Makes the workdir this run's: writes config.json, or checks the one that is there.
+@contextlib.contextmanager
+def claimed(workdir: epath.PathLike, config: ConfigDict) -> Iterator[epath.Path]:
+    """Around a run: its workdir, which is this run's and, on one machine, no other program trains in.
 
-    Of several processes the first does so, and the others look whether they see it.
+    config.json is checked where there is one, and written. Of several processes the first does so, and
+    the others look whether they see it.
 
     Raises:
-      UserError: the workdir belongs to another run, or has results but no configuration.
+      UserError: the workdir belongs to another run, or has results but no configuration; another program
+        is training there.
     """
     if not os.fspath(workdir):
         raise UserError(
@@ -48,17 +52,18 @@ def claim(workdir: epath.PathLike, config: ConfigDict) -> epath.Path:
         )
     elif any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints")):
         raise UserError(f"{workdir} holds results but no config.json: choose another --workdir.")
-    if distributed.leads():
-        workdir.mkdir(parents=True, exist_ok=True)
-        with replaced(path) as unfinished:
-            unfinished.write_text(text)
-    distributed.meet("claimed")
-    if not distributed.all_of("workdir is seen", path.exists()):
-        raise UserError(
-            f"not every process sees {path}: all need the same workdir, on a shared file system or in "
-            "an object store."
-        )
-    return workdir
+    with alone(workdir, "is training") if distributed.leads() else contextlib.nullcontext():
+        if distributed.leads():
+            workdir.mkdir(parents=True, exist_ok=True)
+            with replaced(path) as unfinished:
+                unfinished.write_text(text)
+        distributed.meet("claimed")
+        if not distributed.all_of("workdir is seen", path.exists()):
+            raise UserError(
+                f"not every process sees {path}: all need the same workdir, on a shared file system or in "
+                "an object store."
+            )
+        yield workdir
 
 
 def _same_config(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> None:

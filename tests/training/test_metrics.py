@@ -19,7 +19,7 @@ from tensorboardX.proto.event_pb2 import Event
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.reporting.history import read_history
 from mobilellm_jax.training.metrics import MetricsWriter, per_source
-from mobilellm_jax.training.workdir import claim
+from mobilellm_jax.training.workdir import claimed
 
 
 def record(workdir, start, steps, kind="train", close=True, **values):
@@ -179,14 +179,29 @@ def test_a_later_start_at_an_earlier_step_counts(bucket, monkeypatch):
 
 def test_a_workdir_in_an_object_store_is_claimed_and_defended(bucket):
     config = tiny.config("mixture.json")
-    claim(bucket, config)
-    claim(bucket, config)
+    for _ in range(2):
+        with claimed(bucket, config) as workdir:
+            assert workdir == bucket
     written = json.loads((bucket / "config.json").read_text())
     assert written == json.loads(json.dumps(config.to_dict()))  # with lists for tuples
     assert [p.name for p in bucket.iterdir()] == ["config.json"]
     config.seed = 1
-    with pytest.raises(UserError, match="belongs to another run .config.seed: 0 there, 1 here"):
-        claim(bucket, config)
+    said = "belongs to another run .config.seed: 0 there, 1 here"
+    with pytest.raises(UserError, match=said), claimed(bucket, config):
+        pass
+
+
+def test_who_comes_to_a_workdir_in_which_a_run_goes_on_changes_nothing_there(tmp_path):
+    config = tiny.config("mixture.json")
+    with claimed(tmp_path / "run", config) as workdir:
+        before = (workdir / "config.json").read_bytes()
+        config.log_every += 1
+        said = "another program is training in .*run at this"
+        with pytest.raises(UserError, match=said), claimed(tmp_path / "run", config):
+            pass
+        assert (workdir / "config.json").read_bytes() == before
+    with claimed(tmp_path / "run", config):
+        assert (tmp_path / "run/config.json").read_bytes() != before
 
 
 def test_wandb_gets_what_is_recorded_and_a_resumed_run_goes_on_in_its_run(tmp_path, monkeypatch):
