@@ -28,7 +28,11 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \{ and \} are none
 _HASHES = re.compile(r"####\s*(.+)")
 _QUANTITY = re.compile(r"((?:\\?\$\s*)?[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+))\s*([A-Za-z][A-Za-z. ]+)")
 _PER_CENT = re.compile(r"([-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+))\s*\\?%")
-_LAYOUT = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|\$|\s")
+_MIXED = re.compile(r"([-+]?\d+)\s+(\d+)\s*/\s*(\d+)")
+# White space between digits is more than layout, unless it is between thousands: 1 1/2 is not 11/2.
+_LAYOUT = re.compile(
+    r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|\$|(?<!\d)\s+|\s+(?!\d)|\s+(?=\d{3}(?![\d/]))"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,8 +189,13 @@ def _plain(answer: str) -> str:
 
 
 def _box(answer: str) -> str:
-    """An answer as math-verify reads it best: in a box, with a unit that is not a product of letters."""
+    """An answer as math-verify reads it best: in a box, with a unit that is not a product of letters.
+
+    It knows a mixed number, as 4 3/4, by the command of its fraction.
+    """
     answer = answer.rstrip(".")
+    if mixed := _MIXED.fullmatch(answer):
+        answer = rf"{mixed[1]}\frac{{{mixed[2]}}}{{{mixed[3]}}}"
     quantity = _QUANTITY.fullmatch(answer)
     return (
         f"\\boxed{{{quantity[1]}\\text{{ {quantity[2]}}}}}" if quantity else f"\\boxed{{{answer}}}"

@@ -62,6 +62,9 @@ EQUAL = [
     (r"\text{(C)}", ["C", r"\text{C}", "(C)"]),
     (r"\text{Evelyn}", ["Evelyn", r"\textbf{Evelyn}"]),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", [r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"]),
+    (r"\frac{11}{4}", ["2 3/4", r"2\frac{3}{4}", r"2 \frac34", "2.75"]),
+    ("1 1/2", ["3/2", "1.5", "1  1 / 2"]),
+    ("10000", ["10 000", r"10\,000"]),
     ("A full solution.\n#### 1,000", ["1000"]),
     (r"A full solution in \boxed{\frac{3}{4}}.", ["0.75"]),
 ]
@@ -73,6 +76,8 @@ DIFFERENT = [
     (r"\text{(C)}", ["D", r"\text{(D)}"]),
     ("5 dollars", ["6 dollars"]),
     (r"\{1,2\}", [r"\{1,2,3\}"]),
+    ("11/2", ["1 1/2"]),
+    ("12", ["1 2"]),
 ]
 
 
