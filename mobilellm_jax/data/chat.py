@@ -35,8 +35,9 @@ TRUNCATED, TOO_LONG, UNTRAINABLE = "truncated", "too long", "nothing of an assis
 KEPT = f"kept with {UNTRAINABLE}"
 SHIPPED = Path(__file__).parent / "templates"
 
-# What stands for the tags while a text is rendered: halves of surrogate pairs, which no text has.
-_BEGIN, _END = "\ud8fe", "\ud8ff"
+# What stands for the tags, and for where a turn is still open, while a text is rendered: halves of
+# surrogate pairs, which no text has.
+_BEGIN, _END, _OPEN = "\ud8fe", "\ud8ff", "\ud8fd"
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -131,13 +132,23 @@ class ChatTemplate:
         """
         return self._rendered(messages, prompt=True)[0]
 
-    def text(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation.
+    def opened(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation up to what its last message says, for the network to go on with.
+
+        White space at its end goes where the template trims messages, as in Hugging Face.
 
         Raises:
-          UserError: the template refuses the conversation.
+          UserError: the template refuses the conversation, or leaves its last message out.
         """
-        return self._rendered(messages)[0]
+        last = {**messages[-1], "content": f"{messages[-1]['content']}{_OPEN} "}
+        text, _ = self._rendered([*messages[:-1], last])
+        before, sign, after = text.rpartition(_OPEN)
+        if not sign:
+            raise UserError(
+                "the chat template writes nothing of the last message of a conversation"
+                f"{_which(messages)}, so the network cannot go on with it."
+            )
+        return before if after.startswith(" ") else before.rstrip()
 
     def _rendered(
         self, messages: Sequence[Message], prompt: bool = False

@@ -120,7 +120,7 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a conversation.
+        """The text of a conversation: with the assistant's header, or, where a task begins the answer, open.
 
         Raises:
           UserError: there is no template, or it refuses the conversation.
@@ -128,7 +128,7 @@ class HarnessModel(TemplateLM):
         template = self._conversations.template
         if add_generation_prompt:
             return template.prompt(chat_history)
-        return template.text(chat_history)
+        return template.opened(chat_history)
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False

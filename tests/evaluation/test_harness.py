@@ -242,7 +242,19 @@ def test_chat_prompts_come_from_the_template():
     lm = HarnessModel(parameters(MODELS["plain"]), MODELS["plain"], tokenizer)
     turn = [{"role": "user", "content": "hi"}]
     assert lm.apply_chat_template(turn).endswith("<|im_start|>assistant\n")
-    assert lm.apply_chat_template(turn, add_generation_prompt=False).endswith("<|im_end|>\n")
+
+
+@pytest.mark.parametrize("kind", sorted(tokenizer_files.FOLDERS))
+def test_answers_that_a_task_begins_stay_open_as_those_of_hugging_face(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = tokenizer_files.FOLDERS[kind](tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    lm = HarnessModel(parameters(MODELS["plain"]), MODELS["plain"], Tokenizer.load(folder))
+    for begun in ("The best answer is", "\n```python\n", " hi", "hi"):
+        turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": begun}]
+        how = {"tokenize": False, "continue_final_message": True}
+        found = lm.apply_chat_template(turns, add_generation_prompt=False)
+        assert found == theirs.apply_chat_template(turns, **how)
 
 
 @pytest.mark.parametrize("kind", sorted(tokenizer_files.FOLDERS))
