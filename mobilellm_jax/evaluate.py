@@ -68,7 +68,7 @@ def evaluate(
       stores: row stores whose held-out rows are measured: plans, or folders of sources.
       limit: documents of each task, and rows of each source; None: all.
       shots: examples before each question; None: what suite or task say.
-      samples: answers to each problem of tasks that are answered several times; None: what they say.
+      samples: answers to each problem that may have several; None: what suite or task say.
       rows: texts that a device computes together.
       dtype: of activations and products.
       cache: file of answers that are not computed again; none if empty.

@@ -64,6 +64,8 @@ _COMPLETES = " Complete this, and change no name in it:\n\n```python\n{starter}\
 class Answered(ConfigurableTask):
     """A task of problems with answers that are written out and graded one by one."""
 
+    several = True  # a problem may have several answers
+
     def __init__(self, config: Config) -> None:
         """Loads the data; `config` is the harness's of a task, with its class."""
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
@@ -152,6 +154,8 @@ class Programs(Answered):
 
 class Dialogues(Answered):
     """The assistant's turns in dialogues with functions, each told what was really said before it."""
+
+    several = False  # each is answered once, with the likeliest tokens
 
     def conversation(self, doc: Mapping[str, Any]) -> list[Message]:
         """See `Answered`."""

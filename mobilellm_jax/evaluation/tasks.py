@@ -45,7 +45,7 @@ def open_tasks(
       data: folder with data sets in local files.
       shots: examples before each question; None: what suite or task say.
       chat: ask through the tokenizer's chat template, also where the suite does not say so.
-      samples: answers to each problem that is to be answered several times; None: what it says.
+      samples: answers to each problem that may have several; None: what suite or task say.
       allow_code: tasks may run what the network writes, in the sandbox.
 
     Raises:
@@ -66,8 +66,8 @@ def open_tasks(
             spec: Any = entry.task
             if entry.task in own:
                 spec = dict(own[entry.task])
-                if repeats := samples or entry.samples:
-                    spec["repeats"] = repeats
+                if getattr(spec.get("class"), "several", False):
+                    spec["repeats"] = samples or entry.samples or spec["repeats"]
             found = manager.load([spec])
             _check_code(found["tasks"], allow_code)
             group = found["groups"].get(entry.task)

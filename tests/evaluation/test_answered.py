@@ -233,7 +233,9 @@ def test_dialogues_with_functions_are_graded_turn_by_turn(tmp_path):
         for d in made
         for i, message in enumerate(d["messages"])
     }
-    lines, _ = evaluate(Says(lambda prompt, n: truth[prompt]), ["api"], data=tmp_path, chat=True)
+    lm = Says(lambda prompt, n: truth[prompt])
+    lines, _ = evaluate(lm, ["api"], data=tmp_path, chat=True, samples=3)
+    assert len(lm.asked) == len(set(prompt for prompt, _ in lm.asked))  # once: nothing is drawn
     assert {line.metric: line.value for line in lines} == dict.fromkeys(
         ("EM_intent", "EM_structure", "R1", "RL"), 1.0
     )
