@@ -171,7 +171,7 @@ def row_seeds(seed: int, rows: int) -> np.ndarray:
 def stream(
     decoder: Placed,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     sampling: Sampling,
     seeds: Sequence[int] | np.ndarray,
     chunk: int = CHUNK,
@@ -182,7 +182,8 @@ def stream(
     Args:
       decoder: the network.
       prompts: token ids, each at least one (BOS).
-      max_new_tokens: tokens drawn per prompt.
+      max_new_tokens: tokens drawn per prompt; where each has a number of its own, as many come for all
+        as for the one with most, and what is beyond its own may be anything.
       sampling: how.
       seeds: of the draws, one for each prompt; see `row_seeds`.
       chunk: tokens that one call of the program draws before any of them is seen here.
@@ -193,11 +194,14 @@ def stream(
       UserError: prompt and continuation exceed the network's context.
     """
     longest = max(map(len, prompts))
-    if longest + max_new_tokens > decoder.model.max_length:
-        raise UserError(
-            f"the prompt's {longest} tokens and {max_new_tokens} new ones exceed the network's "
-            f"context of {decoder.model.max_length}: shorten the prompt or lower --max_new_tokens."
-        )
+    limits = np.broadcast_to(max_new_tokens, len(prompts)).tolist()
+    for prompt, limit in zip(prompts, limits, strict=True):
+        if len(prompt) + limit > decoder.model.max_length:
+            raise UserError(
+                f"the prompt's {len(prompt)} tokens and {limit} new ones exceed the network's "
+                f"context of {decoder.model.max_length}: shorten the prompt or lower --max_new_tokens."
+            )
+    most = max(limits)
     width, devices = bucket(longest), decoder.mesh.size
     # The prompt of each row: devices have equally many.
     rows_B = np.resize(np.arange(len(prompts)), -(-len(prompts) // devices) * devices)
@@ -220,7 +224,7 @@ def stream(
         tokens_B, cache = _read(decoder.params, tokens_BT, *first, slots=slots, **how)
         last_B = np.asarray(tokens_B)
         yield last_B[: len(prompts)]
-        for slot in range(width, width + max_new_tokens - 1, chunk):
+        for slot in range(width, width + most - 1, chunk):
             if slot + chunk > slots:
                 slots *= 2
                 kept_B, own_B = _going(rows_B, ended() if ended else (), devices)
@@ -239,7 +243,7 @@ def stream(
             )
             drawn = np.asarray(drawn_TB)
             last_B = drawn[-1]
-            for tokens in drawn[: width + max_new_tokens - 1 - slot]:
+            for tokens in drawn[: width + most - 1 - slot]:
                 shown_N = np.zeros(len(prompts), np.int32)
                 shown_N[rows_B] = tokens
                 yield shown_N

@@ -35,23 +35,30 @@ def continued(
     decoder: Placed,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     sampling: Sampling,
     seeds: Sequence[int] | np.ndarray,
     stop: Sequence[str] = (),
     chunk: int = CHUNK,
     ends: Collection[int] = (),
 ) -> list["Text"]:
-    """`generate` of prompts as ids, BOS included, with a seed for each; see `Text` for `ends`."""
+    """`generate` of prompts as ids, BOS included, with a seed for each; see `Text` for `ends`.
+
+    The most new tokens are the same for all prompts, or a number for each.
+    """
     texts = [Text(tokenizer, prompt, stop, ends) for prompt in prompts]
+    limits = np.broadcast_to(max_new_tokens, len(prompts)).tolist()
+    drawn = 0
 
-    def ended() -> list[bool]:
-        return [text.ended for text in texts]
+    def over() -> list[bool]:
+        return [text.ended or drawn >= limit for text, limit in zip(texts, limits, strict=True)]
 
-    for tokens_B in stream(decoder, prompts, max_new_tokens, sampling, seeds, chunk, ended):
-        for text, token in zip(texts, tokens_B.tolist(), strict=True):
-            text.add(token)
-        if all(ended()):
+    for tokens_B in stream(decoder, prompts, limits, sampling, seeds, chunk, over):
+        for text, token, full in zip(texts, tokens_B.tolist(), over(), strict=True):
+            if not full:
+                text.add(token)
+        drawn += 1
+        if all(over()):
             break
     return texts
 

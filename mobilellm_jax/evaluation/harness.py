@@ -193,15 +193,15 @@ class HarnessModel(TemplateLM):
                 encoded = [self.tok_encode(requests[number].args[0]) for number in numbers]
                 prompts = [ids[-room:] for ids in encoded]
                 self.counts["prompts cut"] += sum(len(ids) > room for ids in encoded)
-                left = self.max_length - max(map(len, prompts))
-                self.counts["answers limited"] += len(prompts) * (left < new_tokens)
-                new_tokens = min(new_tokens, left)
+                # Of each prompt by itself, or an answer would depend on its neighbours.
+                limits = [min(new_tokens, self.max_length - len(ids)) for ids in prompts]
+                self.counts["answers limited"] += sum(limit < new_tokens for limit in limits)
                 own = [seeds[number] for number in numbers]
                 found = continued(
                     self._writer,
                     self.ids,
                     prompts,
-                    new_tokens,
+                    limits,
                     sampling,
                     own,
                     stop,

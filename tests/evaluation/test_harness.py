@@ -237,6 +237,16 @@ def test_sampling_tasks_draw_by_seed():
     assert one == again and len(set(one)) > 1
 
 
+def test_neighbours_change_no_answer_that_the_context_limits():
+    """More is asked for than the context holds: each answer has what its own prompt leaves."""
+    settings = {"max_gen_toks": 1000, "do_sample": True, "temperature": 1.0}
+    requests = instances("generate_until", *[("the " * n, settings) for n in (1, 9, 18, 27)])
+    alone, together = (ours("shared, untied", rows=rows) for rows in (1, 4))
+    found = alone.generate_until(requests)
+    assert found == together.generate_until(requests)
+    assert alone.counts == together.counts and alone.counts["answers limited"] == 4
+
+
 def test_chat_prompts_come_from_the_template():
     tokenizer = dataclasses.replace(tiny.tokenizer(), chat_template=read_template("chatml"))
     lm = HarnessModel(parameters(MODELS["plain"]), MODELS["plain"], tokenizer)
