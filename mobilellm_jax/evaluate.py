@@ -30,6 +30,7 @@ from absl import flags
 from mobilellm_jax import cli
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluation.perplexity import store_lines, wikitext, window_perplexity
+from mobilellm_jax.evaluation.scores import known
 from mobilellm_jax.evaluation.server_flags import define_server, named_server
 from mobilellm_jax.evaluation.suites import Line
 from mobilellm_jax.evaluation.table import table
@@ -169,7 +170,7 @@ def _keep(out: Path, text: str, lines: Sequence[Line], results: dict[str, Any]) 
         "harness": results,
     }
     (out / "results.md").write_text(text + "\n")
-    (out / "results.json").write_text(json.dumps(described, indent=2, default=str) + "\n")
+    (out / "results.json").write_text(json.dumps(known(described), indent=2, default=str) + "\n")
 
 
 def _loaded() -> LoadedModel:

@@ -47,7 +47,7 @@ from mobilellm_jax.evaluation.judge import (
     see_answered,
     win_rate,
 )
-from mobilellm_jax.evaluation.scores import Score
+from mobilellm_jax.evaluation.scores import Score, known
 from mobilellm_jax.evaluation.server_flags import define_server, named_server, server_settings
 from mobilellm_jax.files import replaced
 from mobilellm_jax.interop.stored import load_model
@@ -180,17 +180,9 @@ def _cells(score: Score | None, digits: int) -> list[str]:
 
 
 def _plain(found: WinRate | Ratings) -> dict[str, Any]:
-    """Its figures as values that JSON knows; a standard error that does not exist is null."""
-
-    def known(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: known(part) for key, part in value.items()}
-        if isinstance(value, list | tuple):
-            return [known(part) for part in value]
-        return None if isinstance(value, float) and math.isnan(value) else value
-
+    """Its figures as values that JSON knows."""
     figures = dataclasses.asdict(found).items()
-    return {key: known(value) for key, value in figures if key not in ("points", "values")}
+    return known({key: value for key, value in figures if key not in ("points", "values")})
 
 
 def _write(path: Path, text: str) -> None:

@@ -3,7 +3,8 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 from mobilellm_jax.errors import UserError
 
@@ -82,3 +83,12 @@ def mean_pass_at_k(results: Sequence[Sequence[bool]], k: int = 1) -> Score:
       UserError: a problem has fewer samples than k, or there are no problems.
     """
     return mean_score([pass_at_k(len(of_one), sum(map(bool, of_one)), k) for of_one in results])
+
+
+def known(value: Any) -> Any:
+    """Figures as values that JSON knows: null where there is none, as for a standard error of one problem."""
+    if isinstance(value, Mapping):
+        return {key: known(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [known(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

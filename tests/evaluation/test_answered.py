@@ -287,8 +287,10 @@ def test_the_program_asks_a_server_and_keeps_what_it_said(tmp_path):
         ended = program("mobilellm_jax.evaluate", *where, *flags, "--log_samples")
         assert ended.status == 0, ended.err
         again = program("mobilellm_jax.evaluate", *where, *flags)
+        few = ["--limit=1", f"--out={tmp_path / 'one'}"]
+        program("mobilellm_jax.evaluate", *where, *flags[:-1], *few)
     assert "| sums | 0 | pass@1 | 0.5000 | 0.5000 | 2 |" in ended.out
-    assert len(server.requests) == 4
+    assert len(server.requests) == 4 + 2
     seeds = {body["seed"] for _, _, body in server.requests}
     assert len(seeds) == 4  # each answer has draws of its own
     samples = [json.loads(line) for line in (out / "samples_sums.jsonl").open()]
@@ -296,6 +298,9 @@ def test_the_program_asks_a_server_and_keeps_what_it_said(tmp_path):
     results = json.loads((out / "results.json").read_text())
     assert results["subject"] == f"mine at {server.url}"
     assert again.status == 1 and "holds results already" in again.err
+    # A single problem has no standard error, of which JSON knows but null.
+    one = json.loads((tmp_path / "one" / "results.json").read_text(), parse_constant=pytest.fail)
+    assert [line["standard_error"] for line in one["lines"]] == [None, None]
 
 
 @pytest.mark.parametrize(
