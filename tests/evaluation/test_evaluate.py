@@ -164,6 +164,21 @@ def test_the_table():
     assert "MobileLLM" not in table(lines[1:], preset("mobilellm-125m"))
 
 
+def test_averages_stand_beside_those_of_the_same_tasks():
+    """Suites average other tasks than the papers of the published networks; those know them or not."""
+
+    def last_row(suite, network):
+        parts = [Line(e.label, 0, "acc", 0.4, 0.01, True) for e in SUITES[suite] if e.averaged]
+        text = table([*parts, Line(AVERAGE, 0, "mean", 0.4, 0.01)], preset(network))
+        return text.splitlines()[-1].split("|")[-2].strip()
+
+    assert last_row("commonsense", "mobilellm-125m") == "0.463"
+    seven = (43.9 + 27.1 + 65.3 + 42.4 + 38.9 + 39.5 + 53.1) / 700
+    assert last_row("adapt_pruner", "mobilellm-125m") == f"{seven:.3f}" == "0.443"
+    assert last_row("commonsense", "mobilellm-r1-360m") == "0.510"
+    assert last_row("adapt_pruner", "mobilellm-r1-360m") == ""
+
+
 def test_a_network_is_judged_wherever_it_is_kept(loaded, data, tmp_path):
     """As a folder of Hugging Face's too; without its tokenizer it is told what is missing."""
     huggingface.export(flat(loaded.params), loaded.model, loaded.tokenizer, tmp_path / "hf")
