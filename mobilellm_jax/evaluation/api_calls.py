@@ -116,7 +116,7 @@ def grade_turns(expected: Sequence[Turn], written: Sequence[str]) -> dict[str, S
 def grade_calls(expected: str, written: str) -> dict[str, float]:
     """EM_intent and EM_structure of calls, one a line, in any order."""
     right, found = (
-        [read_call(line) for line in text.splitlines() if line.strip()]
+        [read_call(line) for line in text.split("\n") if line.strip()]
         for text in (expected, written)
     )
     intents, structures = (
