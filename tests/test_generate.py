@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import sentencepiece
 import tiny
+from tokenizer_files import FOLDERS
 
 from mobilellm_jax.data.chat import read_template
 from mobilellm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.decoding import decoder as program
 from mobilellm_jax.decoding import text as texts
 from mobilellm_jax.decoding.decoder import bucket, row_seeds, stream, to_draw
@@ -255,6 +257,27 @@ def test_a_character_that_never_ends_is_shown_at_the_end():
     shown = list(pieces(Text(tokenizer, [tokenizer.bos_id]), ids))
     assert "".join(shown[:-1]) == "a "
     assert shown[-1] == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_character_that_never_ends_is_shown_where_its_document_ends():
+    tokenizer = tiny.tokenizer()
+    ids = [*tokenizer.encode("a Ω")[:-1], tokenizer.eos_id]
+    text = Text(tokenizer, [tokenizer.bos_id])
+    assert "".join(pieces(text, ids)) == text.whole() == "a \N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_characters_of_many_bytes_follow_each_other(tmp_path, kind):
+    """Some decoders read no character in bytes among which one is incomplete: no cut may leave one."""
+    tokenizer = Tokenizer.load(FOLDERS[kind](tmp_path))
+    for said in ("日本語テキスト" * 3, "a日本語 テキスト", "\N{GRINNING FACE}" * 6, "\ufffd" * 9):
+        ids = tokenizer.encode(said)
+        for cut in range(len(said)):
+            prompt = tokenizer.encode(said[:cut])
+            if ids[: len(prompt)] == prompt:
+                prompt = [tokenizer.bos_id, *prompt]
+                rest = "".join(pieces(Text(tokenizer, prompt), ids[len(prompt) - 1 :]))
+                assert tokenizer.decode(prompt) + rest == said
 
 
 def test_a_space_between_prompt_and_continuation_survives():

@@ -8,8 +8,6 @@ from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.decoding.decoder import CHUNK, Placed, row_seeds, stream
 from mobilellm_jax.decoding.sampling import Sampling
 
-BEFORE = 8  # tokens before a piece of text that it is decoded together with
-
 
 def generate(
     decoder: Placed,
@@ -66,7 +64,10 @@ def continued(
 class Text:
     """The text of tokens as they come, never half a character, up to a stop string.
 
-    It is what they add to the prompt's text: a first piece's leading space may depend on what is before it.
+    It is what they add to the text before them, for what a token stands for may depend on that: a first
+    piece drops its leading space, and some tokenizers read no character in bytes that stand between others
+    of which one is incomplete. So tokens are decoded together with the piece before them, or with the
+    prompt; both begin and end with whole characters.
     """
 
     def __init__(
@@ -88,8 +89,8 @@ class Text:
         self.ended = False
         self.tokens = 0  # that belong to the text
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._ids = list(prompt[-BEFORE:])
-        self._shown = len(self._ids)  # ids whose text is in `_text`
+        self._ids = list(prompt)
+        self._shown = len(self._ids)  # ids whose text is in `_text`, or the prompt's
         self._text = ""
 
     def add(self, token: int) -> None:
@@ -97,6 +98,7 @@ class Text:
         if self.ended:
             return
         if token in self._ends:
+            self._take_rest()
             self.ended = True
             return
         self.tokens += 1
@@ -113,11 +115,16 @@ class Text:
         longest = max(map(len, self._stop), default=0)
         begin = max(0, len(self._text) - longest)
         self._text += piece
-        self._ids = self._ids[-BEFORE:]
+        if piece:  # tokens that stand for nothing are no text to be decoded together with
+            self._ids = self._ids[self._shown :]
         self._shown = len(self._ids)
         found = [at for s in self._stop if (at := self._text.find(s, begin)) >= 0]
         if found:
             self._text, self.ended = self._text[: min(found)], True
+
+    def _take_rest(self) -> None:
+        if not self.ended and self._shown < len(self._ids):
+            self._take(self._piece())
 
     def sure(self) -> str:
         """What no later token can take back: the beginning of a stop string is held back."""
@@ -131,8 +138,7 @@ class Text:
 
     def whole(self) -> str:
         """All of it, also a character that never became whole."""
-        if not self.ended and self._shown < len(self._ids):
-            self._take(self._piece())
+        self._take_rest()
         return self._text
 
 
