@@ -7,8 +7,11 @@ and dense Llama 4.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.quantization import parts_of
@@ -71,10 +74,11 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         """Raises `UserError` where the numbers describe no stretching."""
-        if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor):
+        factors = 1 <= self.factor < math.inf and 0 < self.low_freq_factor < self.high_freq_factor
+        if not (factors and _counts(self.original_max_length)):
             raise UserError(
-                f"model.rope_scaling={self} is not usable: factor must be at least 1 and "
-                "low_freq_factor positive and below high_freq_factor."
+                f"model.rope_scaling={self} is not usable: factor must be at least 1, low_freq_factor "
+                "positive and below high_freq_factor, and original_max_length a number of tokens."
             )
 
 
@@ -107,8 +111,10 @@ class ModelConfig:
             raise UserError("the model has no stack: give model.stacks at least one Stack.")
         for i, stack in enumerate(self.stacks):
             numbers = stack.layers, stack.heads, stack.kv_heads, stack.mlp_width, stack.repeats
-            if min(numbers) < 1:
-                raise UserError(f"model.stacks[{i}] has a number below 1: {stack}.")
+            if not all(map(_counts, numbers)):
+                raise UserError(
+                    f"model.stacks[{i}] has a number that is not whole or below 1: {stack}."
+                )
             _one_of(f"model.stacks[{i}].order", stack.order, ORDERS)
             if self.ls_kv == "first_pass" and stack.order != "immediate":
                 raise UserError(
@@ -120,8 +126,14 @@ class ModelConfig:
                     f"model.stacks[{i}]: heads={stack.heads} is not a multiple of "
                     f"kv_heads={stack.kv_heads}, so query heads cannot share KV heads evenly."
                 )
-        if min(self.vocab_size, self.width, self.head_dim, self.max_length) < 1:
-            raise UserError("model: vocab_size, width, head_dim and max_length must be positive.")
+        for key in ("vocab_size", "width", "head_dim", "max_length"):
+            if not _counts(value := getattr(self, key)):
+                raise UserError(f"model.{key}={value!r} must be a whole number above 0.")
+        if not 0 < self.rope_theta < math.inf:
+            raise UserError(f"model.rope_theta={self.rope_theta} must be a number above 0.")
+        for key in ("norm_eps", "init_std"):
+            if not 0 <= (value := getattr(self, key)) < math.inf:
+                raise UserError(f"model.{key}={value} must be a number that is not negative.")
         if self.head_dim % 2:
             raise UserError(f"model.head_dim={self.head_dim} is odd, but RoPE rotates pairs.")
         _one_of("model.qk_norm", self.qk_norm, QK_NORMS)
@@ -157,6 +169,10 @@ class ModelConfig:
                 f"the model description is not usable ({error}): its keys are those of "
                 "ModelConfig and Stack in mobilellm_jax/model/config.py."
             ) from None
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and value >= 1
 
 
 def _one_of(key: str, value: str, values: tuple[str, ...]) -> None:

@@ -69,11 +69,15 @@ class Execution:
     attention: str = "reference"  # of whole rows: this, or a kernel as `attention.choose` names it
 
     def __post_init__(self) -> None:
-        """Raises `UserError` for a value that is none of those listed."""
+        """Raises `UserError` for a value that does not exist."""
         if self.remat not in REMAT:
             raise UserError(f"execution.remat={self.remat!r} is not one of {', '.join(REMAT)}.")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"execution.dtype={self.dtype!r} is not float32 or bfloat16.")
+        if not isinstance(self.unroll, int) or self.unroll < 1:
+            raise UserError(
+                f"execution.unroll={self.unroll} must be a whole number of layers, 1 or more."
+            )
         if self.attention not in ("reference", *KERNELS):
             raise UserError(f"execution.attention={self.attention!r} is not reference or a kernel.")
 

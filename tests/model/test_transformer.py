@@ -358,12 +358,32 @@ def test_configurations_survive_json(config):
         {"stacks": (Stack(2, 4, 2, 8, 2, "reverse"),), "ls_kv": "first_pass"},
         {"vocab_size": 0},
         {"stacks": (Stack(0, 4, 2, 8),)},
+        {"stacks": (Stack(2, 4, 2, 8.0),)},
+        {"width": PLAIN.width / 2},
+        {"vocab_size": "97"},
+        {"rope_theta": 0.0},
+        {"rope_theta": float("nan")},
+        {"norm_eps": -1e-5},
+        {"init_std": -0.02},
     ],
     ids=str,
 )
 def test_what_is_no_network_is_refused(change):
     with pytest.raises(UserError):
         dataclasses.replace(PLAIN, **change)
+
+
+def test_what_stretches_no_rotation_is_refused():
+    RopeScaling(8.0, 1.0, 4.0, 32)
+    for wrong in ((0.5, 1, 4, 32), (8, 4, 1, 32), (float("inf"), 1, 4, 32), (8, 1, 4, 0)):
+        with pytest.raises(UserError, match="rope_scaling"):
+            RopeScaling(*wrong)
+
+
+@pytest.mark.parametrize("unroll", [0, -1, 1.5])
+def test_how_many_layers_an_iteration_has_is_a_whole_number(unroll):
+    with pytest.raises(UserError, match="execution.unroll"):
+        Execution(unroll=unroll)
 
 
 def test_unknown_keys_are_refused():
