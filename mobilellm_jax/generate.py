@@ -21,7 +21,7 @@ from absl import flags
 from mobilellm_jax import cli
 from mobilellm_jax.data.chat import ConversationEncoder, Message
 from mobilellm_jax.data.tokenizers import Tokenizer
-from mobilellm_jax.decoding.decoder import Placed, row_seeds, stream, to_draw
+from mobilellm_jax.decoding.decoder import Placed, check_room, row_seeds, stream, to_draw
 from mobilellm_jax.decoding.sampling import Sampling
 from mobilellm_jax.decoding.text import Text, continued, pieces
 from mobilellm_jax.errors import UserError
@@ -116,7 +116,12 @@ def batch(
     stop: Sequence[str],
     rows: int,
 ) -> None:
-    """Prints a line of JSON for each prompt, in their order, and the speed of all to standard error."""
+    """Prints a line of JSON for each prompt, in their order, and the speed of all to standard error.
+
+    Raises:
+      UserError: a prompt does not fit, before any is continued.
+    """
+    check_room(decoder, ids, [max_new_tokens] * len(ids))
     began, drawn, seeds = time.perf_counter(), 0, row_seeds(seed, len(prompts))
     for at in range(0, len(prompts), rows):
         part = slice(at, at + rows)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -220,7 +221,9 @@ def test_what_does_not_fit_the_context_is_refused():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}], ids=str
+    "wrong",
+    [{"temperature": -1}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}],
+    ids=str,
 )
 def test_what_is_no_distribution_is_refused(wrong):
     with pytest.raises(UserError, match=f"--{next(iter(wrong))}"):
@@ -446,3 +449,15 @@ def test_a_file_of_prompts(capsys):
     assert [line["prompt"] for line in lines] == prompts
     for line, prompt in zip(lines, prompts, strict=True):
         assert [line["text"]] == generate(decoder(PLAIN), Numbers(), [prompt], 6, GREEDY)
+
+
+def test_a_prompt_too_long_is_refused_before_any_is_continued(capsys):
+    ids = [[1], [1], [1] * 60]
+    with pytest.raises(UserError, match="60 tokens and 6 new ones"):
+        batch(decoder(PLAIN), Numbers(), ["", "", "long"], ids, 6, GREEDY, 0, [], 1)
+    assert not capsys.readouterr().out
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(UserError, match="stop string is empty"):
+        Text(Numbers(), [1], ["end", ""])

@@ -168,6 +168,18 @@ def row_seeds(seed: int, rows: int) -> np.ndarray:
     return np.random.SeedSequence(seed).generate_state(rows)
 
 
+def check_room(
+    decoder: Placed, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]
+) -> None:
+    """Raises `UserError` where a prompt and as many new tokens exceed the network's context."""
+    for prompt, limit in zip(prompts, max_new_tokens, strict=True):
+        if len(prompt) + limit > decoder.model.max_length:
+            raise UserError(
+                f"the prompt's {len(prompt)} tokens and {limit} new ones exceed the network's "
+                f"context of {decoder.model.max_length}: shorten the prompt or lower --max_new_tokens."
+            )
+
+
 def stream(
     decoder: Placed,
     prompts: Sequence[Sequence[int]],
@@ -193,16 +205,10 @@ def stream(
     Raises:
       UserError: prompt and continuation exceed the network's context.
     """
-    longest = max(map(len, prompts))
     limits = np.broadcast_to(max_new_tokens, len(prompts)).tolist()
-    for prompt, limit in zip(prompts, limits, strict=True):
-        if len(prompt) + limit > decoder.model.max_length:
-            raise UserError(
-                f"the prompt's {len(prompt)} tokens and {limit} new ones exceed the network's "
-                f"context of {decoder.model.max_length}: shorten the prompt or lower --max_new_tokens."
-            )
+    check_room(decoder, prompts, limits)
     most = max(limits)
-    width, devices = bucket(longest), decoder.mesh.size
+    width, devices = bucket(max(map(len, prompts))), decoder.mesh.size
     # The prompt of each row: devices have equally many.
     rows_B = np.resize(np.arange(len(prompts)), -(-len(prompts) // devices) * devices)
     tokens_BT = np.zeros((len(rows_B), width), np.int32)

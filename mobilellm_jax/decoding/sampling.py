@@ -1,6 +1,7 @@
 """How the next token is drawn from the logits."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raises `UserError` for values that describe no distribution."""
-        if self.temperature < 0:
-            raise UserError(f"--temperature={self.temperature} must not be negative.")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(
+                f"--temperature={self.temperature} must be a number that is not negative."
+            )
         if self.top_k < 0:
             raise UserError(f"--top_k={self.top_k} must not be negative; 0 keeps all tokens.")
         if not 0 < self.top_p <= 1:

@@ -7,6 +7,7 @@ import numpy as np
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.decoding.decoder import CHUNK, Placed, row_seeds, stream
 from mobilellm_jax.decoding.sampling import Sampling
+from mobilellm_jax.errors import UserError
 
 
 def generate(
@@ -84,7 +85,14 @@ class Text:
           prompt: the ids before the first.
           stop: strings that end the text before them.
           ends: further ids that end it.
+
+        Raises:
+          UserError: a stop string is empty.
         """
+        if not all(stop):
+            raise UserError(
+                "a stop string is empty, and would end every text at once: leave it out."
+            )
         self._ends = {tokenizer.bos_id, tokenizer.eos_id, *ends}
         self.ended = False
         self.tokens = 0  # that belong to the text
