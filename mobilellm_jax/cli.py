@@ -5,6 +5,7 @@ import io
 import logging as std_logging
 import os
 import re
+import select
 import sys
 import traceback
 import warnings
@@ -21,7 +22,8 @@ _TEXTS = ("prompt", "system", "system_prompt", "answer", "stop", "reason")
 def run(main: Callable[..., None], positional: str = "") -> None:
     """Parses the command line and calls `main()`, or `main(argument)` where `positional` names one.
 
-    Exits with status 2 for a misspelt flag or key, 1 for a `UserError` or a full disk.
+    Exits with status 2 for a misspelt flag or key, 1 for a `UserError` or a full disk, and without a word
+    where nobody reads its output any more.
     """
     # Libraries tell every detail at INFO; --verbosity=0 shows it.
     logging.set_verbosity(logging.WARNING)
@@ -81,14 +83,27 @@ def _at_home(argument: str) -> str:
 def _guarded(main: Callable[[], None]) -> None:
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         _exit(str(error), 1)
     except KeyboardInterrupt:
         _exit("interrupted.", 130)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            sys.exit(141)  # what shells say of a program that SIGPIPE has ended
         if not (sentence := of_the_disk(error)):
             raise
         _exit(sentence, 1)
+
+
+def _unread() -> bool:
+    """Whether nobody reads standard output any more, as behind `| head`; then it goes nowhere from now on."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, 0)  # an error is told of, whatever is asked for
+    if unread := bool(poll.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return unread
 
 
 def _unusable(error: BaseException) -> str:

@@ -79,6 +79,18 @@ def test_without_what_it_needs_a_program_says_so_and_fails(name):
     assert "Traceback" not in ended.err
 
 
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_program_ends_without_a_word_where_nobody_reads_on(lines, tmp_path):
+    """Like `... | head`, while it prints or at its end."""
+    code = f"from mobilellm_jax import cli\ncli.run(lambda: [print(i) for i in range({lines})])"
+    (tmp_path / "program.py").write_text(code)
+    command = [sys.executable, tmp_path / "program.py"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 141
+
+
 def test_what_training_tells_is_complete_and_nothing_else(tmp_path):
     """Parameters, FLOPs, data, devices, how long, held-out results, where the result is."""
     plan = tiny.corpus(tmp_path / "data")
