@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -132,14 +133,21 @@ def write_model(
       dtype: of the weights as they are stored; None keeps their own.
 
     Raises:
-      UserError: `out` holds something, or cannot be written.
+      UserError: `out` holds something, or cannot be written; a weight is not finite in `dtype`.
     """
     meta = {"step": 0, "rows": 0, **meta, "format": FORMAT, "model": model.to_dict()}
     meta["config"] = {**meta.get("config", {}), "model": model.to_dict()}
+    with np.errstate(over="ignore"):  # reported below, with the weight's name
+        params = place(leaves, dtype=dtype)
+    for path, leaf in flat(params).items():
+        if not jnp.isfinite(leaf).all():
+            raise UserError(
+                f"the weight {path} is not finite in {leaf.dtype.name}: the checkpoint is not written."
+            )
     with new_folder(epath.Path(out).resolve()) as folder, explained(folder):
         # Weights hardly compress, and compressing them takes half their size in memory.
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as writer:
-            writer.save(folder / "params", place(leaves, dtype=dtype))
+            writer.save(folder / "params", params)
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as json_writer:
             json_writer.save(folder / "meta", meta)
             json_writer.save(folder / "tokenizer", tokenizer.to_dict())

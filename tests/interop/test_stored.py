@@ -127,6 +127,17 @@ def test_a_checkpoint_keeps_the_dtype_of_its_weights(dtype, tmp_path):
     assert kept.meta["origin"] == {"directory": str(tmp_path / "hf"), "family": "llama"}
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(1e5, "float16"), (np.nan, None)])
+def test_a_checkpoint_of_weights_that_are_not_finite_is_refused(value, dtype, places, tmp_path):
+    stored = open_model(places["llama"])
+    leaves = {path: leaf[:].copy() for path, leaf in stored.leaves.items()}
+    leaves["stack_0/mlp/up"][0, 0, 0] = value
+    stored = dataclasses.replace(stored, leaves=leaves)
+    with pytest.raises(UserError, match=r"stack_0/mlp/up is not finite in float.*\.$"):
+        write_checkpoint(stored, tmp_path / "out", dtype)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_checkpoint_that_stands_alone_is_no_workdir(places, plan):
     before = files(places["alone"])
     with pytest.raises(UserError, match=r"is a checkpoint and no workdir: .*init_from="):
