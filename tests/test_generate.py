@@ -458,6 +458,12 @@ def test_a_prompt_too_long_is_refused_before_any_is_continued(capsys):
     assert not capsys.readouterr().out
 
 
+def test_a_call_may_draw_more_tokens_than_the_cache_doubles_to():
+    model = dataclasses.replace(PLAIN, stacks=(Stack(1, 2, 1, 16),), max_length=320)
+    few, many = (drawn(model, [[1, 5]], 300, GREEDY, chunk=chunk) for chunk in (60, 300))
+    np.testing.assert_array_equal(few, many)
+
+
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(UserError, match="stop string is empty"):
         Text(Numbers(), [1], ["end", ""])

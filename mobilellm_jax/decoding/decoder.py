@@ -232,7 +232,8 @@ def stream(
         yield last_B[: len(prompts)]
         for slot in range(width, width + most - 1, chunk):
             if slot + chunk > slots:
-                slots *= 2
+                while slot + chunk > slots:
+                    slots *= 2
                 kept_B, own_B = _going(rows_B, ended() if ended else (), devices)
                 rows = len(rows_B) // devices
                 cache = _grown(cache, own_B, mesh=decoder.mesh, rows=rows, slots=slots)
