@@ -3,6 +3,7 @@
 import itertools
 import pickle
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -52,6 +53,7 @@ def make(weights, rows, seed=0, stages=None, skips=()):
 
 ROW = 8
 GOLDEN_ROWS = [[0, 0, 0, 0], [0, 0, 34, 14000000], [81, 5, 6, 55]]
+GOLDEN_TABLE = 3138797397
 GOLDEN_8 = [3, 5, 2, 6, 4, 1, 0, 7]
 WEIGHTS = [[1.0], [0.5, 0.5], [0.4, 0.35, 0.25], [0.6, 0.3, 0.0998, 0.0002], list(np.ones(14) / 14)]
 SMALL = [0.5, 0.2, 0.1, 0.1, 0.05, 0.03, 0.0196, *[0.0001] * 4]  # less than a row in a block
@@ -68,6 +70,20 @@ def test_shares_are_exact_within_one_row_at_every_block(weights):
     assert (np.diff(table, axis=0) >= 0).all()
     assert np.abs(table - blocks * m.BLOCK * shares / SHARES).max() < 1
     assert (table[-1] == shares).all()  # so the next period is exact as well
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whole_rows_of_any_shares_are_within_one_of_what_is_due(seed):
+    """Also where many small sources fall due at once and large ones might be a row ahead."""
+    rng = np.random.default_rng(seed)
+    for _ in range(100):
+        unit, rows = int(rng.integers(2, 24)), int(rng.integers(1, 4))
+        shares = rng.multinomial(rows * unit, rng.dirichlet(np.ones(rng.integers(2, 9))))
+        due = np.arange(unit + 1)[:, None] * shares
+        table = just_in_time(due, unit)
+        assert (table.sum(1) == rows * np.arange(unit + 1)).all()
+        assert (np.diff(table, axis=0) >= 0).all()
+        assert (np.abs(table * unit - due) < unit).all() and (table[-1] == shares).all()
 
 
 @pytest.mark.parametrize("blocks", [3, 300, 5000])
@@ -102,9 +118,9 @@ def test_the_counts_agree_with_the_rows():
         assert np.abs(mix.given(int(at[0])) - at[0] * fixed_point(weights) / SHARES).max() < 1
 
 
-STAGED = [
-    (10_000 * ROW, [0.6, 0.4, 0.0]),
-    (30_001 * ROW, [0.6, 0.4, 0.0], [0.1, 0.2, 0.7]),
+STAGED = [  # ends inside of rows: a row is of the stage in which it ends
+    (10_000 * ROW + 3, [0.6, 0.4, 0.0]),
+    (30_001 * ROW - 2, [0.6, 0.4, 0.0], [0.1, 0.2, 0.7]),
     (None, [0.0, 0.5, 0.5]),
 ]
 SKIPS = (Skip(0, 3, ROW), Skip(9_000, 2_000, ROW), Skip(9_000, 1, ROW), Skip(30_000, 7, ROW))
@@ -122,7 +138,10 @@ def test_stages_ramps_and_skips_by_brute_force(skips):
         places.setdefault((s, r), []).append((i, e))
     rng = np.random.default_rng(0)
     for s, length in enumerate((700, 501, 90)):
-        for r in rng.integers(0, length, 12):
+        # Rows anywhere, and those with which blocks of the ramp begin.
+        begins = [9_999 - sum(skip.rows for skip in skips) + k * m.BLOCK for k in (2, 4, 6)]
+        first = [b + np.flatnonzero(at.source[b + 1 :] == s)[0] + 1 for b in begins]
+        for r in {*rng.integers(0, length, 8), *at.row[first]}:
             assert mix.occurrences(s, r, end) == places.get((s, r), [])
     if not skips:
         for s, length in enumerate((700, 501, 90)):  # epochs run on over the stages
@@ -199,6 +218,8 @@ def test_permutations_never_change():
     assert permute(np.arange(8), 8, 42).tolist() == GOLDEN_8
     at = make([0.7, 0.3], [100, 100]).locate(np.array([0, 1, 5000, 2_000_000_000]))
     assert np.stack([at.source, at.epoch, at.row]).tolist() == GOLDEN_ROWS
+    table = just_in_time(np.arange(m.PERIOD + 1)[:, None] * fixed_point(SMALL), m.PERIOD)
+    assert zlib.crc32(table.astype("<i8").tobytes()) == GOLDEN_TABLE
 
 
 def test_every_epoch_reads_every_row_once_in_a_new_order():
@@ -267,6 +288,8 @@ def test_uneven_batches_and_vanishing_weights_are_refused():
         m.batches(make([1.0], [10]), 0, 8, 0, 3)
     with pytest.raises(UserError, match="resolution"):
         fixed_point([1 - 1e-8, 1e-8])
+    least = fixed_point([1 - 1.8 / SHARES, *[0.6 / SHARES] * 3])  # just above it: none is lost
+    assert least.tolist() == [SHARES - 3, 1, 1, 1]
 
 
 def test_first_rows_are_those_of_the_first_block():
@@ -276,3 +299,6 @@ def test_first_rows_are_those_of_the_first_block():
         read = at.row[at.source == number]
         assert set(m.first_rows(mix.plan, name, length, len(read))) == set(read)
         assert (np.sort(m.first_rows(mix.plan, name, length, length)) == np.arange(length)).all()
+        # From a row on, also into the next epoch: in the stream's order, which a block's ranks tell.
+        every = m.first_rows(mix.plan, name, length, length)
+        assert (m.first_rows(mix.plan, name, length, 100, 40) == every[40:140]).all()
