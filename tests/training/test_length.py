@@ -130,7 +130,15 @@ def sized(tmp_path_factory):
 
 @pytest.mark.parametrize("epochs", [0.1, 1.0, 2.5])
 @pytest.mark.parametrize(
-    "changes", [{}, {"first_row": 77}, {"batch_ramp": ((2, 100), (4, 1000))}, {"row_length": 16}]
+    "changes",
+    [
+        {},
+        {"first_row": 77},
+        {"batch_ramp": ((2, 100), (4, 1000))},
+        {"row_length": 16},
+        {"row_length": 16, "global_batch": 1},  # a row too few would be a step too few
+        {"row_length": 8 * tiny.ROW, "global_batch": 1},  # of each source some rows are left over
+    ],
 )
 def test_epochs_end_with_the_first_step_that_has_read_them(sized, epochs, changes):
     plan = sized()
