@@ -1,6 +1,7 @@
 """One table per family says which foreign tensor is which slice of ours, in both directions."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -120,23 +121,29 @@ def test_shared_blocks_are_written_as_often_as_applied_or_once():
 
 
 @pytest.mark.parametrize(
-    "changes, family, default",
+    "changes, families, default",
     [
-        ({}, "llama", "llama"),
-        ({"qkv_bias": True}, "qwen2", "qwen2"),
+        ({}, "llama llama4_text", "llama"),
+        ({"qkv_bias": True}, "llama qwen2", "qwen2"),
         ({"out_bias": True}, "llama", "llama"),
         ({"out_bias": True, "qkv_bias": True}, "llama", "llama"),
-        ({"out_bias": True, "qk_norm": "unit"}, None, "qwen3"),
+        ({"out_bias": True, "qk_norm": "unit"}, "", "qwen3"),
         ({"out_bias": True, "width": 50}, "llama", "mistral"),  # whose class then refuses the width
-        ({"qk_norm": "unit"}, "qwen3", "qwen3"),
+        ({"qk_norm": "unit"}, "qwen3 llama4_text", "qwen3"),
         ({"qk_norm": "scaled"}, "qwen3", "qwen3"),
-        ({"mlp": "relu"}, None, "llama"),
+        ({"mlp": "relu"}, "", "llama"),
         ({"stacks": (Stack(2, 4, 2, 80, rope=False),)}, "llama4_text", "llama"),
-        ({"ls_kv": "first_pass"}, "llama", "llama"),  # without shared blocks it says nothing
-        ({"ls_kv": "first_pass", "stacks": (Stack(2, 4, 2, 80, 2),)}, None, "llama"),
+        # Without shared blocks it says nothing; they need not be the first.
+        ({"ls_kv": "first_pass"}, "llama llama4_text", "llama"),
+        ({"ls_kv": "first_pass", "stacks": (Stack(2, 4, 2, 80, 2),)}, "", "llama"),
+        (
+            {"ls_kv": "first_pass", "stacks": (Stack(1, 4, 2, 80), Stack(1, 4, 2, 80, 2))},
+            "",
+            "llama",
+        ),
     ],
 )
-def test_a_stock_family_takes_what_it_can_express(changes, family, default):
+def test_a_stock_family_takes_what_it_can_express(changes, families, default):
     model = changed(**changes)
     assert default_family(model) == default
     taken = set()
@@ -147,8 +154,32 @@ def test_a_stock_family_takes_what_it_can_express(changes, family, default):
         except UserError as error:
             assert str(error).startswith(f"{name} cannot express this network, because")
             assert str(error).endswith(": hf-shared can.")
-    assert (family in taken) if family else not taken
+    assert taken == set(families.split())
     assert entries(model, "hf_shared")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "llama4_text", "mobilellm", "hf_shared"])
+def test_channels_that_may_be_dead_are_in_no_file(family):
+    """Norms would divide by all of them."""
+    with pytest.raises(UserError, match="may be dead .*prune"):
+        entries(changed(dead_channels=True), family)
+
+
+@pytest.mark.parametrize("changes", [{"qkv_bias": True}, {"out_bias": True}])
+def test_biases_that_a_network_does_without_are_as_long_as_what_they_are_added_to(changes):
+    shapes = {entry.name: entry.foreign_shape for entry in entries(changed(**changes), "llama")}
+    biases = {name: shape for name, shape in shapes.items() if name.endswith(".bias")}
+    assert biases
+    for name, shape in biases.items():
+        assert shape == shapes[name.replace(".bias", ".weight")][:1], name
+
+
+def test_leaf_by_leaf_every_leaf_is_read_in_one_go():
+    found = entries(SMALL, "llama")
+    ordered = layout.by_leaf(found)
+    assert sorted(map(id, ordered)) == sorted(map(id, found))
+    runs = [path for path, _ in itertools.groupby(entry.path for entry in ordered)]
+    assert len(runs) == len(set(runs)) < len(found)
 
 
 def test_a_table_of_ones_own():
