@@ -7,6 +7,8 @@ import pytest
 
 from data_mixing import methods
 from data_mixing.measurements import LeftOut, Scored
+from data_mixing.proposals import proxies
+from data_mixing.run_tables import RunTable
 from mobilellm_jax.data.plan import Plan, PlanSource, Stage
 from mobilellm_jax.errors import UserError
 
@@ -110,6 +112,8 @@ def test_intervals_repeat_and_have_a_seed():
     other = methods.influence(samples, seed=4)
     assert first.measured == again.measured
     assert first.measured != other.measured and first == other
+    a, b = (methods.density(samples["a"], name, seed=3) for name in "ab")
+    assert a.value == b.value and (a.low, a.high) != (b.low, b.high)  # sources draw apart
     lone = methods.influence({"a": scored([1, 2], rows=[5, 5])}).measured["a"]
     assert math.isinf(lone.high) and "no interval" in lone.text
 
@@ -149,6 +153,8 @@ def test_an_interval_that_holds_0_is_told():
     weights = methods.proportional(values, 0.0, "benefit")
     assert weights.reasons["b"].endswith("not distinguishable from 0")
     assert weights.reasons["a"] == "benefit 1 (0.5 to 1.5)"
+    below = methods.proportional({**values, "c": methods.Measured(-1, -2, -0.5)}, 0.0, "benefit")
+    assert below.reasons["c"] == "left out: benefit -1 (-2 to -0.5)"
 
 
 @pytest.mark.parametrize("values", [(-1.0, -2.0), (0.0, -2.0), (0.0, 0.0)])
@@ -191,6 +197,12 @@ def test_standardised_capabilities_count_alike():
         plain
     )
     assert methods.leave_one_out(left(scaled, names="abc")) != pytest.approx(plain, rel=1e-2)
+    apart = np.array(
+        [[[1.0, -1.0]], [[5.0, -5.0]], [[-2.0, 2.0]]]
+    )  # of seeds, with their mean kept
+    assert methods.leave_one_out(left(rises + apart, names="abc"), standardise=True) == (
+        pytest.approx(plain)
+    )
     one = rises[:, :, :1]
     stderr = np.full(one.shape, 0.1)
     spread = one.mean(2).std(0)
@@ -207,6 +219,33 @@ def test_a_source_without_which_the_loss_falls_is_left_out():
     )
     with pytest.raises(UserError, match="no source helps: the rise of the best, b"):
         methods.leave_one_out(left([[[-0.3]], [[-0.2]]]))
+
+
+# --- RegMix
+
+
+def test_regmix_knows_sources_by_name_and_hands_its_settings_on(monkeypatch):
+    pytest.importorskip("sklearn")
+    straight = {name: methods.regression.models(0)[name] for name in ("linear", "logarithmic")}
+    monkeypatch.setattr(methods.regression, "models", lambda seed: straight)  # trees take long
+    tokens = {"web": 70.0, "code": 20.0, "math": 10.0}
+    mixtures = proxies(tokens, 20, 0)
+    losses = RunTable(mixtures.runs, ("t",), mixtures.values @ np.array([[1.0], [0.9], [0.8]]))
+
+    def found(tokens=tokens, **settings):
+        settings = {"top": 10, "candidates": 300, **settings}
+        return methods.regmix(tokens, mixtures, losses, **settings)
+
+    weights = found()
+    turned = found(dict(reversed(tokens.items())))
+    assert turned == weights and list(turned) == ["math", "code", "web"]
+    other = found(seed=1)
+    assert other != weights
+    ranks = [w.reasons["web"].split("rank correlation ")[1] for w in (weights, other)]
+    assert ranks[0] != ranks[1]  # other folds
+    assert found(bounds={"web": 0.5, "code": 0.4, "math": 0.3})["math"] <= 0.3 < weights["math"]
+    with pytest.raises(UserError, match="the best 10 of 9 candidates are not to be had"):
+        found(candidates=9)
 
 
 # --- Caps

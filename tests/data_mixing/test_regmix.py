@@ -188,6 +188,13 @@ def test_the_optimum_of_a_planted_law_is_found(law, optimum):
     assert law(found.weights_S[None])[0] < law(prior[None])[0] - 0.3 * losses.std()
 
 
+@pytest.mark.parametrize("law", [linear, logarithmic])
+def test_the_error_is_that_of_the_noise(law):
+    """Of the model that is chosen, in units of the loss: a fiftieth of its spread was planted."""
+    mixtures, fit = fitted(law)
+    assert 0.015 < fit.error / law(mixtures.values).std() < 0.035
+
+
 def test_a_straight_line_cannot_find_an_optimum_inside():
     """So the choice of the regression matters, and is made."""
     assert fitted(linear)[1].model == "linear"
@@ -204,6 +211,10 @@ def test_under_caps_the_linear_optimum_is_that_of_linear_programming():
     np.testing.assert_allclose(found.weights_S, exact, atol=0.02)
     assert (found.top_KS <= np.array(list(bounds.values())) + 1e-9).all()
     assert found.top_KS.mean(0) == pytest.approx(found.weights_S)
+    assert len(found.top_KS) == regression.TOP
+    alone = regression.best(fitted(linear)[1], PRIOR, bounds, top=1)
+    assert (alone.weights_S == found.top_KS[0]).all()
+    assert alone.predicted <= fitted(linear)[1].predict(found.top_KS).min() + 1e-12
 
 
 def test_what_is_drawn_has_a_seed():
