@@ -71,6 +71,15 @@ def test_kernels_equal_the_reference(kernel, segments, length, width, interprete
         np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()))
 
 
+def test_scores_of_attention_in_blocks_are_float32():
+    """Large ones, which bfloat16 would tell apart by sixteenths: only queries, keys, values are rounded."""
+    q, k, v, _ = (x.astype(jnp.bfloat16) for x in heads(1, 200, 4, 2, 64))
+    given = 4 * q, k, v  # the square root of the width is a power of 2
+    exact = reference(*(x.astype(jnp.float32) for x in given), None)
+    error = jnp.abs(KERNELS["blocks"](*given, None).astype(jnp.float32) - exact)
+    assert float(error.max()) < 2**-7 * float(jnp.abs(exact).max())
+
+
 @pytest.mark.parametrize("segments", [False, True], ids=["one document", "documents"])
 def test_attention_in_blocks_has_the_derivative_forwards_of_the_reference(segments):
     """Along two directions at once, and that of the loss's gradient, which is what curvature asks for."""
@@ -181,7 +190,7 @@ def test_splash_and_flash_make_no_mask():
 @pytest.mark.parametrize("kernel", ["reference", "splash", "flash"])
 def test_all_products_are_in_bfloat16(kernel):
     """Forwards and backwards, but for the reference's gradient by its float32 scores."""
-    found, exceptions = 0, 0
+    found, sums, exceptions = 0, 0, 0
     for eqn in train_program(kernel):
         if eqn.primitive.name == "dot_general":
             if "BSNH->BNTS" in str(eqn.source_info.name_stack) and kernel == "reference":
@@ -191,9 +200,11 @@ def test_all_products_are_in_bfloat16(kernel):
                 continue  # sums of products, row by row, around a kernel
             assert {v.aval.dtype for v in eqn.invars} == {jnp.dtype("bfloat16")}, eqn
             found += 1
-            if eqn.outvars[0].aval.shape[-1] == LS.vocab_size:  # logits, and the sum over chunks
+            if LS.vocab_size in eqn.outvars[0].aval.shape:  # logits, and what is added over chunks
                 assert eqn.outvars[0].aval.dtype == jnp.float32
+                sums += 1
     # Of each application 7 weights, three products each; of the loss three.
+    assert sums == 2
     assert found == 2 * 7 * 3 + 3 + (2 * 3 if kernel == "reference" else 0)
     assert exceptions == (2 * 2 if kernel == "reference" else 0)
 
