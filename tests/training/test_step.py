@@ -154,7 +154,38 @@ def test_a_non_finite_step_changes_nothing_but_the_counts():
     )  # its place in the schedule was kept
 
 
-def test_a_batch_of_padding_alone_changes_no_moment():
+def steep(params, batch, network):
+    """A finite loss, and a finite gradient whose norm is beyond float32."""
+    losses = objectives.next_token(params, batch, network)
+    return Losses(1e30 * losses.total, losses.nll_BT, losses.weight_BT)
+
+
+def unbounded(rate):
+    """AdamW whose updates are not finite, whatever the gradient."""
+    return optax.chain(ADAMW(rate), optax.scale(jnp.inf))
+
+
+@pytest.mark.parametrize(
+    "objective, make_optimizer",
+    [(steep, ADAMW), (objectives.next_token, unbounded)],
+    ids=["norm", "update"],
+)
+def test_a_step_of_finite_loss_is_skipped_for_its_norm_and_for_its_update(
+    objective, make_optimizer
+):
+    begun = init_state(start().params, make_optimizer)
+    state, metrics = step(objective, make_optimizer=make_optimizer)(begun, batch(), PIECE_BYTES)
+    assert np.isfinite(metrics["loss"])
+    assert np.isfinite(metrics["gradient_norm"]) == (objective is not steep)
+    assert (state.step, state.skipped) == (1, 1)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (state.params, state.opt_state),
+        (begun.params, begun.opt_state),
+    )
+
+
+def test_a_batch_of_padding_alone_has_no_loss_and_no_gradient():
     empty = {"tokens": jnp.full((8, tiny.ROW + 1), BOS), "source": jnp.zeros(8, jnp.int32)}
     state, metrics = step()(start(), empty, PIECE_BYTES)
     assert metrics["loss"] == 0 and metrics["gradient_norm"] == 0 and state.skipped == 0
