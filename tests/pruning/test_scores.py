@@ -14,7 +14,7 @@ from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, Stack, parameter_count
 from mobilellm_jax.parallel.mesh import make_mesh
 from mobilellm_jax.parallel.sharding import put_rows, shardings
-from mobilellm_jax.pruning import activations, groups, measures
+from mobilellm_jax.pruning import activations, groups, measures, scores
 from mobilellm_jax.training.objectives import next_token
 
 QUICK = ("shared",)
@@ -89,8 +89,8 @@ def test_a_score_is_that_of_the_weights_that_a_cut_makes_zero(config):
 
 
 def with_factors(config, params, factors):
-    """Weights by which each group gives `factors` times what it gave."""
-    out = dict(params)
+    """Weights by which each group gives `factors` times what it gave; a tied embedding in both its uses."""
+    out = {**params, "embedding": params["embedding"] * factors.residual_D}
     for i, of in enumerate(factors.stacks):
         stack = dict(params[f"stack_{i}"])
         heads_LN = of.heads_LN * jnp.repeat(
@@ -98,9 +98,10 @@ def with_factors(config, params, factors):
         )
         stack["attention"] = {
             **stack["attention"],
-            "out": stack["attention"]["out"] * heads_LN[..., None, None],
+            "out": stack["attention"]["out"] * heads_LN[..., None, None] * factors.residual_D,
         }
-        stack["mlp"] = {**stack["mlp"], "down": stack["mlp"]["down"] * of.mlp_LF[..., None]}
+        down_LFD = stack["mlp"]["down"] * of.mlp_LF[..., None] * factors.residual_D
+        stack["mlp"] = {**stack["mlp"], "down": down_LFD}
         out[f"stack_{i}"] = stack
     return out
 
@@ -118,11 +119,16 @@ def test_a_slice_is_the_derivative_by_a_factor_on_the_group(config, kind):
     expected = jax.jit(jax.grad(cost))(ones)
     found = networks.measures(config).scores(kind)
     finish = {"taylor_slice": np.abs, "fisher": np.square}[kind]
-    for a, b in zip(found.stacks, expected.stacks, strict=True):
-        for field in groups.FIELDS.values():
-            wanted = finish(getattr(b, field))
-            scale = wanted.max()
-            np.testing.assert_allclose(getattr(a, field) / scale, wanted / scale, atol=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        wanted = finish(b)
+        np.testing.assert_allclose(a / wanted.max(), wanted / wanted.max(), atol=1e-5)
+
+
+def test_random_scores_are_of_each_group_by_itself():
+    config = dataclasses.replace(networks.PLAIN, stacks=(Stack(2, 6, 3, 20), Stack(2, 6, 3, 20)))
+    leaves = jax.tree.leaves(scores.random(config, jax.random.key(0)))
+    found = np.concatenate([np.ravel(leaf) for leaf in leaves])
+    assert len(np.unique(found)) == len(found) and 0 <= found.min() < found.max() < 1
 
 
 @pytest.mark.parametrize(

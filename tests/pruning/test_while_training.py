@@ -158,6 +158,11 @@ def test_steps_add_up_the_scores_of_their_microbatches(scored, microbatches):
     scale = float(metrics["tokens"].sum()) ** (2 if scored == "fisher" else 1)
     for a, b in zip(*map(jax.tree.leaves, (state.pruning.scores, wanted)), strict=True):
         np.testing.assert_allclose(a, 2 * b / scale, rtol=1e-4)
+    # A step that is not finite adds nothing.
+    spoilt = dataclasses.replace(state, params=jax.tree.map(lambda x: x * np.nan, state.params))
+    after, metrics = step(spoilt, batch)
+    assert metrics["skipped"] == 1
+    jax.tree.map(np.testing.assert_array_equal, after.pruning, state.pruning)
 
 
 def test_dead_query_heads_stay_dead():
