@@ -11,7 +11,7 @@ import pytest
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model import transformer
-from mobilellm_jax.model.attention import KERNELS, PLATFORMS, choose
+from mobilellm_jax.model.attention import KERNELS, PLATFORMS, choose, rope, rope_frequencies
 from mobilellm_jax.model.cache import empty_cache
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.model.plain import attention, visible
@@ -69,6 +69,18 @@ def test_kernels_equal_the_reference(kernel, segments, length, width, interprete
     ours = outcome(lambda q, k, v: KERNELS[kernel](q, k, v, ids))
     for a, b in zip(ours, outcome(lambda q, k, v: reference(q, k, v, ids)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()))
+
+
+def test_positions_are_float32_whatever_is_turned():
+    """Of bfloat16 every eighth would be one beyond 2,048."""
+    x, _, _, _ = heads(1, 4, 2, 2, LS.head_dim)
+    at = jnp.array([[1, 1_001, 2_051, 30_003]])
+    turned, exact = (
+        rope(given, at, rope_frequencies(LS))
+        for given in (x.astype(jnp.bfloat16), x.astype(jnp.bfloat16).astype(jnp.float32))
+    )
+    assert turned.dtype == jnp.bfloat16
+    np.testing.assert_allclose(turned.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
 
 
 def test_scores_of_attention_in_blocks_are_float32():

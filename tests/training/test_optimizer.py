@@ -115,6 +115,32 @@ def test_an_update_of_muon_is_as_large_as_one_of_adamw():
             assert 0.15 < float(jnp.sqrt(jnp.mean(update**2))) < 0.23, path
 
 
+@pytest.mark.parametrize("make", [ADAMW, MUON])
+def test_gradients_count_as_if_they_were_given_clipped(make):
+    """To a norm of all of them together; a spike would else stand in the moments."""
+    rng = np.random.default_rng(0)
+    sizes = {"embedding": (5, 8), "stack_0": {"mlp": {"up": (2, 8, 12)}}}
+
+    def drawn(scale):
+        draw = lambda size: jnp.asarray(scale * rng.standard_normal(size), jnp.float32)  # noqa: E731
+        return jax.tree.map(draw, sizes, is_leaf=lambda x: isinstance(x, tuple))
+
+    p, raw = drawn(1.0), [drawn(0.01), drawn(50.0), drawn(0.01)]
+    assert optax.tree.norm(raw[0]) < 1 < optax.tree.norm(raw[1])
+    by_hand = [jax.tree.map(lambda g, n=optax.tree.norm(x): g / max(n, 1.0), x) for x in raw]
+
+    def after(gradients, clip):
+        new, state = p, make(0.0, clip=clip).init(p)
+        for gradient in gradients:
+            _, new, state = updated(functools.partial(make, clip=clip), gradient, state, new, 0.1)
+        return flat(new)
+
+    clipped, spiked, exact = after(raw, 1.0), after(raw, 1e9), after(by_hand, 1e9)
+    for path, weight in exact.items():
+        np.testing.assert_allclose(clipped[path], weight, atol=1e-4, err_msg=path)
+        assert np.abs(spiked[path] - weight).max() > 1e-2, path
+
+
 def test_what_was_cut_to_zero_stays_zero_under_muon():
     """Rows and columns without weight, gradient or moment, as pruning leaves them."""
     cut = params()
