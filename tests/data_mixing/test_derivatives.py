@@ -121,7 +121,9 @@ def per_row(found, tokens):
     ],
 )
 def test_slopes_and_datainf_equal_gradients_of_single_rows(model, layers):
-    of = made(model, layers, group=2)
+    """On one device in several batches, and on eight."""
+    devices = {"mesh": local_mesh(), "batch": 16} if model is UNTIED else {}
+    of = made(model, layers, group=2, **devices)
     probes, sample, train = rows(5, 1), rows(11, 2), rows(14, 3)
     v = derivatives.mean_gradient(of, probes)
     inverse = derivatives.datainf(of, [v], train)[0]
@@ -170,7 +172,7 @@ def test_sums_over_documents_are_those_of_targets(model, layers, chunks):
 
 
 def test_weights_of_a_tied_embedding_are_two_whose_gradients_add_up():
-    of, probes = made(TIED), rows(4, 1)
+    of, probes = made(TIED, mesh=local_mesh()), rows(11, 1)
     v = derivatives.mean_gradient(of, probes)
 
     def loss(params):
