@@ -93,18 +93,20 @@ def test_a_ramp_is_within_a_row_of_its_line_at_every_period_and_straight_inside(
     stages = [(blocks * m.BLOCK * ROW, begin, end)]
     mix = make(None, [10**9] * 3, stages=stages)
     (stage,) = mix._stages
-    border = np.arange(blocks + 1)
+    every, period = np.arange(blocks + 1), stage.period
+    # Where periods begin, and of each twentieth all that is inside.
+    border = every[(every % period == 0) | (every // period % 20 == 7)]
     given = np.array([mix.given(int(b) * m.BLOCK) for b in border])
     assert (given.sum(1) == border * m.BLOCK).all() and (np.diff(given, axis=0) >= 0).all()
-    whole = -(-blocks // stage.period) * stage.period  # the ramp ends with a period
+    whole = -(-blocks // period) * period  # the ramp ends with a period
     first, last = fixed_point(begin) / SHARES, fixed_point(end) / SHARES
     line = border[:, None] * m.BLOCK * (first + (last - first) * (border / whole / 2)[:, None])
-    at = border % stage.period == 0
+    at = border % period == 0
     assert np.abs(given - line)[at].max() < 1
-    periods = np.flatnonzero(at)
-    for first, last in itertools.pairwise(periods.tolist()):
+    for first, last in itertools.pairwise(np.flatnonzero(at).tolist()):
         inside = np.linspace(given[first], given[last], last - first + 1)
         assert np.abs(given[first : last + 1] - inside).max() < 1
+    assert np.diff(np.flatnonzero(at)).max() == period
     assert stage.period == {3: 1, 300: 1, 5000: 16}[blocks]
 
 
