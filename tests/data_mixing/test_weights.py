@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from data_mixing import measurements, weights
+from data_mixing import measurements, regression, weights
 from data_mixing.proposals import proxies
 from data_mixing.run_tables import RunTable
 from data_mixing.weights import Request, parse
@@ -181,6 +181,28 @@ def test_caps_move_what_is_too_much_and_impossible_ones_are_told(folder):
         UserError, match="the plan of uniform: the caps on epochs make the plan impos"
     ):
         ask(folder, "uniform", tokens=run * 10, max_epochs=1)
+
+
+def test_regmix_proposes_nothing_that_a_cap_would_cut(folder, monkeypatch):
+    """Caps of one source, that the plan has, and of all; what is drawn has the seed."""
+    straight = {"linear": regression.models(0)["linear"]}
+    monkeypatch.setattr(regression, "models", lambda seed: straight)  # trees take long
+    plan = Plan.load(folder / "data" / "plan.json")
+    asked = [parse(ALL[-1].format(folder))]
+    sums = {s.name: s.tokens for s in plan.sources}["sums"]
+    own = [dataclasses.replace(s, max_epochs=2 if s.name == "sums" else None) for s in plan.sources]
+    capped = dataclasses.replace(plan, sources=tuple(own))
+
+    def of(plan, **options):
+        (found,) = weights.mixtures_of(plan, asked, tokens=4 * sums, **options).values()
+        return found
+
+    assert of(plan).weights["sums"] > 0.55
+    for found in (of(capped), of(capped, seed=1)):
+        assert 0.4 < found.weights["sums"] <= 0.5 and found.capped == pytest.approx(found.weights)
+    assert of(capped, seed=1).weights.reasons != of(capped).weights.reasons  # other folds
+    assert of(capped, seed=1).plan.provenance["seed"] == 1
+    assert of(plan, max_epochs=2.2).weights["sums"] == pytest.approx(0.55, abs=0.02)
 
 
 def test_the_plans_own_caps_and_length_hold_unless_told(folder):
