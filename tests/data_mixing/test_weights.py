@@ -134,6 +134,9 @@ def test_every_plan_says_what_the_table_says_and_streams_in_these_shares(folder,
 def test_influence_reads_whole_rows_of_the_plans_sources(folder, capsys):
     (mixture,) = ask(folder, f"influence={folder}/scores.parquet").values()
     assert "the plan has no source other; not used" in capsys.readouterr().out
+    (other,) = ask(folder, f"influence={folder}/scores.parquet", seed=1).values()
+    assert other.weights == mixture.weights
+    assert other.weights.measured != mixture.weights.measured  # the draws of the intervals
     table = pq.read_table(folder / "scores.parquet").to_pylist()
     density = {}
     for source in SOURCES:
@@ -181,6 +184,8 @@ def test_caps_move_what_is_too_much_and_impossible_ones_are_told(folder):
         UserError, match="the plan of uniform: the caps on epochs make the plan impos"
     ):
         ask(folder, "uniform", tokens=run * 10, max_epochs=1)
+    with pytest.raises(UserError, match="max_epochs"):
+        ask(folder, "uniform", tokens=run, max_epochs=0)  # is no plan without caps
 
 
 def test_regmix_proposes_nothing_that_a_cap_would_cut(folder, monkeypatch):
