@@ -16,6 +16,7 @@ import pytest
 from prepared import ENVIRONMENT, contents, run, stream, two_corpora, write_corpus
 
 from mobilellm_jax.data.corpora import FileCorpus
+from mobilellm_jax.data.encoding import Workers
 from mobilellm_jax.data.rows import open_rows
 from mobilellm_jax.data.sentencepiece_tokenizer import train_tokenizer
 from mobilellm_jax.data.shards import SourceWriter
@@ -143,6 +144,37 @@ def test_kill_9_ends_the_processes_that_tokenize_too(tmp_path):
     while any(map(_alive, children)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_mistake_is_told_before_other_processes_have_done_their_parts(workers):
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="non-negative"), Workers(workers) as processes:
+        list(processes.map(time.sleep, [-1, 100, 100]))
+    assert time.monotonic() - begin < 50
+
+
+WORKING = """
+import time
+from mobilellm_jax.data.encoding import Workers
+
+with Workers(2) as processes:
+    for _ in processes.map(time.sleep, [0, 0, 100, 0]):
+        print("begun", flush=True)
+"""
+
+
+def test_ctrl_c_reaches_processes_that_work_by_the_one_that_waits_for_them():
+    command, told = (sys.executable, "-c", WORKING), {"stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, env=ENVIRONMENT, start_new_session=True, **told
+    ) as process:
+        assert process.stdout.readline() == "begun\n"
+        children = [c for c in _children(process.pid) if "spawn_main" in _command(c)]
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+        _, errors = process.communicate(timeout=50)
+    assert errors.count("Traceback") == errors.count("KeyboardInterrupt") == 1  # its own
+    assert len(children) == 2 and not any(map(_alive, children))
 
 
 def _children(pid):

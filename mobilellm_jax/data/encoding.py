@@ -2,12 +2,15 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,7 +63,8 @@ def encoded(
 class Workers:
     """Processes that work off a list, results in its order.
 
-    A context manager: the processes live as long as it. With one worker there is none, and the work
+    A context manager: the processes live as long as it. Where it is left by an exception, Ctrl-C
+    among them, they end at once, whatever they are at. With one worker there is none, and the work
     is done in this process.
     """
 
@@ -71,14 +75,19 @@ class Workers:
     def __enter__(self) -> "Workers":
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is a thread, also this one
         if self.count > 1:
+            context = multiprocessing.get_context("spawn")
+            leash, self._leash = context.Pipe(duplex=False)
             self._pool = concurrent.futures.ProcessPoolExecutor(
-                self.count, multiprocessing.get_context("spawn"), _start
+                self.count, context, _start, (leash,)
             )
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._pool:
+            if kind:  # the pool itself would wait for what it has handed out, minutes for a part
+                self._leash.close()
             self._pool.shutdown(cancel_futures=True)
+            self._leash.close()
 
     def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         """Results of the items in their order; few items are taken ahead, which bounds memory.
@@ -92,7 +101,9 @@ class Workers:
         waiting: collections.deque[concurrent.futures.Future] = collections.deque()
         try:
             for item in items:
-                waiting.append(self._pool.submit(function, item))
+                with _no_ctrl_c():  # the first starts the processes
+                    future = self._pool.submit(function, item)
+                waiting.append(future)
                 if len(waiting) > 2 * self.count:
                     yield waiting.popleft().result()
             while waiting:
@@ -103,14 +114,22 @@ class Workers:
             ) from None
 
 
-def _start() -> None:
-    """Prepares a process of `Workers`, which ends when the process that started it is gone."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
+@contextlib.contextmanager
+def _no_ctrl_c() -> Iterator[None]:
+    """Holds SIGINT back; in processes that are started here for good: it is for their parent to act on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start(leash: Connection) -> None:
+    """Prepares a process of `Workers`, which ends when the other end of the leash is closed or gone."""
 
     def watch() -> None:
-        parent.join()  # also where it was ended by kill -9
+        with contextlib.suppress(EOFError):
+            leash.recv()  # ends as well where the process that holds it was ended by kill -9
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
