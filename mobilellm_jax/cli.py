@@ -6,7 +6,9 @@ import logging as std_logging
 import os
 import re
 import select
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -29,8 +31,7 @@ def run(main: Callable[..., None], positional: str = "") -> None:
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_logger().addFilter(_without_traceback)
     std_logging.getLogger("asyncio").addFilter(_without_traceback)  # of tasks that Orbax gave up
-    # Callbacks in threads of libraries stumble over a failure that is raised, and told, in this one.
-    sys.unraisablehook = lambda raised: logging.debug("%s: %s", raised.err_msg, raised.exc_value)
+    sys.unraisablehook = _unraisable
     if isinstance(sys.stdout, io.TextIOWrapper):  # not every locale has the letters of all texts
         sys.stdout.reconfigure(errors="backslashreplace")
     _show_shared_flags()
@@ -44,6 +45,19 @@ def _show_shared_flags() -> None:
         if module.startswith(("mobilellm_jax.", "data_mixing.")):
             for flag in defined:
                 flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
+def _unraisable(raised: "sys.UnraisableHookArgs") -> None:
+    """Callbacks in threads of libraries stumble over a failure that is raised, and told, in this one."""
+    if raised.exc_type is KeyboardInterrupt:
+        # A Ctrl-C that met a callback of the garbage collector, which cannot raise it: once more, when
+        # that one is over.
+        main = threading.main_thread().ident
+        again = threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT))
+        again.daemon = True
+        again.start()
+        return
+    logging.debug("%s: %s", raised.err_msg, raised.exc_value)
 
 
 def _without_traceback(record: std_logging.LogRecord) -> bool:

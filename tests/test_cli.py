@@ -91,6 +91,31 @@ def test_a_program_ends_without_a_word_where_nobody_reads_on(lines, tmp_path):
     assert running.returncode == 141
 
 
+COLLECTING = """
+import gc, os, signal, time
+from mobilellm_jax import cli
+
+def interrupted(phase, info):
+    gc.callbacks.remove(interrupted)
+    os.kill(os.getpid(), signal.SIGINT)
+    len(info)  # where Python looks for signals
+
+def main():
+    gc.callbacks.append(interrupted)
+    gc.collect()
+    time.sleep(30)
+
+cli.run(main)
+"""
+
+
+def test_ctrl_c_while_garbage_is_collected_is_not_lost():
+    ended = subprocess.run(
+        [sys.executable, "-c", COLLECTING], capture_output=True, text=True, timeout=25
+    )
+    assert (ended.returncode, ended.stderr) == (130, "error: interrupted.\n")
+
+
 def test_what_training_tells_is_complete_and_nothing_else(tmp_path):
     """Parameters, FLOPs, data, devices, how long, held-out results, where the result is."""
     plan = tiny.corpus(tmp_path / "data")
