@@ -138,7 +138,7 @@ def _pieces_in(path: epath.PathLike, shard: "_Shard", rows: np.ndarray) -> list[
             high = lows[group + 1] if group + 1 < len(lows) else shard.rows
             if np.searchsorted(rows, low - 1) == np.searchsorted(rows, high, "right"):
                 continue
-            lines = table.read_row_group(group)
+            lines = _read(table, group)
             starts = lines["row"].to_numpy() * stride + lines["offset"].to_numpy()
             ends = starts + lines["tokens"].to_numpy()
             least, most = -(-(starts - width + 1) // stride), (ends - 1) // stride  # rows touched
@@ -176,7 +176,7 @@ def find(
                         if (least is None or least <= high) and (most is None or low <= most)
                     }
             for group in sorted(possible):
-                lines = table.read_row_group(group)
+                lines = _read(table, group)
                 for key, value in (("id", id), ("file", file)):
                     if value is not None:
                         lines = lines.filter(pyarrow.compute.equal(lines[key], value))
@@ -226,6 +226,14 @@ def _shards(path: epath.PathLike, split: str) -> Iterator[_Shard]:
         file = epath.Path(path) / (name + SUFFIX)
         yield _Shard(file, first, shard["rows"], shard["before"])
         first += shard["rows"]
+
+
+def _read(table: pyarrow.parquet.ParquetFile, group: int) -> pyarrow.Table:
+    """A row group, in this thread: one of Arrow's may let go of a file of Python's after Python's end.
+
+    That aborts the program.
+    """
+    return table.read_row_group(group, use_threads=False)
 
 
 def _bounds(table: pyarrow.parquet.ParquetFile, key: str) -> Iterator[tuple[Any, Any]]:

@@ -174,15 +174,18 @@ def test_the_files_are_what_they_are_said_to_be(source):
 
 def test_no_more_is_read_than_the_rows_need(source, monkeypatch):
     path, _, _ = source
-    read = []
+    read, threads = [], []
     usual = pyarrow.parquet.ParquetFile.read_row_group
-    monkeypatch.setattr(
-        pyarrow.parquet.ParquetFile,
-        "read_row_group",
-        lambda self, i: read.append(i) or usual(self, i),
-    )
+
+    def counted(self, i, use_threads=True):
+        read.append(i)
+        threads.append(use_threads)
+        return usual(self, i, use_threads=use_threads)
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "read_row_group", counted)
     documents_of(path, "train", 50, 51)
     assert 1 <= len(read) <= 2
+    assert not any(threads)  # of Arrow's, which may still hold the file when Python has ended
 
 
 def test_what_is_not_there_is_told(source):
