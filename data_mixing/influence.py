@@ -135,7 +135,8 @@ def influence(
     folders.claim(out, described)
     if (out / FILE).exists():
         with (out / FILE).open("rb") as stream:
-            done = pyarrow.parquet.read_table(stream)
+            # Without Arrow's threads, see `documents._read`.
+            done = pyarrow.parquet.read_table(stream, use_threads=False)
         print(f"{out / FILE}: complete, kept as it is.", flush=True)
         return done
 
@@ -420,7 +421,8 @@ def _joined(out: epath.Path, scorer: Scorer) -> pyarrow.Table:
     tables = []
     for file in files:
         with file.open("rb") as stream:
-            tables.append(pyarrow.parquet.read_table(stream))
+            # Without Arrow's threads, see `documents._read`.
+            tables.append(pyarrow.parquet.read_table(stream, use_threads=False))
     return pyarrow.concat_tables(tables)
 
 

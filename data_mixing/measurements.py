@@ -76,7 +76,8 @@ def read_scores(
         with path.open("rb") as file:
             parquet = pq.ParquetFile(file)
             column = _benefit_column(parquet.schema_arrow, path, column)
-            table = parquet.read(columns=["source", "row", "tokens", column])
+            # Without Arrow's threads, see `documents._read`.
+            table = parquet.read(["source", "row", "tokens", column], use_threads=False)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is no readable Parquet file ({error}).") from None
     named = np.array(table["source"].to_pylist(), dtype=object)

@@ -229,7 +229,8 @@ def _json_lines(file: InputFile) -> Iterator[Any]:
 def _parquet(file: InputFile) -> Iterator[Any]:
     try:
         with file.open() as raw:
-            yield from pyarrow.parquet.read_table(raw).to_pylist()
+            # Without Arrow's threads, see `documents._read`.
+            yield from pyarrow.parquet.read_table(raw, use_threads=False).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file.path} is not a readable Parquet file ({error}).") from None
 
