@@ -408,6 +408,7 @@ def main() -> None:
                 system_prompt=args.system_prompt,
                 too_long=args.too_long,
                 no_assistant=args.no_assistant,
+                tools_key=args.tools_key,
             )
         )
     prepare(
@@ -437,6 +438,11 @@ if __name__ == "__main__":
         "messages_key",
         "messages",
         "Of --chat: field or column with the list of messages, or question+answer, a field each.",
+    )
+    flags.DEFINE_string(
+        "tools_key",
+        "tools",
+        "The same for the functions that it may call, if any; empty reads none.",
     )
     flags.DEFINE_string(
         "system_prompt", None, "Of --chat: what conversations without a system message begin with."

@@ -47,8 +47,7 @@ class Flops:
     def times(self, count: float) -> "Flops":
         """The same, `count` times."""
         calls = {name: n * count for name, n in self.uncounted.items()}
-        parts = (part * count for part in (self.matmul, self.attention, self.optimizer))
-        return Flops(*parts, calls)
+        return Flops(self.matmul * count, self.attention * count, self.optimizer * count, calls)
 
 
 def count(jaxpr: Any) -> Flops:

@@ -29,16 +29,24 @@ from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 
 Message = Mapping[str, Any]  # "role", "content", and whatever else a template reads
+Tool = Mapping[str, Any]  # a function that the assistant may call, as OpenAI's API describes it
 Span = tuple[int, int]  # characters [begin, end) of a text
 
 TRUNCATED, TOO_LONG, UNTRAINABLE = "truncated", "too long", "nothing of an assistant in it"
 KEPT = f"kept with {UNTRAINABLE}"
 SHIPPED = Path(__file__).parent / "templates"
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of what is thought before a turn
 
 # What stands for the tags, and for where a turn is still open, while a text is rendered: halves of
 # surrogate pairs, which no text has.
 _BEGIN, _END, _OPEN = "\ud8fe", "\ud8ff", "\ud8fd"
 _TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+def conversation(text: str) -> tuple[list[Message], list[Tool]]:
+    """The messages of a document, and what functions they may call: JSON of a list, or of both by name."""
+    found = json.loads(text)
+    return (found, []) if isinstance(found, list) else (found["messages"], found["tools"])
 
 
 def shipped_templates() -> list[str]:
@@ -95,25 +103,46 @@ class ChatTemplate:
                 f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
             ) from None
         self.tagged = _TAG.search(source) is not None  # whether it has generation tags
-        self._writes_calls = "tool_calls" in source
+        # What a conversation may have that not every template writes, by name.
+        self._unwritten = {
+            kind: not any(name in source for name in names)
+            for kind, names in (
+                ("tools", ("tools",)),
+                ("tool_calls", ("tool_calls",)),
+                ("reasoning_content", REASONING),
+            )
+        }
         self._named_tokens = dict(named_tokens)
 
-    def trained(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+    def trained(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = ()
+    ) -> tuple[str, list[Span]]:
         """The text of a conversation, and which of it the assistant says, in order.
+
+        Turns of `weight` 0, as OpenAI's API has it, are left out of what it says.
 
         Raises:
           UserError: the template refuses the conversation, or says nothing of its turns: it has no
             generation tags, and renders a beginning of the conversation to something else than a
-            beginning of the text.
+            beginning of the text; or its tags do not tell a turn of weight 0.
         """
-        text, spans = self._rendered(messages)
+        text, spans = self._rendered(messages, tools)
+        weights = [m.get("weight", 1) for m in messages if m["role"] == "assistant"]
         if self.tagged:
-            return text, spans
+            if 0 not in weights:
+                return text, spans
+            if len(spans) != len(weights):
+                raise UserError(
+                    f"a conversation{_which(messages)} has a turn of weight 0, but the chat template has "
+                    f"{len(spans)} parts between generation tags of {len(weights)} turns of the "
+                    "assistant, so nothing says which part it is: put one pair of tags around each turn."
+                )
+            return text, [span for span, weight in zip(spans, weights, strict=True) if weight]
         for i, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or message.get("weight") == 0:
                 continue
-            before, _ = self._rendered(messages[:i], prompt=True)
-            after = self._rendered(messages[: i + 1])[0] if i + 1 < len(messages) else text
+            before, _ = self._rendered(messages[:i], tools, prompt=True)
+            after = self._rendered(messages[: i + 1], tools)[0] if i + 1 < len(messages) else text
             if not (after.startswith(before) and text.startswith(after)):
                 raise UserError(
                     "the chat template does not render the beginning of a conversation to the "
@@ -151,17 +180,20 @@ class ChatTemplate:
         return before if after.startswith(" ") else before.rstrip()
 
     def _rendered(
-        self, messages: Sequence[Message], prompt: bool = False
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), prompt: bool = False
     ) -> tuple[str, list[Span]]:
-        if not self._writes_calls and any(message.get("tool_calls") for message in messages):
-            raise UserError(
-                f"a conversation{_which(messages)} has `tool_calls`, of which the chat template writes "
-                "nothing: use a template that does, or put the calls into the content of their turns."
-            )
+        messages = [_by_all_names(message) for message in messages]
+        for kind, unwritten in self._unwritten.items():
+            there = tools if kind == "tools" else [m for m in messages if m.get(kind)]
+            if unwritten and there:
+                raise UserError(
+                    f"a conversation{_which(messages)} has `{kind}`, of which the chat template writes "
+                    "nothing: use a template that does, or put them into the content of messages."
+                )
         try:
             raw = self._template.render(
                 messages=messages,
-                tools=None,
+                tools=[*tools] or None,
                 documents=None,
                 add_generation_prompt=prompt,
                 **self._named_tokens,
@@ -184,7 +216,7 @@ class ChatTemplate:
 
 @dataclasses.dataclass(frozen=True)
 class EncodeChats:
-    """Conversations (JSON lists of messages) to marked ids, BOS first; see `packing`. Picklable."""
+    """Conversations, in JSON, to marked ids, BOS first; see `conversation` and `packing`. Picklable."""
 
     row_length: int
     drop_long: bool = False  # rather than cut at their end
@@ -196,9 +228,9 @@ class EncodeChats:
         Raises:
           UserError: see `ChatTemplate.trained`.
         """
-        talks = [json.loads(text) for text in texts]
+        talks = [conversation(text) for text in texts]
         return [
-            self._encoded(_encoder(tokenizer)(talk)) if talk else Ids(None, UNTRAINABLE)
+            self._encoded(_encoder(tokenizer)(*talk)) if talk[0] else Ids(None, UNTRAINABLE)
             for talk in talks
         ]
 
@@ -275,13 +307,13 @@ class ConversationEncoder:
             messages = [*messages[:begin], *messages[begin + 2 :]]
         return ids, messages
 
-    def __call__(self, messages: Sequence[Message]) -> np.ndarray:
+    def __call__(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> np.ndarray:
         """Ids with marks, int32 [tokens]: one BOS, whether or not the template writes it, and the text.
 
         Raises:
           UserError: see `ChatTemplate.trained`.
         """
-        text, spans = self.template.trained(messages)
+        text, spans = self.template.trained(messages, tools)
         ids_N, begin_N, end_N = self._tokenizer.encode_special(text)
         end_N = np.maximum(
             end_N, begin_N + 1
@@ -349,6 +381,12 @@ def _environment() -> jinja2.Environment:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment
+
+
+def _by_all_names(message: Message) -> Message:
+    """A message whose reasoning, however it is called, is there by the names that templates read."""
+    said = [message[name] for name in REASONING if message.get(name) is not None]
+    return {"thinking": said[0], **message, "reasoning_content": said[0]} if said else message
 
 
 def _which(messages: Sequence[Message]) -> str:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from mobilellm_jax.data.chat import conversation
 from mobilellm_jax.data.corpora import Document, FileCorpus, Reading
 from mobilellm_jax.errors import UserError
 
@@ -16,9 +17,15 @@ _SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # its
 
 @dataclasses.dataclass(frozen=True)
 class ChatReading(Reading):
-    """Makes documents whose text is a conversation, a JSON list of messages."""
+    """Makes documents whose text is a conversation, in JSON; see `chat.conversation`."""
 
     system_prompt: str | None = None
+    tools_key: str = "tools"
+
+    @property
+    def beside(self) -> Sequence[str]:
+        """See `Reading`."""
+        return (self.tools_key,) if self.tools_key else ()
 
     def document(
         self, values: Sequence[Any], where: Callable[[], str], **origin: Any
@@ -27,10 +34,15 @@ class ChatReading(Reading):
 
         Messages are {"role", "content"}, or ShareGPT's {"from", "value"}; other fields stay, for
         templates that read them. A conversation without a system message gets the `system_prompt`.
+        The functions that it may call stand beside it, in `tools_key`.
 
         Raises:
-          UserError: it is no list of messages, or a turn is no text.
+          UserError: it is no list of messages, or a turn is no text; or they are no functions.
         """
+        tools = []
+        if self.beside:
+            *values, beside = values
+            tools = self._tools(beside, where)
         found = values[0] if len(values) == 1 else self._turns(values, where)
         if not isinstance(found, list):
             raise UserError(
@@ -40,9 +52,25 @@ class ChatReading(Reading):
         messages = [self._message(message, i, where) for i, message in enumerate(found, 1)]
         if self.system_prompt and (not messages or messages[0]["role"] not in ROLES[:2]):
             messages.insert(0, {"role": "system", "content": self.system_prompt})
+        talk = {"messages": messages, "tools": tools} if tools else messages
         # Dates, which Parquet has and JSON has not, become text.
-        text = json.dumps(messages, ensure_ascii=False, default=str)
+        text = json.dumps(talk, ensure_ascii=False, default=str)
         return super().document([text], where, **origin)
+
+    def _tools(self, found: Any, where: Callable[[], str]) -> list[dict[str, Any]]:
+        """Functions as OpenAI's API describes them: a list, or text with one, as tables often have it."""
+        if isinstance(found, str) and found.strip():
+            try:
+                found = json.loads(found)
+            except ValueError as error:
+                raise UserError(f"{where()}: {self.tools_key!r} is not JSON ({error}).") from None
+        tools = _set(found or [])
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise UserError(
+                f"{where()}: {self.tools_key!r} is not a list of functions: name the field that has "
+                "them by --tools_key, or none, --tools_key= ."
+            )
+        return tools
 
     def _turns(self, values: Sequence[Any], where: Callable[[], str]) -> list[dict[str, Any]]:
         """Messages of a question and its answer, with a system prompt before them if there are three."""
@@ -92,6 +120,8 @@ class ChatCorpus(FileCorpus):
     Attributes:
       text_key: field or column with the list of messages; or `question+answer`, the fields with the
         text of a user's and an assistant's turn, or `system+question+answer`.
+      tools_key: field or column with the functions that a conversation may call, as the template writes
+        them; it may be missing. None is read if empty.
       system_prompt: what conversations begin with that have no system message.
       too_long: what becomes of one longer than a row: `truncate` cuts its end off, `drop` leaves it
         out.
@@ -103,6 +133,7 @@ class ChatCorpus(FileCorpus):
     system_prompt: str | None = None
     too_long: str = "truncate"
     no_assistant: str = "drop"
+    tools_key: str = "tools"
 
     def __post_init__(self) -> None:
         """Raises `UserError` for a `too_long` or `no_assistant` that is none."""
@@ -114,6 +145,7 @@ class ChatCorpus(FileCorpus):
     def fingerprint(self) -> dict[str, Any]:
         """See `FileCorpus`."""
         own = {"system_prompt": self.system_prompt, "too_long": self.too_long}
+        own["tools_key"] = self.tools_key
         if self.no_assistant != "drop":  # sources prepared before there was a choice stay complete
             own["no_assistant"] = self.no_assistant
         return {**super().fingerprint, **own}
@@ -121,8 +153,9 @@ class ChatCorpus(FileCorpus):
     def sample(self, budget: int) -> Iterator[str]:
         """What is said in the conversations; see `FileCorpus`."""
         for text in super().sample(budget):
-            yield "\n".join(message["content"] for message in json.loads(text))
+            yield "\n".join(message["content"] for message in conversation(text)[0])
 
     @property
     def _reading(self) -> ChatReading:
-        return ChatReading(self.text_key, self.id_key, self.heldout, self.share, self.system_prompt)
+        own = self.system_prompt, self.tools_key
+        return ChatReading(self.text_key, self.id_key, self.heldout, self.share, *own)

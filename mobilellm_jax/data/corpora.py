@@ -96,10 +96,15 @@ class Reading:
     heldout: float
     share: float = 1.0
 
+    @property
+    def beside(self) -> Sequence[str]:
+        """Fields that are read as well, if they are there."""
+        return ()
+
     def document(
         self, values: Sequence[Any], where: Callable[[], str], **origin: Any
     ) -> Document | None:
-        """The document of what `text_key` names, None if it is empty; `origin` are the other fields.
+        """The document of what `text_key` and `beside` name, None if it is empty; `origin` are its fields.
 
         Raises:
           UserError: it is no text.
@@ -138,8 +143,9 @@ class FilePart:
           UserError: a file is not what its name says, with file and line.
         """
         for piece in self.slices:
-            for record in inputs.records(piece, self.reading.text_key, self.reading.id_key):
-                document = self.reading.document(
+            reading = self.reading
+            for record in inputs.records(piece, reading.text_key, reading.id_key, reading.beside):
+                document = reading.document(
                     record.values,
                     functools.partial(inputs.where, piece, record.place),
                     progress=record.progress,

@@ -151,22 +151,25 @@ def slices(file: InputFile, size: int) -> list[Slice]:
     return [Slice(file, 0, None, file.size)]
 
 
-def records(piece: Slice, text_key: str, id_key: str) -> Iterator[Record]:
+def records(
+    piece: Slice, text_key: str, id_key: str, beside: Sequence[str] = ()
+) -> Iterator[Record]:
     """What is in a slice, in order.
 
     Args:
       piece: the slice.
       text_key: field of JSON lines or column of Parquet with the text; `a+b` joins two.
       id_key: field or column of what a document is called; it may be missing.
+      beside: further ones that may be missing, whose values, or None, come behind those of the text.
 
     Raises:
       UserError: a file is not what its name says, with file and line.
     """
     if piece.file.name.endswith(_LINES):
-        return _json_lines(piece, text_key, id_key)
+        return _json_lines(piece, text_key, id_key, beside)
     if piece.file.name.endswith(".parquet"):
-        return _parquet(piece, text_key, id_key)
-    return _plain(piece.file)
+        return _parquet(piece, text_key, id_key, beside)
+    return _plain(piece.file, beside)
 
 
 def where(piece: Slice, place: int) -> str:
@@ -207,7 +210,9 @@ def text_of(value: Any) -> str:
     return "" if value is None else str(value).encode("utf-8", "replace").decode()
 
 
-def _json_lines(piece: Slice, text_key: str, id_key: str) -> Iterator[Record]:
+def _json_lines(
+    piece: Slice, text_key: str, id_key: str, beside: Sequence[str]
+) -> Iterator[Record]:
     file, keys = piece.file, keys_of(text_key)
     with file.open() as raw:
         position = piece.start
@@ -229,7 +234,7 @@ def _json_lines(piece: Slice, text_key: str, id_key: str) -> Iterator[Record]:
                 )
             before, position = position, raw.tell()  # in the compressed file
             progress = max(position - before, 0)
-            values = [record[key] for key in keys]
+            values = [record.get(key) for key in (*keys, *beside)]
             yield Record(values, text_of(record.get(id_key)), number, progress)
 
 
@@ -292,7 +297,7 @@ def _row_groups(file: InputFile, size: int) -> list[Slice]:
     ]
 
 
-def _parquet(piece: Slice, text_key: str, id_key: str) -> Iterator[Record]:
+def _parquet(piece: Slice, text_key: str, id_key: str, beside: Sequence[str]) -> Iterator[Record]:
     file = piece.file
     with file.open() as raw, _parquet_file(file, raw) as table:
         names = table.schema_arrow.names
@@ -306,12 +311,14 @@ def _parquet(piece: Slice, text_key: str, id_key: str) -> Iterator[Record]:
         number = sum(rows[: piece.start])
         groups = range(table.num_row_groups)[piece.start : piece.stop]
         progress = piece.size // max(sum(rows[piece.start : piece.stop]), 1)
-        columns = list(dict.fromkeys([*keys, *([id_key] if id_key in names else [])]))
+        there = [key for key in (*beside, id_key) if key in names]
+        columns = list(dict.fromkeys([*keys, *there]))
         try:
             for batch in table.iter_batches(1024, list(groups), columns, use_threads=False):
-                values = [batch.column(key).to_pylist() for key in keys]
-                ids = batch.column(id_key).to_pylist() if id_key in names else [""] * len(batch)
-                for name, *found in zip(ids, *values, strict=True):
+                read = {key: batch.column(key).to_pylist() for key in columns}
+                none = [None] * len(batch)
+                values = [read.get(key, none) for key in (id_key, *keys, *beside)]
+                for name, *found in zip(*values, strict=True):
                     number += 1
                     yield Record(found, text_of(name), number, progress)
         except (pyarrow.ArrowException, OSError) as error:
@@ -325,11 +332,11 @@ def _parquet_file(file: InputFile, raw: BinaryIO) -> pyarrow.parquet.ParquetFile
         raise UserError(f"{file.path} is not a readable Parquet file ({error}).") from None
 
 
-def _plain(file: InputFile) -> Iterator[Record]:
+def _plain(file: InputFile, beside: Sequence[str]) -> Iterator[Record]:
     with file.open() as raw:
         content = raw.read()
     try:
-        yield Record([content.decode("utf-8")], "", 1, len(content))
+        yield Record([content.decode("utf-8"), *[None] * len(beside)], "", 1, len(content))
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(f"{file.path}, line {line}: not UTF-8.") from None

@@ -172,7 +172,7 @@ class ModelConfig:
 
 
 def _counts(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and value >= 1
+    return isinstance(value, int | np.integer) and bool(value >= 1)
 
 
 def _one_of(key: str, value: str, values: tuple[str, ...]) -> None:

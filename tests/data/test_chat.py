@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 import tiny
 import tokenizer_files
 
-from mobilellm_jax.data.chat import ChatTemplate, ConversationEncoder, read_template
+from mobilellm_jax.data.chat import ChatTemplate, ConversationEncoder, EncodeChats, read_template
 from mobilellm_jax.data.chat_corpus import ChatCorpus
 from mobilellm_jax.data.contexts import Contexts
 from mobilellm_jax.data.corpora import FileCorpus, documents
@@ -119,6 +119,79 @@ def test_calls_are_trained_on_and_what_they_give_is_not(folders, tmp_path):
         UserError, match="asks 'A timer for 20 minutes.' has `tool_calls`, of which"
     ):
         ConversationEncoder(refuses)(messages)
+
+
+SEEN = """{%- if tools %}{{ '<|im_start|>tools\n' }}
+{%- for t in tools %}{{ t | tojson }}{% endfor %}{% endif %}
+{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
+{%- if m.role == 'assistant' %}{% generation %}{{ '<think>' + m.thinking if m.thinking }}
+{{- '<again>' + m.reasoning_content if m.reasoning_content }}
+{{- m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}
+{%- endfor %}"""
+
+
+@pytest.mark.parametrize("name", [None, "reasoning_content", "thinking", "reasoning"])
+def test_functions_and_reasoning_reach_the_template_as_in_transformers(folders, tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    talk = [said[0], {**said[1], **({name: "hm"} if name else {})}]
+    theirs = transformers.AutoTokenizer.from_pretrained(folders["qwen2"])
+    ours = dataclasses.replace(Tokenizer.load(folders["qwen2"]), chat_template=SEEN)
+    encode = EncodeChats(200)
+    tables = json.dumps([tool])  # as text, as in tables whose functions differ
+    corpus = chats.corpus_of(
+        tmp_path,
+        {"messages": talk, "tools": [tool]},
+        {"messages": talk, "tools": tables},
+        {"messages": talk, "tools": None},
+        {"messages": talk},
+    )
+    texts = [document.text for document in documents(corpus)]
+    for tools, text in zip(([tool], [tool], None, None), texts, strict=True):
+        found = theirs.apply_chat_template(
+            talk, tools, chat_template=SEEN, return_dict=True, return_assistant_tokens_mask=True
+        )
+        marks = encode(ours, [text])[0].ids[1:]  # the template writes no BOS
+        assert token_ids(marks).tolist() == found["input_ids"]
+        assert (marks & UNTRAINED == 0).tolist() == [m == 1 for m in found["assistant_masks"]]
+    for kind in ("tools", "reasoning_content"):
+        if kind == "reasoning_content" and not name:
+            continue
+        refuses = dataclasses.replace(ours, chat_template=read_template("chatml"))
+        text = texts[0] if kind == "tools" else texts[3]
+        with pytest.raises(UserError, match=f"asks 'q' has `{kind}`, of which"):
+            encode(refuses, [text])
+    none = dataclasses.replace(corpus, tools_key="")
+    assert [document.text for document in documents(none)] == [texts[3]] * 4
+    assert none.fingerprint != corpus.fingerprint
+
+
+@pytest.mark.parametrize("template", ["chatml", SEEN])
+def test_turns_of_weight_0_are_read_and_not_trained_on(folders, template):
+    source = template if "{" in template else read_template(template)
+    ours = dataclasses.replace(Tokenizer.load(folders["qwen2"]), chat_template=source)
+    encode = ConversationEncoder(ours)
+    talk = [
+        {"role": role, "content": role[0] + str(n)}
+        for n in (1, 2, 3)
+        for role in ("user", "assistant")
+    ]
+    usual = encode(talk)
+    some = encode([{**m, "weight": int(m["content"] != "a2")} for m in talk])
+    assert (token_ids(some) == token_ids(usual)).all()
+    trained = [ours.decode(token_ids(ids[ids & UNTRAINED == 0])) for ids in (usual, some)]
+    assert trained == ["a1a2a3", "a1a3"]
+
+
+def test_a_turn_of_weight_0_that_tags_do_not_tell_is_refused():
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% generation %}.{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]
+    with pytest.raises(UserError, match="turn of weight 0, but the chat template has 2 parts"):
+        ChatTemplate(template, {}).trained(talk)
 
 
 def test_ids_and_mask_are_those_of_transformers(folders):

@@ -57,15 +57,20 @@ def test_a_table_gives_what_lines_give(tmp_path):
         ]
         for arguments in (city, sum_)
     ]
-    table = pyarrow.table({"messages": talks})
+    tools = [
+        [{"name": "weather", "reads": {"city": "str"}}],
+        [{"name": "sum", "reads": {"a": "int"}}],
+    ]
+    table = pyarrow.table({"messages": talks, "tools": tools})
     assert "to" in table["messages"][0].as_py()[1]["tool_calls"][0]["arguments"]["days"][0]
     pyarrow.parquet.write_table(table, tmp_path / "talk.parquet")
-    lines = [json.dumps({"messages": talk}, default=str) for talk in talks]
+    both = [{"messages": talk, "tools": own} for talk, own in zip(talks, tools, strict=True)]
+    lines = [json.dumps(record, default=str) for record in both]
     (tmp_path / "talk.jsonl").write_text("\n".join(lines))
     found = [
         chats.read(ChatCorpus("talk", f"{tmp_path}/talk.{end}")) for end in ("jsonl", "parquet")
     ]
-    assert found[0] == found[1] == [json.loads(line)["messages"] for line in lines]
+    assert found[0] == found[1] == list(map(json.loads, lines))
 
 
 def test_the_system_prompt_is_for_conversations_that_have_none(tmp_path):
@@ -86,6 +91,9 @@ def test_the_system_prompt_is_for_conversations_that_have_none(tmp_path):
         ({"messages": [{"role": "user", "content": [1]}]}, "message 1 is not a text but list"),
         ({"messages": [{"from": "human"}]}, "the content of message 1 is not a text"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
+        ({"messages": TALK, "tools": 3}, "line 2: 'tools' is not a list of functions: name"),
+        ({"messages": TALK, "tools": ["f"]}, "line 2: 'tools' is not a list of functions"),
+        ({"messages": TALK, "tools": "[f]"}, "line 2: 'tools' is not JSON"),
     ],
 )
 def test_bad_records_are_told_with_their_line(tmp_path, record, message):
