@@ -201,6 +201,21 @@ def test_text_ends_with_its_document():
         assert text == "".join(f" {token}" for token in expected)
 
 
+def test_texts_begin_with_bos_or_as_their_tokenizer_does():
+    def of(*ids):
+        (found,) = drawn(PLAIN, [ids], 4, GREEDY).tolist()
+        return "".join(f" {token}" for token in found)
+
+    for prompt, bos, wanted in (
+        ("5 9", True, of(1, 5, 9)),
+        ("5 9", False, of(5, 9)),
+        ("", False, of(1)),
+    ):
+        numbers = Numbers(eos_id=-1)
+        assert generate(decoder(PLAIN), numbers, [prompt], 4, GREEDY, bos=bos) == [wanted]
+    assert of(1, 5, 9) != of(5, 9)
+
+
 def test_nothing_is_drawn_after_the_last_document_has_ended(monkeypatch):
     steps = []
 

@@ -18,13 +18,27 @@ def generate(
     sampling: Sampling = Sampling(),
     seed: int = 0,
     stop: Sequence[str] = (),
+    bos: bool = True,
 ) -> list[str]:
     """The continuation of each prompt: up to the end of its document, a stop string or `max_new_tokens`.
 
+    Args:
+      decoder: the network.
+      tokenizer: its tokenizer.
+      prompts: texts.
+      max_new_tokens: of each.
+      sampling: how tokens are drawn.
+      seed: of the draws.
+      stop: strings that end a text before them.
+      bos: whether texts begin with BOS, as all do that are trained on here; networks of elsewhere may
+        have a tokenizer that puts none (`tokenizer.puts_bos`).
+
     Raises:
-      UserError: see `stream`.
+      UserError: see `stream` and `Text`.
     """
-    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    begin = [tokenizer.bos_id]
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    ids = [[*begin, *own] if bos else own or begin for own in encoded]
     seeds = row_seeds(seed, len(ids))
     texts = continued(decoder, tokenizer, ids, max_new_tokens, sampling, seeds, stop)
     return [text.whole() for text in texts]

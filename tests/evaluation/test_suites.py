@@ -139,3 +139,13 @@ def test_r1_base_from_local_files(tmp_path):
     assert {line.label: line.value for line in lines} == dict.fromkeys([*labels, AVERAGE], 1.0)
     shots = {line.label: line.shots for line in lines}
     assert [shots[n] for n in ("MATH-500", "GSM8K", "MBPP", "HumanEval")] == [4, 8, 3, 0]
+
+
+def test_a_label_that_is_published_of_base_models_means_one_way_to_measure():
+    """Or a figure of the papers would stand beside one of another task, metric or number of examples."""
+    ways = {}
+    for name, entries in SUITES.items():
+        if name != "r1_final":  # whose labels are those of another table, of final models
+            for e in entries:
+                ways.setdefault(e.label, set()).add((e.task, e.metric, e.shots))
+    assert {label: found for label, found in ways.items() if len(found) > 1} == {}
