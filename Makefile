@@ -13,7 +13,7 @@ INSTALL := python -m pip install --quiet --no-compile
 # On Linux with glibc, large allocations in huge pages make training on a CPU a fifth faster.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-# Tests side by side, a file at a time; each process needs up to 4 GB.
+# Tests side by side, a file at a time; each process needs up to 3 GB.
 PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .DEFAULT_GOAL := help

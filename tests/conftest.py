@@ -43,6 +43,15 @@ atexit.register(shutil.rmtree, _modules, ignore_errors=True)
 os.environ["HF_MODULES_CACHE"] = _modules
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_end_with_their_module():
+    """JAX keeps all that it has compiled, which comes to gigabytes; other modules have other networks."""
+    import jax
+
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def shared_programs():
     """Runs of one configuration share their programs, which are made without data and without arrays.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 
 import numpy as np
 import pruned
@@ -25,6 +26,15 @@ def pruned_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "run"
     sizes = {"pruning.compact_at": (HALF_WAY, pruned.TARGET), "eval.rows": 16}
     runs.run(pruned.config(plan, **sizes), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def one_size(tmp_path_factory):
+    """A run that prunes and never compacts."""
+    plan = tiny.corpus(tmp_path_factory.mktemp("data"))
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    runs.run(pruned.config(plan), workdir)
     return workdir
 
 
@@ -52,10 +62,9 @@ def test_every_size_is_exported_measured_and_drawn(pruned_run, tmp_path):
     assert ended.status == 0 and runs.files(out) == before  # nothing is made or measured again
 
 
-def test_a_member_gets_what_it_lacks_and_no_other_run_takes_its_name(tmp_path):
-    plan = tiny.corpus(tmp_path / "data")
+def test_a_member_gets_what_it_lacks_and_no_other_run_takes_its_name(one_size, tmp_path):
     for name in ("a", "b"):
-        runs.run(pruned.config(plan), tmp_path / name / "run")
+        shutil.copytree(one_size, tmp_path / name / "run")
     (member,) = family([tmp_path / "a" / "run"], tmp_path / "family", to=["checkpoint"], rows=4)
     again = family([tmp_path / "a" / "run"], tmp_path / "family", to=["checkpoint", "hf"], rows=4)
     assert [m.bits_per_byte for m in again] == [member.bits_per_byte]
@@ -64,10 +73,8 @@ def test_a_member_gets_what_it_lacks_and_no_other_run_takes_its_name(tmp_path):
         family([tmp_path / "b" / "run"], tmp_path / "family", to=["checkpoint"], rows=4)
 
 
-def test_what_is_dead_in_the_newest_checkpoint_is_taken_out(tmp_path):
-    plan = tiny.corpus(tmp_path / "data")
-    runs.run(pruned.config(plan), tmp_path / "run")
-    (member,) = family([tmp_path / "run"], tmp_path / "family", to=["checkpoint"], rows=4)
+def test_what_is_dead_in_the_newest_checkpoint_is_taken_out(one_size, tmp_path):
+    (member,) = family([one_size], tmp_path / "family", to=["checkpoint"], rows=4)
     assert pruned.TARGET - 3 * tiny.MODEL.width < member.parameters <= pruned.TARGET
     stored = open_model(tmp_path / "family" / member.name / "checkpoint")
     assert parameter_count(stored.model) == member.parameters

@@ -114,7 +114,7 @@ def test_what_is_dead_has_no_gradient_and_stays_zero(make_optimizer):
 
 def dead_weights(tree, live):
     """The weights of dead groups, in a row."""
-    ones = jax.tree.map(jnp.ones_like, tree)
+    ones = jax.tree.map(np.ones_like, tree)
     dead = jax.tree.map(lambda x: x == 0, networks.masked(ones, live))
     return np.concatenate(
         [np.asarray(x[d]) for x, d in zip(*map(jax.tree.leaves, (tree, dead)), strict=True)]
