@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from mobilellm_jax.errors import UserError, of_the_disk
+from mobilellm_jax.errors import UserError, mendable
 
 # Flags that are text, in which ~ is a letter.
 _TEXTS = ("prompt", "system", "system_prompt", "answer", "stop", "reason")
@@ -102,10 +102,10 @@ def _guarded(main: Callable[[], None]) -> None:
         _exit(str(error), 1)
     except KeyboardInterrupt:
         _exit("interrupted.", 130)
-    except OSError as error:
+    except (OSError, ImportError) as error:
         if isinstance(error, BrokenPipeError) and _unread():
             sys.exit(141)  # what shells say of a program that SIGPIPE has ended
-        if not (sentence := of_the_disk(error)):
+        if not (sentence := mendable(error)):
             raise
         _exit(sentence, 1)
 

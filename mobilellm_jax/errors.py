@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend, and what the disk says that a user can."""
+"""The one exception for what a user can mend, and what a disk or a store says that a user can."""
 
 import errno
 
@@ -22,8 +22,12 @@ _DISK = {
 }
 
 
-def of_the_disk(error: BaseException) -> str | None:
-    """The sentence for an error of the disk that the user can mend, None for any other."""
+def mendable(error: BaseException) -> str | None:
+    """The sentence for an error of a disk or a store that the user can mend, None for any other."""
+    # What fsspec says of gs:// and the like; of what is imported by name, the name would be there.
+    if isinstance(error, ImportError) and error.name is None and "install" in str(error):
+        reason = str(error).rstrip(".")
+        return f"{reason} (gs:// comes with `pip install 'mobilellm-jax[gcs]'`)."
     if not isinstance(error, OSError) or error.errno not in _DISK:
         return None
     where = f" at {error.filename}" if error.filename else ""

@@ -1,5 +1,6 @@
 """The programs as a user starts them."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -89,6 +90,15 @@ def test_a_program_ends_without_a_word_where_nobody_reads_on(lines, tmp_path):
         running.stdout.close()
         assert running.stderr.read() == b""
     assert running.returncode == 141
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed: gs:// can be read"
+)
+def test_a_store_whose_package_is_missing_is_one_sentence():
+    ended = program("mobilellm_jax.convert", "--checkpoint=gs://no/run", "--to=hf", "--out=x")
+    assert ended.status == 1 and "Traceback" not in ended.err
+    assert "gcsfs" in ended.err and "pip install 'mobilellm-jax[gcs]'" in ended.err
 
 
 COLLECTING = """

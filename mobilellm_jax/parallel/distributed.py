@@ -26,7 +26,7 @@ from typing import Any
 import jax
 from jax._src import distributed as _service  # the store has no public name
 
-from mobilellm_jax.errors import UserError, of_the_disk
+from mobilellm_jax.errors import UserError, mendable
 
 TIMEOUT = 300  # seconds in which all processes must have come
 PULSE, DEAD = 3, 25  # seconds between signs of life, and without one until a process is given up
@@ -300,7 +300,7 @@ def _fail(error: BaseException, pulse: _Pulse) -> None:
     if isinstance(error, UserError):
         sentence = str(error)
     else:
-        known = of_the_disk(error)
+        known = mendable(error)
         if known is None:
             traceback.print_exception(error)
         sentence = known or f"{type(error).__name__}: {first[:300]}"
