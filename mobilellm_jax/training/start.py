@@ -173,8 +173,8 @@ def check_state(start: StoredModel, config: ConfigDict, run: "Setup") -> None:
     Schedule, length, batches from here on, objective and rates may be others than that run's.
 
     Raises:
-      UserError: there is no train state; it is of another optimizer, or from behind the end of this
-        run; or that run has read other rows up to there than this configuration says.
+      UserError: there is no train state; it is of another optimizer or another way to prune, or from
+        behind the end of this run; or that run has read other rows up to there than this configuration says.
     """
     where = f"config.init_from={config.init_from} with config.init_state=all"
     if start.family != CHECKPOINT or not (start.directory / "optimizer").exists():
@@ -196,6 +196,15 @@ def check_state(start: StoredModel, config: ConfigDict, run: "Setup") -> None:
             f"{where}: that run does not prune and this one does; set config.pruning.target=0, or "
             "config.init_state=weights."
         )
+    if _prunes(config):  # what its steps have added up, and its strategy remembers, goes on
+        changed = differences(complete(there)["pruning"], config.pruning.to_dict())
+        for key in ("score", "strategy.use"):
+            if key in changed:
+                old, new = changed[key]
+                raise UserError(
+                    f"{where}: config.pruning.{key} is {old!r} there and {new!r} here; keep it, or "
+                    "set config.init_state=weights."
+                )
     if _prunes(there) and not _prunes(config):
         schedule = schedule_of(ConfigDict(complete(there)), length_of(there).steps)
         cuts = [step for step in schedule.steps if step <= start.step]

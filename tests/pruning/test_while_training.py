@@ -115,6 +115,18 @@ def test_a_fork_goes_on_pruning_or_says_why_not(plan, whole, tmp_path):
         runs.run(config(plan, **forked), tmp_path / "refused")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("score", "fisher"), ("strategy.use", "mobilellm_jax.pruning.efficient:efficient")],
+)
+def test_a_fork_keeps_what_is_added_up_and_remembered(plan, whole, tmp_path, key, value):
+    changed = {f"pruning.{key}": value, "model.dead_channels": True}
+    forked = {"init_from": f"{whole[0]}@4", "init_state": "all", **changed}
+    with pytest.raises(UserError, match=f"config.pruning.{key} is .* there and '{value}' here"):
+        runs.run(config(plan, **forked), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
 # --- Scores in the step
 
 
