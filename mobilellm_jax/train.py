@@ -195,7 +195,8 @@ def train(
                     f"{checkpoints.directory} are from before."
                 )
 
-        step, pending, compiling = start, None, True
+        step, pending = start, None
+        compiled: set[int] = set()  # sizes of steps, of the network as it is
         part = jax.process_index(), jax.process_count()
         ahead = {key: config[key] for key in ("prefetch", "readers", "workers")}
         batches = _prefetched(stream(run.mixture, length, start, *part, **ahead), run.mesh)
@@ -208,9 +209,9 @@ def train(
                     if step > start and not (pending and not pending[2]["loss"].is_ready()):
                         clock.lap("data")  # the devices were waiting for it
                     state, metrics = profiler.call(step + 1, run.step, state, batch)
-                    if compiling:
+                    if (size := length.batch(step + 1)) not in compiled:
                         clock.lap("compile")
-                        compiling = False
+                        compiled.add(size)
                     step, rows = step + 1, length.rows(step + 1)
                     if pending:
                         record(*pending)
@@ -220,7 +221,7 @@ def train(
                         writer.write("cut", step, cut)
                         progress.cut(step, cut)
                         if run is not ran:
-                            judge, compiling = _judge(config, run), True
+                            judge, compiled = _judge(config, run), set()
                             facts = overview.compaction(run.model, cut["parameters"])
                             writer.write("compaction", step, facts)
                             progress.compaction(step, facts)

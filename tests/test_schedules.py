@@ -225,6 +225,11 @@ def test_a_ramp_reads_the_stream_in_larger_and_larger_steps(plan, ramped):
     np.testing.assert_allclose(speeds, np.array(sizes) * tiny.ROW)
 
 
+def test_the_compilation_of_each_size_is_no_progress(ramped):
+    spent = {n: r["seconds/compile"] for n, r in lines(ramped[0], "goodput").items()}
+    assert 0 < spent[4] < spent[8] < spent[12] == spent[16] == spent[21]
+
+
 @pytest.mark.parametrize("stops", [(3, 8), pytest.param((5, 11), marks=pytest.mark.slow)])
 def test_a_ramp_that_is_stopped_and_resumed_changes_no_bit(plan, ramped, tmp_path, stops):
     for stop_at in (*stops, None):

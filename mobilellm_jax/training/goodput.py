@@ -22,7 +22,7 @@ PRODUCTIVE = "train"
 KINDS = (
     PRODUCTIVE,
     "start",  # the program, the data, the state
-    "compile",  # the first step
+    "compile",  # the first step of each size
     "restore",  # reading a checkpoint
     "data",  # waiting for rows while the devices had nothing to do
     "evaluate",
