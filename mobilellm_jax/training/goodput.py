@@ -121,7 +121,7 @@ def _read(path: epath.Path) -> Mapping[str, Any]:
     nothing = {"began": 0.0, "starts": 0, "seconds": {}, "step": 0}
     try:
         return nothing | json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return nothing
 
 

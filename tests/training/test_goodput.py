@@ -83,8 +83,9 @@ def test_a_clock_that_is_set_is_no_work(tmp_path, clock, hours):
     assert values["run/goodput"] == 70 / 80 and values["run/seconds/down"] == 0
 
 
-def test_a_torn_record_stops_nothing(tmp_path, clock):
-    (tmp_path / goodput.FILE).write_text('{"began": 1')
+@pytest.mark.parametrize("text", ['{"began": 1', "[]"])
+def test_a_damaged_record_stops_nothing(tmp_path, clock, text):
+    (tmp_path / goodput.FILE).write_text(text)
     assert Goodput(epath.Path(tmp_path), began=1000.0).values()["run/starts"] == 1
 
 
