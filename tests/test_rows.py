@@ -292,6 +292,23 @@ def test_what_cannot_be_skipped_or_replayed(prepared, trained):
         list(step_table(run, 1, "poems"))
 
 
+@pytest.mark.parametrize(
+    "text, wrong",
+    [
+        (None, "missing or torn"),
+        ("{", "missing or torn"),
+        ('{"model_type": "llama"}', "not of a run of ours"),  # of a Hugging Face folder
+    ],
+)
+def test_only_the_workdir_of_a_run_has_rows(tmp_path, text, wrong):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(
+        UserError, match=f"config.json is {wrong}, so .* is not the workdir of a run"
+    ):
+        open_run(tmp_path)
+
+
 def test_the_program_answers(prepared, trained):
     workdir = str(trained)
     step = runs.program("mobilellm_jax.rows", workdir, "--step=3", "--text", "--source=sums")

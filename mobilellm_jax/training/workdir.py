@@ -103,16 +103,21 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
     """The configuration of a run.
 
     Raises:
-      UserError: there is none, or it is torn.
+      UserError: there is none, it is torn, or it is of something else, such as a Hugging Face folder.
     """
     path = workdir / "config.json"
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
+        config, wrong = {}, "missing or torn"
+    else:
+        wrong = "not of a run of ours"
+    if "plan" not in config:  # every run has that key
         raise UserError(
-            f"{path} is missing or torn, so {workdir} is not the workdir of a run: "
+            f"{path} is {wrong}, so {workdir} is not the workdir of a run: "
             "name the directory that was given to training as --workdir."
-        ) from None
+        )
+    return config
 
 
 def check_same_run(
