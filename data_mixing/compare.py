@@ -261,14 +261,21 @@ def open_plans(named: str) -> dict[str, Plan]:
     """The plans of a folder, by the name of their file, `uniform` first; or those of several files.
 
     Raises:
-      UserError: there are none, or fewer than two.
+      UserError: there are none, or fewer than two; or two files have one name.
     """
     folder = epath.Path(named)
     if folder.is_dir():
         paths = sorted(folder.glob("*.json"), key=lambda p: (p.stem != "uniform", p.name))
     else:
         paths = [epath.Path(part) for part in named.split(",")]
-    plans = {path.stem: Plan.load(path) for path in paths}
+    plans: dict[str, Plan] = {}
+    for path in paths:
+        if path.stem in plans:
+            raise UserError(
+                f"--plans={named} names two plans {path.stem!r}, and results are told apart by the names of "
+                "the files: rename one."
+            )
+        plans[path.stem] = Plan.load(path)
     if len(plans) < 2:
         raise UserError(f"--plans={named} names {len(plans)} plans: there is nothing to compare.")
     return plans

@@ -128,6 +128,9 @@ def test_bad_input(made, compared, tmp_path):
     with pytest.raises(UserError, match="nothing to compare"):
         open_plans(str(folder / "uniform.json"))
     assert list(open_plans(f"{folder}/uniform.json,{folder}/sums.json")) == ["uniform", "sums"]
+    (tmp_path / "sums.json").write_bytes((folder / "sums.json").read_bytes())
+    with pytest.raises(UserError, match="names two plans 'sums', and results are told apart"):
+        open_plans(f"{folder}/uniform.json,{folder}/sums.json,{tmp_path}/sums.json")
     with pytest.raises(UserError, match=r"no .jsonl or .jsonl.gz in"):
         answer_rows(tmp_path, tiny.tokenizer(), tiny.ROW, 4)
     (tmp_path / "x.jsonl").write_text(json.dumps(QUESTIONS[0]) + '\n{"query": "a"}\n')
