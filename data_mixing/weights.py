@@ -216,6 +216,7 @@ def mixtures_of(
     tokens = plan.stages[0].tokens if tokens is None else tokens
     if tokens is None:
         raise UserError("the plan does not say how long the run is: give --tokens.")
+    given = plan.hash  # of the file, which has its own caps
     if max_epochs is not None:
         sources = [dataclasses.replace(s, max_epochs=max_epochs) for s in plan.sources]
         plan = dataclasses.replace(plan, sources=tuple(sources))
@@ -235,7 +236,7 @@ def mixtures_of(
             "method": request.text or request.method,
             "seed": seed,
             "inputs": {path: sha256(path) for path in request.inputs},
-            "plan": plan.hash,
+            "plan": given,
             "weights_before_caps": dict(weights),
             "explanation": weights.reasons,
             "data": dict(plan.provenance),

@@ -127,6 +127,8 @@ def test_every_plan_says_what_the_table_says_and_streams_in_these_shares(folder,
         folder / "losses.csv"
     )
     assert plan.provenance["explanation"] == found["regmix"].weights.reasons
+    given = Plan.load(folder / "data" / "plan.json")
+    assert plan.provenance["plan"] == given.hash  # as it lies there, without these caps
     html = (tmp_path / "out" / "weights.html").read_text()
     assert html.count("<svg") == 4  # all weights, and what three methods measured
 
