@@ -112,7 +112,7 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
         config, wrong = {}, "missing or torn"
     else:
         wrong = "not of a run of ours"
-    if "plan" not in config:  # every run has that key
+    if not isinstance(config, dict) or "plan" not in config:  # every run has that key
         raise UserError(
             f"{path} is {wrong}, so {workdir} is not the workdir of a run: "
             "name the directory that was given to training as --workdir."
