@@ -1,10 +1,10 @@
 """Answers of a model behind any OpenAI-compatible server of chat completions (llama.cpp, vLLM)."""
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import http.client
 import json
+import multiprocessing.pool
 import random
 import threading
 import time
@@ -137,18 +137,22 @@ def completions(
     """`complete_all` with options of each conversation; an answer is given when all before it are."""
     answers = Cache(cache)
 
-    def answer(messages: Sequence[Message], of_one: Mapping[str, Any]) -> Completion:
+    def answer(asked: tuple[Sequence[Message], Mapping[str, Any]]) -> Completion:
+        messages, of_one = asked
         body = _body(endpoint, messages, of_one)
         key = hashlib.sha256(json.dumps([endpoint.url, body], sort_keys=True).encode()).hexdigest()
         if key not in answers.known:
             answers.add(key, complete(endpoint, messages, **of_one))
         return answers.known[key]
 
-    pool = concurrent.futures.ThreadPoolExecutor(endpoint.workers)
-    try:
-        yield from pool.map(answer, conversations, options)
-    finally:
-        pool.shutdown(cancel_futures=True)  # of what has not begun when one has failed
+    # Its threads end with the process: Ctrl-C does not wait for them, however long the server lets them.
+    with multiprocessing.pool.ThreadPool(endpoint.workers) as pool:
+        try:
+            yield from pool.imap(answer, zip(conversations, options, strict=True))
+        except UserError:
+            pool.terminate()  # what has not begun is left
+            pool.join()  # what is under way comes into the cache
+            raise
 
 
 class Cache:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import signal
+import threading
+import time
 
 import pytest
 from chat_servers import served
@@ -137,6 +140,29 @@ def test_a_run_that_broke_off_goes_on_from_its_cache(tmp_path):
         complete_all(dataclasses.replace(asked, model="n"), asking(30), cache=cache)
         assert len(server.requests) == 84
     assert "secret" not in cache.read_text()
+
+
+def test_ctrl_c_waits_for_no_server(tmp_path):
+    """Answers under way are given up; those that have come are in the cache."""
+    cache, late, began = tmp_path / "cache.jsonl", threading.Event(), time.monotonic()
+    main = threading.main_thread().ident
+    interrupt = threading.Timer(0.5, signal.pthread_kill, (main, signal.SIGINT))
+
+    def answer(messages):
+        if messages[-1]["content"] != "question 0":
+            late.wait(20)
+        return echo(messages)
+
+    with served(answer) as server:
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            complete_all(to(server, workers=2), asking(6), cache=cache)
+        assert time.monotonic() - began < 10
+        assert [json.loads(line)["text"] for line in cache.read_text().splitlines()] == [
+            "to question 0"
+        ]
+        assert len(server.requests) == 3
+        late.set()
 
 
 def test_another_file_is_no_cache(tmp_path):
