@@ -10,6 +10,7 @@ together, and a line of JSON is printed for each. With --chat the checkpoint's c
 prompt of the conversation; Ctrl-C ends a reply, Ctrl-D the conversation.
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -34,17 +35,15 @@ INTERACTIVE = 4  # tokens drawn before any is shown
 
 def shown(
     decoder: Placed,
-    tokenizer: Tokenizer,
     prompt: Sequence[int],
     max_new_tokens: int,
     sampling: Sampling,
     seed: int,
     text: Text,
-) -> str:
+) -> None:
     """Streams one continuation to standard output, its speed to standard error.
 
-    Returns:
-      the text, as far as it came if Ctrl-C ended it.
+    `text` has it all, also where Ctrl-C ends this: then as far as it came.
     """
     began = time.perf_counter()
     first: list[float] = []
@@ -58,18 +57,16 @@ def shown(
     try:
         for piece in pieces(text, tokens()):
             print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        pass
-    print(flush=True)
-    if first:
-        reading, drawing = first[0] - began, time.perf_counter() - first[0]
-        print(
-            f"[{len(prompt):,} tokens read in {reading:.2f} s, {text.tokens:,} drawn"
-            + (f" at {(text.tokens - 1) / drawing:,.1f} tokens/s, " if text.tokens > 1 else ", ")
-            + "compilation included]",
-            file=sys.stderr,
-        )
-    return text.whole()
+    finally:
+        print(flush=True)
+        if first:
+            reading, drawing = first[0] - began, time.perf_counter() - first[0]
+            speed = f" at {(text.tokens - 1) / drawing:,.1f} tokens/s" if text.tokens > 1 else ""
+            print(
+                f"[{len(prompt):,} tokens read in {reading:.2f} s, {text.tokens:,} drawn{speed}, "
+                "compilation included]",
+                file=sys.stderr,
+            )
 
 
 def chat(
@@ -101,8 +98,9 @@ def chat(
         messages = [*messages, {"role": "user", "content": line}]
         prompt, messages = encoder.fitting(messages, room)
         text, of_turn = Text(tokenizer, prompt, stop, encoder.special), seed + len(messages)
-        reply = shown(decoder, tokenizer, prompt, max_new_tokens, sampling, of_turn, text)
-        messages = [*messages, {"role": "assistant", "content": reply}]
+        with contextlib.suppress(KeyboardInterrupt):
+            shown(decoder, prompt, max_new_tokens, sampling, of_turn, text)
+        messages = [*messages, {"role": "assistant", "content": text.whole()}]
 
 
 def batch(
@@ -188,9 +186,10 @@ def main() -> None:
         )
         return
     prompt = ids_of(loaded, args.prompt)
-    print(args.prompt, end="", flush=True)
     text = Text(tokenizer, prompt, args.stop)
-    shown(decoder, tokenizer, prompt, args.max_new_tokens, sampling, args.seed, text)
+    check_room(decoder, [prompt], [args.max_new_tokens])
+    print(args.prompt, end="", flush=True)
+    shown(decoder, prompt, args.max_new_tokens, sampling, args.seed, text)
 
 
 if __name__ == "__main__":

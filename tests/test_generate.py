@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 
@@ -14,6 +15,7 @@ import sentencepiece
 import tiny
 from tokenizer_files import FOLDERS
 
+from mobilellm_jax import generate as generation
 from mobilellm_jax.data.chat import read_template
 from mobilellm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from mobilellm_jax.data.tokenizers import Tokenizer
@@ -23,7 +25,7 @@ from mobilellm_jax.decoding.decoder import bucket, row_seeds, stream, to_draw
 from mobilellm_jax.decoding.sampling import GREEDY, Sampling, filtered, sample
 from mobilellm_jax.decoding.text import Text, generate, pieces
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.generate import batch, chat
+from mobilellm_jax.generate import batch, chat, shown
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.parallel.mesh import make_mesh
@@ -454,6 +456,34 @@ def test_a_conversation(capsys):
     assert said.err.count("tokens read in") == 4
     read = [int(line.split()[0][1:]) for line in said.err.splitlines()]
     assert read[1] > read[0] and max(read) <= 300 - 16
+
+
+def test_ctrl_c_ends_a_text_and_a_reply_but_no_conversation(capsys, monkeypatch):
+    """What is drawn by then is kept; a text alone ends its program."""
+
+    def interrupted(drawn):
+        yield from itertools.islice(drawn, 5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generation, "stream", lambda *a: interrupted(stream(*a)))
+    prompt, text = [1, 5], Text(Numbers(), [1, 5])
+    with pytest.raises(KeyboardInterrupt):
+        shown(decoder(PLAIN), prompt, 20, GREEDY, 0, text)
+    said = capsys.readouterr()
+    assert said.out == f"{text.whole()}\n" and text.tokens == 5 and "5 drawn" in said.err
+
+    tokenizer = dataclasses.replace(tiny.tokenizer(), chat_template=read_template("chatml"))
+    model = dataclasses.replace(PLAIN, vocab_size=tokenizer.vocab_size, max_length=300)
+    asked = iter(["one", "two"])
+
+    def ask(_):
+        try:
+            return next(asked)
+        except StopIteration:
+            raise EOFError from None
+
+    chat(to_draw(parameters(model), model), tokenizer, 16, Sampling(1.0), 0, ask=ask)
+    assert capsys.readouterr().err.count("5 drawn") == 2
 
 
 def test_a_file_of_prompts(capsys):

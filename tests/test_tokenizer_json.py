@@ -81,6 +81,8 @@ def test_the_checkpoint_is_all_that_generation_needs(made):
     assert first.status == 0 and first.out == second.out
     assert first.out.startswith("the model ") and len(first.out) > 20
     assert "<|" not in first.out
+    long = runs.program("mobilellm_jax.generate", *arguments[:2], "--max_new_tokens=9999")
+    assert (long.status, long.out) == (1, "") and "9999 new ones" in long.err
 
 
 def test_the_report_has_baselines_and_samples(made):
