@@ -334,6 +334,8 @@ def test_the_program_prints_what_each_pass_removed(tmp_path):
         (["--decontaminate={}/half.jsonl.gz"], ["half.jsonl.gz, line 2", "not JSON lines"]),
         (["--decontaminate={}/x.parquet"], ["x.parquet is not a readable Parquet file"]),
         (["--decontaminate={}/note.txt"], ["note.txt", "JSON lines", "Parquet"]),
+        (["--decontaminate={}/none.jsonl"], ["none.jsonl", "without items"]),
+        (["--decontaminate={}/half.jsonl"], ["half.jsonl, item 1", "surrogate pair", "'answer'"]),
         (["--decontaminate={}/e.jsonl", "--ngram=5"], ["--shortest=8", "--ngram=5"]),
         (["--decontaminate={}/e.jsonl", "--eval_keys="], ["--eval_keys names no field"]),
     ],
@@ -343,6 +345,8 @@ def test_bad_input_is_told_in_one_sentence_and_nothing_is_made(tmp_path, argumen
     (tmp_path / "bad.jsonl").write_text('{"question": "a"}\n{"question"\n')
     (tmp_path / "half.jsonl.gz").write_bytes(gzip.compress(b'{"question": "a"}\n')[:-9])
     (tmp_path / "x.parquet").write_text("no")
+    (tmp_path / "none.jsonl").write_text("\n")
+    (tmp_path / "half.jsonl").write_text('{"question": "a", "answer": "\\ud83d"}\n')
     (tmp_path / "note.txt").write_text("no")
     ended = program(tmp_path, *(argument.format(tmp_path) for argument in arguments))
     assert ended.status == 1 and ended.err.count("error: ") == 1

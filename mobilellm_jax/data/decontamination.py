@@ -7,6 +7,7 @@ import gzip
 import io
 import itertools
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -76,13 +77,14 @@ class EvalSets:
         """All items of all sets.
 
         Raises:
-          UserError: a file cannot be read, an item has none of the keys, or one that is no text, with
-            file and line.
+          UserError: a file cannot be read or has no items, an item has none of the keys, or one that is no
+            text, with file and line.
         """
         files = self.files
         names = collections.Counter(map(_name, files))
         for file in files:
             name = _name(file) if names[_name(file)] == 1 else file.path
+            place = 0
             for place, record in enumerate(_READERS[_kind(file)](file), 1):
                 where = f"{file.path}, item {place}"
                 if not isinstance(record, dict) or not any(
@@ -94,6 +96,8 @@ class EvalSets:
                         "see --eval_keys."
                     )
                 yield EvalItem(name, place, _texts(record, self.keys, where))
+            if not place:
+                raise UserError(f"{file.path}: an evaluation set without items finds nothing.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +189,10 @@ def _texts(record: dict[str, Any], keys: Sequence[str], where: str) -> tuple[str
                     f"text, --eval_keys={key}.{next(iter(value), 'name')}."
                 )
         fields.append([str(one) for one in values if one is not None and str(one).strip()])
+        if any(re.search("[\ud800-\udfff]", text) for text in fields[-1]):
+            raise UserError(
+                f"{where}: half of a surrogate pair (\\ud800 to \\udfff) in {key!r} is not text."
+            )
     fields = [field for field in fields if field]
     together = (" ".join(choice) for choice in itertools.product(*fields)) if fields else ()
     return tuple(dict.fromkeys([*itertools.chain(*fields), *together]))
