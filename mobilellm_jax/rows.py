@@ -263,6 +263,8 @@ def main(workdir: str) -> None:
     asked = [args.usage, args.document is not None, args.skip is not None]
     if sum(asked) + (args.step is not None and not args.usage) != 1:
         raise UserError("ask for one thing: --step=N, --document=ID, --usage or --skip=FIRST:LAST.")
+    if args.document == "":  # the id of all that have none
+        raise UserError("--document= names no document: give its id, or FILE:PLACE.")
     run = open_run(workdir)
     if args.usage:
         _print(usage_table(run, args.step), args.json)

@@ -325,6 +325,6 @@ def test_the_program_answers(prepared, trained):
     assert found.status == 0 and " 3 " in found.out
     usage = runs.program("mobilellm_jax.rows", workdir, "--usage")
     assert usage.status == 0 and "epochs" in usage.out and "words" in usage.out
-    for flags in ((), ("--usage", "--document=x"), ("--skip=5",)):
+    for flags in ((), ("--usage", "--document=x"), ("--document=",), ("--skip=5",)):
         ended = runs.program("mobilellm_jax.rows", workdir, *flags)
         assert ended.status == 1 and ended.err.startswith("error: "), flags
