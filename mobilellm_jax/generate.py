@@ -82,7 +82,8 @@ def chat(
     """Talks until the input ends. The oldest turns are dropped where the context is full.
 
     Raises:
-      UserError: the tokenizer has no chat template, or one turn alone exceeds the context.
+      UserError: the tokenizer has no chat template, one turn alone exceeds the context, or what is said
+        cannot be read.
     """
     encoder = ConversationEncoder(tokenizer)
     messages: Sequence[Message] = [{"role": "system", "content": system}] if system else []
@@ -90,9 +91,12 @@ def chat(
     while True:
         try:
             line = ask("> ")
+            line.encode()  # where the locale is C, Python reads what is no text as half surrogate pairs
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        except UnicodeError as error:
+            raise UserError(f"what was said is not UTF-8 ({error}).") from None
         if not line.strip():
             continue
         messages = [*messages, {"role": "user", "content": line}]

@@ -458,6 +458,13 @@ def test_a_conversation(capsys):
     assert read[1] > read[0] and max(read) <= 300 - 16
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # of standard input
+def test_what_is_said_has_to_be_text(errors):
+    tokenizer = dataclasses.replace(tiny.tokenizer(), chat_template=read_template("chatml"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        chat(decoder(PLAIN), tokenizer, 4, GREEDY, 0, ask=lambda _: b"\xe9".decode(errors=errors))
+
+
 def test_ctrl_c_ends_a_text_and_a_reply_but_no_conversation(capsys, monkeypatch):
     """What is drawn by then is kept; a text alone ends its program."""
 
