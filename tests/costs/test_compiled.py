@@ -188,3 +188,55 @@ def test_a_loop_that_takes_several_turns_at_once_is_counted_by_its_steps():
         program = Program(TPU.replace("constant(1)", f"constant({step})"))
         assert {one.times for one in collectives(program, 8)} == {turns}
         assert not program.unknown_loops
+
+
+def exchange(opcode, attributes, result="f32[100]{0}", operand="f32[100]{0}"):
+    """The one collective of a program that does nothing else, over eight devices."""
+    text = f"""HloModule one
+
+ENTRY %main (a: f32[100]) -> f32[100] {{
+  %a = {operand} parameter(0)
+  ROOT %out = {result} {opcode}(%a), channel_id=1, {attributes}
+}}
+"""
+    (found,) = collectives(Program(text), 8)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", 4),
+        ("{{0,4},{1,5},{2,6},{3,7}}", 2),
+        ("[4,2]<=[8]", 2),
+        ("[2,4]<=[4,2]T(1,0)", 4),
+        ("mesh['data'=2,'fsdp'=4]{'fsdp'}", 4),
+        ("mesh['data'=2,'fsdp'=4]{'data','fsdp'}", 8),
+        ("mesh['data'=2,'fsdp'=4]{'data','fsdp':(2)2}", 4),
+        ("{}", 8),
+    ],
+)
+def test_groups_are_read_however_they_are_written(groups, size):
+    found = exchange("all-reduce", f"replica_groups={groups}, to_apply=%add")
+    assert found.group == size
+
+
+def test_what_a_ring_sends():
+    """Of 400 bytes over 4 devices: a gather three quarters, a reduction to all twice that."""
+    four = "replica_groups={{0,1,2,3},{4,5,6,7}}"
+    assert exchange("all-reduce", four).sent == 2 * 300
+    assert exchange("all-to-all", four).sent == 300
+    assert exchange("all-gather", four, operand="f32[25]{0}").sent == 300
+    both = "(f32[25]{0}, f32[100]{0})"  # what goes in, and what comes out
+    assert exchange("all-gather-start", four, both, "f32[25]{0}").sent == 300
+    assert exchange("reduce-scatter", four, result="f32[25]{0}").sent == 300
+    assert exchange("collective-permute", "source_target_pairs={{0,1},{1,0}}").sent == 400
+
+
+def test_the_summary_counts_what_runs_and_begins_with_what_sends_most():
+    program = Program(TPU)
+    rows = summary(collectives(program, 8))
+    assert [(row["operations"], row["arrays"]) for row in rows] == [(30, 30)] * 3
+    assert [row["kind"] for row in rows] == ["reduce-scatter", "collective-permute", "all-gather"]
+    twice = summary(2 * collectives(program, 8))
+    assert [row["sent"] for row in twice] == [2 * row["sent"] for row in rows]

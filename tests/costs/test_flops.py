@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -144,6 +145,15 @@ def test_what_runs_per_device_counts_on_each():
     places = P(("data", "fsdp")), P()
     local = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=places, out_specs=places[0])
     assert counted(local, (16, 4), (4, 4)) == Flops(2 * 16 * 4 * 4)
+    # Over one axis alone shapes inside are whole along the other.
+    rows = jax.shard_map(
+        lambda x, w: x @ w,
+        mesh=mesh,
+        in_specs=(P("data"), P()),
+        out_specs=P("data"),
+        axis_names={"data"},
+    )
+    assert counted(rows, (16, 4), (4, 4)) == Flops(2 * 16 * 4 * 4)
 
 
 def test_batched_products_are_attention_and_convolutions_matrices():
@@ -159,17 +169,17 @@ def test_batched_products_are_attention_and_convolutions_matrices():
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("block", [128, 256])
-def test_splash_attention_is_priced_by_visited_blocks(block, fused):
+@pytest.mark.parametrize(("block", "keys"), [(128, 128), (256, 256), (128, 256), (512, 128)])
+def test_splash_attention_is_priced_by_visited_blocks(block, keys, fused):
     rows, heads, length, width = 2, 4, 512, 64
-    own = {} if fused else {"block_q_dq": block, "block_kv_dq": block}
+    own = {} if fused else {"block_q_dq": block, "block_kv_dq": keys}
     sizes = splash.BlockSizes(
         block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
+        block_kv=keys,
+        block_kv_compute=keys,
         block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
+        block_kv_dkv=keys,
+        block_kv_dkv_compute=keys,
         use_fused_bwd_kernel=fused,
         **own,
     )
@@ -184,8 +194,8 @@ def test_splash_attention_is_priced_by_visited_blocks(block, fused):
         return jax.vmap(kernel)(q, k, v).sum()
 
     shapes = (rows, heads, length, width), (rows, 2, length, width), (rows, 2, length, width)
-    blocks = length // block
-    product = 2 * rows * heads * width * (blocks * (blocks + 1) // 2) * block**2
+    visited = np.tril(np.ones((length, length))).reshape(length // block, block, -1, keys)
+    product = 2 * rows * heads * width * visited.any((1, 3)).sum() * block * keys
     assert counted(attend, *shapes) == Flops(attention=2 * product)
     backward = 5 if fused else 7  # fused: the weights and their gradient serve both
     both = counted(jax.grad(attend, (0, 1, 2)), *shapes)
