@@ -240,3 +240,94 @@ def test_the_summary_counts_what_runs_and_begins_with_what_sends_most():
     assert [row["kind"] for row in rows] == ["reduce-scatter", "collective-permute", "all-gather"]
     twice = summary(2 * collectives(program, 8))
     assert [row["sent"] for row in twice] == [2 * row["sent"] for row in rows]
+
+
+def moves(*instructions, fused=""):
+    """Bytes that a program of these instructions moves; of arrays of 1,024 bytes a layer."""
+    body = "\n".join(f"  {line}" for line in instructions)
+    text = f"""HloModule one
+{fused}
+ENTRY %main (a: f32[16,256]) -> f32[16,256] {{
+  %a = f32[16,256]{{1,0}} parameter(0)
+  %w = f32[1,256]{{1,0}} parameter(1)
+  %near = f32[16,256]{{1,0:S(1)}} parameter(2)
+  %i = s32[] constant(3)
+{body}
+}}
+"""
+    return memory_bytes(Program(text))
+
+
+LAYER, STACK = 1024, 16 * 1024
+
+
+@pytest.mark.parametrize(
+    ("instruction", "expected"),
+    [
+        ("f32[16,256]{1,0} add(%a, %a)", 3 * STACK),
+        ("f32[16,256]{1,0:S(1)} add(%a, %near)", STACK),
+        ("f32[16,256]{1,0} bitcast(%a)", 0),
+        # Of a slice what is sliced out is read and written, of an update what is new.
+        ("f32[1,256]{1,0} dynamic-slice(%a, %i, %i)", 2 * LAYER),
+        ("f32[1,256]{1,0} dynamic-slice(%near, %i, %i)", LAYER),
+        ("f32[1,256]{1,0:S(1)} dynamic-slice(%a, %i, %i)", LAYER),
+        ("f32[16,256]{1,0} dynamic-update-slice(%a, %w, %i, %i)", 2 * LAYER),
+        ("f32[16,256]{1,0:S(1)} dynamic-update-slice(%near, %w, %i, %i)", LAYER),
+    ],
+)
+def test_traffic_of_an_instruction(instruction, expected):
+    assert moves(f"ROOT %out = {instruction}") == expected
+
+
+FUSIONS = {  # the body of a fusion of the stack p, the layer q and the number n; what it moves
+    "all of it": ("ROOT %r = f32[16,256]{1,0} negate(%p)", 2 * STACK),
+    "a layer": (
+        "%s = f32[1,256]{1,0} dynamic-slice(%p, %n, %n)\n"
+        "  ROOT %r = f32[1,256]{1,0} multiply(%s, %q)",
+        LAYER + LAYER + LAYER,
+    ),
+    "a layer, behind a view": (
+        "%v = f32[16,256]{1,0} bitcast(%p)\n"
+        "  %s = f32[1,256]{1,0} dynamic-slice(%v, %n, %n)\n"
+        "  ROOT %r = f32[1,256]{1,0} negate(%s)",
+        LAYER + LAYER,
+    ),
+    "a layer, and all of it": (
+        "%s = f32[1,256]{1,0} dynamic-slice(%p, %n, %n)\n"
+        "  %sum = f32[1,256]{1,0} reduce-window(%p, %n)\n"
+        "  ROOT %r = f32[1,256]{1,0} add(%s, %sum)",
+        STACK + LAYER,
+    ),
+    "a layer is written": (
+        "ROOT %r = f32[16,256]{1,0} dynamic-update-slice(%p, %q, %n, %n)",
+        LAYER + LAYER,
+    ),
+    "a layer is written, before a view": (
+        "%u = f32[16,256]{1,0} dynamic-update-slice(%p, %q, %n, %n)\n"
+        "  ROOT %r = f32[16,256]{1,0} bitcast(%u)",
+        LAYER + LAYER,
+    ),
+    "one of two is passed on": (
+        "%t = f32[1,256]{1,0} negate(%q)\n"
+        "  ROOT %r = (f32[16,256]{1,0}, f32[1,256]{1,0}) tuple(%p, %t)",
+        LAYER + LAYER,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_traffic_of_a_fusion(name):
+    body, expected = FUSIONS[name]
+    result = body.rpartition("%r = ")[2]
+    result = result[: result.index(")") + 1] if result[0] == "(" else result.split()[0]
+    fused = f"""
+%fused (p: f32[16,256]) -> f32[16,256] {{
+  %p = f32[16,256]{{1,0}} parameter(0)
+  %q = f32[1,256]{{1,0}} parameter(1)
+  %n = s32[] parameter(2)
+  {body}
+}}
+"""
+    # Numbers are no traffic worth counting: four bytes each.
+    found = moves(f"ROOT %out = {result} fusion(%a, %w, %i), calls=%fused", fused=fused)
+    assert expected <= found <= expected + 8

@@ -1,6 +1,9 @@
 """Seconds are counted once each, and what a kill undid is not counted as progress."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 import tiny
@@ -64,6 +67,45 @@ def test_steps_done_again_and_time_without_a_program_are_lost(tmp_path, clock):
     assert "goodput over 2 starts" in second.summary()
 
 
+def test_steps_stay_undone_until_a_start_has_come_past_them(tmp_path, clock):
+    for steps in (
+        range(1, 6),
+        range(3, 5),
+    ):  # the second is killed before it is as far as the first
+        began = Goodput(epath.Path(tmp_path), began=goodput.time.time())
+        for step in steps:
+            clock(10)
+            began.stepped(step)
+        began.record(steps[-1])
+    third = Goodput(epath.Path(tmp_path), began=goodput.time.time())
+    for step in range(3, 8):
+        clock(10)
+        third.stepped(step)
+    values = third.values()
+    assert (values["seconds/redone"], values["seconds/train"]) == (30, 20)
+    assert (values["run/seconds/redone"], values["run/seconds/train"]) == (50, 70)
+    assert values["run/seconds/down"] == 0 and values["run/goodput"] == 70 / 120
+
+
+def test_a_kill_takes_little_and_few_steps_write(tmp_path, clock):
+    counted = Goodput(epath.Path(tmp_path), began=1000.0)
+    recorded = []
+    for step in range(1, 31):
+        clock(3)
+        counted.stepped(step)
+        recorded.append(json.loads((tmp_path / goodput.FILE).read_text())["step"])
+        assert 3 * (step - recorded[-1]) < 12
+    assert len(set(recorded)) <= 10
+
+
+def test_of_many_processes_one_writes(tmp_path, clock):
+    silent = Goodput(epath.Path(tmp_path), began=1000.0, writes=False)
+    clock(100)
+    silent.stepped(1)
+    silent.record(1)
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("hours", [-5, 5])
 def test_a_clock_that_is_set_is_no_work(tmp_path, clock, hours):
     counted = Goodput(epath.Path(tmp_path), began=1000.0)
@@ -102,6 +144,8 @@ def test_a_run_records_it(tmp_path, capsys):
     assert json.loads((tmp_path / "run" / goodput.FILE).read_text())["step"] == 12
 
 
-def test_the_start_of_this_program_lies_in_the_past():
-    now = goodput.time.time()
-    assert now - 100_000 < goodput.program_start() < now
+def test_the_start_of_a_program_is_when_it_was_started():
+    code = "from mobilellm_jax.training.goodput import program_start; print(program_start())"
+    before = time.time()
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert before - 1 < float(told.stdout) < time.time()
