@@ -28,8 +28,10 @@ def _bytes(run: Run, program: Program) -> float:
         return 0.0
     if at.opcode == "custom-call" and "AllocateBuffer" in at.attributes:
         return 0.0
-    if at.opcode.endswith("-start"):  # the result holds the operands, the copy, and semaphores
-        whole = at.arrays[1] if len(at.arrays) > 1 else at.arrays[0]
+    if at.opcode.endswith("-start"):
+        # The result holds the operands, what comes of them, and semaphores; of a copy what comes first.
+        behind = at.opcode != "copy-start" and len(at.arrays) > 1
+        whole = at.arrays[1 if behind else 0]
         source = where.instructions[at.operands[0]].arrays
         return _of_array(whole) + sum(min(_of_array(a), whole.bytes) for a in source)
     if at.opcode == "fusion":

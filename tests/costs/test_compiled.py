@@ -273,6 +273,10 @@ LAYER, STACK = 1024, 16 * 1024
         ("f32[1,256]{1,0:S(1)} dynamic-slice(%a, %i, %i)", LAYER),
         ("f32[16,256]{1,0} dynamic-update-slice(%a, %w, %i, %i)", 2 * LAYER),
         ("f32[16,256]{1,0:S(1)} dynamic-update-slice(%near, %w, %i, %i)", LAYER),
+        # Between the two memories, as the TPU compiler writes it: the copy, its source, a semaphore.
+        ("(f32[16,256]{1,0:S(1)}, f32[16,256]{1,0}, u32[]{:S(2)}) copy-start(%a)", STACK),
+        ("(f32[16,256]{1,0}, f32[16,256]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%near)", STACK),
+        ("(f32[16,256]{1,0}, f32[16,256]{1,0}, u32[]{:S(2)}) copy-start(%a)", 2 * STACK),
     ],
 )
 def test_traffic_of_an_instruction(instruction, expected):
