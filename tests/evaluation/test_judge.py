@@ -42,6 +42,19 @@ def test_a_judge_with_reasons_is_followed():
     assert (equal.score.mean, equal.ties, equal.swayed) == (0.5, 8, 0)
 
 
+def test_answers_to_other_instructions_are_not_looked_at():
+    more = {**SHORTER, "Task 99": "y" * 5000}
+    result, server = judged(prefers_longer, OURS, more)
+    assert (result.wins, result.reference_length, len(server.requests)) == (8, 5, 16)
+
+
+def test_the_judge_is_asked_with_options_of_its_own_where_it_has_some():
+    with served(prefers_longer) as server:
+        warm = Endpoint(server.url, "judge", wait=0.001, options={"temperature": 0.7, "seed": 3})
+        win_rate(OURS, SHORTER, warm)
+    assert {(body["temperature"], body["seed"]) for _, _, body in server.requests} == {(0.7, 3)}
+
+
 def test_places_changed_the_rate_is_the_rest():
     reference = {i: "y" * (5 if n % 4 else 50) for n, i in enumerate(OURS)}
     ours, _ = judged(prefers_longer, OURS, reference)
