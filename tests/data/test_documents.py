@@ -13,7 +13,7 @@ from mobilellm_jax.data.contexts import Contexts
 from mobilellm_jax.data.corpora import FileCorpus, documents
 from mobilellm_jax.data.documents import documents_at, documents_of, find
 from mobilellm_jax.data.packing import PACKERS
-from mobilellm_jax.data.rows import open_rows
+from mobilellm_jax.data.rows import SourceInfo, open_rows
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.prepare import prepare
@@ -232,3 +232,34 @@ def test_documents_are_placed_where_their_tokens_are(source, length):
             own = tokens_of(one.piece, whole, overlap)[one.begin :]
             rebuilt[one.first : one.last] = own[: one.last - one.first]
         assert (rebuilt == tokens).all()
+
+
+class Stream:
+    """Thirteen stored rows of 8 tokens of a stream that counts: each begins with the last one's last."""
+
+    info = SourceInfo("a", "there", 8, 200, 1, "t", "concat", {})
+
+    def __len__(self):
+        return 13
+
+    def read(self, rows):
+        return np.asarray(rows)[:, None] * 8 + np.arange(9)
+
+
+@pytest.mark.parametrize("length", [1, 2, 4, 8, 16, 24, 32])
+def test_rows_of_any_length_are_the_same_stream(length):
+    contexts = Contexts(Stream(), length)
+    assert len(contexts) == 13 // max(length // 8, 1) * max(8 // length, 1)
+    rows = np.random.default_rng(0).permutation(len(contexts))
+    np.testing.assert_array_equal(
+        contexts.read(rows), rows[:, None] * length + np.arange(length + 1)
+    )
+    holds = []  # of each row, the stored rows that it is made of
+    for row in range(len(contexts)):
+        first, number, token = contexts.stored(row)
+        assert first * 8 + token == row * length
+        holds.append({first + i for i in range(number)})
+    for first in range(13):
+        for last in range(first, 13):
+            wanted = [row for row, of in enumerate(holds) if of & {*range(first, last + 1)}]
+            assert [*contexts.made_of(first, last)] == wanted
