@@ -1,5 +1,8 @@
 """Items of evaluation sets are found in documents, whatever case and punctuation."""
 
+import dataclasses
+import gzip
+import json
 import pathlib
 import random
 
@@ -109,6 +112,34 @@ def test_fields_inside_of_fields_are_named(tmp_path):
 def test_all_items_that_share_an_ngram_are_found(tmp_path):
     found = index(tmp_path, *({"question": f"{QUESTION} {i}"} for i in range(3)))
     assert [match.item for match in found.matches(QUESTION)] == [0, 1, 2]
+
+
+def test_compressed_sets_hold_the_same_items(tmp_path):
+    lines = "".join(json.dumps({"question": f"{QUESTION} {i}"}) + "\n" for i in range(3)).encode()
+    (tmp_path / "plain.jsonl").write_bytes(lines)
+    (tmp_path / "gzipped.jsonl.gz").write_bytes(gzip.compress(lines))
+    with pyarrow.CompressedOutputStream(str(tmp_path / "packed.ndjson.zst"), "zstd") as packed:
+        packed.write(lines)
+    items = [*EvalSets((f"{tmp_path}/*",), ("question",)).items()]
+    assert len(items) == 9
+    for place in (1, 2, 3):
+        same = [item for item in items if item.place == place]
+        assert {item.set for item in same} == {"plain", "gzipped", "packed"}
+        assert {item.texts for item in same} == {(f"{QUESTION} {place - 1}",)}
+
+
+def test_what_is_looked_for_has_a_fingerprint_of_its_own(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"question": QUESTION}])
+    sets = EvalSets((str(path),), ("question",))
+    others = [
+        dataclasses.replace(sets, keys=("question", "answer")),
+        dataclasses.replace(sets, ngram=12),
+        dataclasses.replace(sets, shortest=7),
+    ]
+    found = [json.dumps(one.fingerprint) for one in (sets, *others)]
+    assert found[0] == json.dumps(dataclasses.replace(sets).fingerprint)
+    write_lines(path, [{"question": QUESTION}] * 2)
+    assert len({*found, json.dumps(sets.fingerprint)}) == 5
 
 
 def test_what_was_removed_is_counted_by_set(tmp_path):

@@ -109,7 +109,23 @@ def test_answers_without_a_box():
 
 
 @needs_library
-@pytest.mark.parametrize("response", ["", " \n", "I do not know", r"\boxed{}", "####"])
+def test_without_a_sign_the_end_of_a_response_is_its_answer():
+    prose = "This is how the sum is made, and nothing is left over. "
+    begun, ended = "The answer is 17. ", "The answer is 18. "
+    responses = [begun + 40 * prose + ended, begun + ended + 5 * prose, ended + 40 * prose + begun]
+    assert [g.correct for g in grade(responses, ["18"] * 3)] == [True, True, False]
+
+
+@needs_library
+def test_per_cent_of_more_than_a_thousand():
+    grades = grade([r"\boxed{1,250\%}", r"\boxed{12.5}"], ["12.5", "1,250%"])
+    assert [g.correct for g in grades] == [True, True]
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "response", ["\\boxed{} #### 18", "", " \n", "I do not know", r"\boxed{}", "####"]
+)
 def test_no_answer_is_wrong_and_told(response):
     assert not (found := grade([response], ["18"])[0]).correct and found.note == "no answer"
 
