@@ -73,6 +73,12 @@ def test_steps_that_hardly_differ_do_not_stand_out():
     assert not any(judged(losses, [1.0] * 23, 10, 6.0))
 
 
+def test_the_first_step_behind_a_full_window_is_judged():
+    for at in (4, 5):  # of a window of 5
+        losses = [2.0] * at + [9.0]
+        assert judged(losses, [1.0] * (at + 1), 5, 6.0) == [False] * at + [at == 5]
+
+
 # --- In a run -------------------------------------------------------------------------------------
 
 
