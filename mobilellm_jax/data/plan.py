@@ -35,7 +35,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.files import replaced
 
 VERSION = 2
+_KEYS = ("version", "seed", "tokenizer", "sources", "stages", "skips", "provenance")
 TOLERANCE = 1e-3  # a sum this near to 1 is a rounding, anything further a mistake
 
 
@@ -206,17 +207,18 @@ class Plan:
                     f"{where} has version {version}, this program reads {VERSION}: prepare again, or "
                     "compare it with the schema at the top of mobilellm_jax/data/plan.py."
                 )
+            _known_keys(raw, "plan", _KEYS)
             plan = cls(
                 sources=tuple(_source(source) for source in raw["sources"]),
                 stages=tuple(_stage(stage) for stage in raw["stages"]),
                 tokenizer_path=str(raw["tokenizer"]["path"]),
                 tokenizer=str(raw["tokenizer"]["fingerprint"]),
-                seed=int(raw["seed"]),
-                skips=tuple(Skip(**skip) for skip in raw.get("skips", [])),
-                provenance=raw.get("provenance", {}),
+                seed=_whole(raw["seed"]),
+                skips=tuple(_skip(skip) for skip in raw.get("skips", [])),
+                provenance=dict(raw.get("provenance", {})),
                 directory=directory,
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
                 f"{where} is not usable ({type(error).__name__}: {error}): "
                 "compare it with the schema at the top of mobilellm_jax/data/plan.py."
@@ -342,30 +344,53 @@ def _known(source: PlanSource) -> float:
     return float(source.tokens)
 
 
+def _known_keys(raw: Mapping[str, Any], what: str, keys: Collection[str]) -> None:
+    """Raises `KeyError` for a key that means nothing here: a misspelt one would be passed over."""
+    if unknown := sorted(set(raw) - set(keys)):
+        raise KeyError(f"a {what} has no key {unknown[0]!r}, only {', '.join(keys)}")
+
+
+def _fields(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def _whole(value: Any) -> int:
+    """A whole number, however JSON writes it."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        raise ValueError(f"{value!r} is no whole number")
+    return int(value)
+
+
 def _source(raw: Mapping[str, Any]) -> PlanSource:
-    raw = {"rows": None, "tokens": None, "max_epochs": None, **raw}
-    rows, tokens, epochs = raw["rows"], raw["tokens"], raw["max_epochs"]
+    _known_keys(raw, "source", _fields(PlanSource))
+    rows, tokens, epochs = (raw.get(key) for key in ("rows", "tokens", "max_epochs"))
     return PlanSource(
         str(raw["name"]),
         str(raw["path"]),
-        None if rows is None else int(rows),
-        None if tokens is None else int(tokens),
+        None if rows is None else _whole(rows),
+        None if tokens is None else _whole(tokens),
         None if epochs is None else float(epochs),
     )
 
 
 def _stage(raw: Mapping[str, Any]) -> Stage:
-    known = {field.name for field in dataclasses.fields(Stage)}
-    if unknown := set(raw) - known:
-        raise KeyError(f"a stage has no key {sorted(unknown)[0]!r}, only {', '.join(known)}")
-    tokens, end = raw.get("tokens"), raw.get("weights_end")
+    _known_keys(raw, "stage", _fields(Stage))
+    tokens, end, fixed = raw.get("tokens"), raw.get("weights_end"), raw.get("fixed", False)
+    if not isinstance(fixed, bool):
+        raise ValueError(f"fixed is {fixed!r}, neither true nor false")
     return Stage(
         str(raw["name"]),
-        None if tokens is None else int(tokens),
+        None if tokens is None else _whole(tokens),
         {str(k): float(v) for k, v in raw["weights"].items()},
         None if end is None else {str(k): float(v) for k, v in end.items()},
-        bool(raw.get("fixed", False)),
+        fixed,
     )
+
+
+def _skip(raw: Mapping[str, Any]) -> Skip:
+    _known_keys(raw, "skip", _fields(Skip))
+    numbers = (_whole(raw[key]) for key in ("at_row", "rows", "row_length"))
+    return Skip(*numbers, str(raw.get("reason", "")))
 
 
 def _check(plan: Plan, where: str) -> None:
