@@ -11,7 +11,7 @@ from typing import Any
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.interop import compressed_tensors
-from mobilellm_jax.model.config import ModelConfig, RopeScaling, Stack
+from mobilellm_jax.model.config import LARGEST, ModelConfig, RopeScaling, Stack
 
 METADATA = "mobilellm_jax"  # the key under which config.json describes the network in our own words
 FORMAT = 1
@@ -163,8 +163,11 @@ class _Keys:
     def count(self, key: str, default: int | None = None) -> int:
         """A positive whole number, which must be there if there is no default."""
         value = self.pop(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{self.where}: {key} is {value!r}, and must be a positive number.")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not (whole and 1 <= value <= LARGEST):
+            raise UserError(
+                f"{self.where}: {key} is {value!r}, and must be a whole number from 1 to {LARGEST:,}."
+            )
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -173,6 +176,13 @@ class _Keys:
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise UserError(f"{self.where}: {key} is {value!r}, and must be a number.")
         return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """True or false; a text is neither, whatever it says."""
+        value = self.pop(key, default)
+        if value not in (True, False):
+            raise UserError(f"{self.where}: {key} is {value!r}, and must be true or false.")
+        return bool(value)
 
     def lacks(self, key: str) -> bool:
         """Whether a key is not there; null is."""
@@ -293,7 +303,7 @@ def _read_model(keys: _Keys, family: str, ls_kv: str) -> ModelConfig:
     head_dim = keys.count("head_dim", width // heads if derived else None)
     max_length = keys.count("max_position_embeddings")
     mlp_width = keys.count("intermediate_size")
-    tied = bool(keys.pop("tie_word_embeddings", False))
+    tied = keys.flag("tie_word_embeddings")
     repeats, qk_norm, ropes = 1, "none", [True] * layers
     keys.must_be("hidden_act", "silu")
     qkv_bias, out_bias = _read_biases(keys, family)
@@ -307,12 +317,12 @@ def _read_model(keys: _Keys, family: str, ls_kv: str) -> ModelConfig:
             keys.ignore("sliding_window", "max_window_layers")
             qk_norm = "scaled" if family == "qwen3" else "none"
         case "mobilellm":
-            tied = bool(keys.pop("share_embedding", False)) or tied
-            repeats = 2 if keys.pop("layer_sharing", False) else 1
+            tied = keys.flag("share_embedding") or tied
+            repeats = 2 if keys.flag("layer_sharing") else 1
             keys.ignore("auto_map")
         case "llama4_text":
             mlp_width = keys.count("intermediate_size_mlp")
-            qk_norm = "unit" if keys.pop("use_qk_norm", True) else "none"
+            qk_norm = "unit" if keys.flag("use_qk_norm", True) else "none"
             ropes = _read_llama4(keys, layers, max_length)
     if family != "llama4_text":
         for kind in keys.pop("layer_types", []):
@@ -347,7 +357,7 @@ def _read_model(keys: _Keys, family: str, ls_kv: str) -> ModelConfig:
 
 def _read_biases(keys: _Keys, family: str) -> tuple[bool, bool]:
     """Whether queries, keys and values have biases, and what attention and MLP give."""
-    found = bool(keys.pop("attention_bias", False)), bool(keys.pop("mlp_bias", False))
+    found = keys.flag("attention_bias"), keys.flag("mlp_bias")
     for ours, theirs in _BIASES.get(family, _NO_BIASES).items():
         if theirs == found:
             return ours
@@ -362,7 +372,7 @@ def _read_llama4(keys: _Keys, layers: int, max_length: int) -> list[bool]:
         raise keys.refused("moe_layers", found)
     interval = keys.count("no_rope_layer_interval", 4)
     ropes = keys.pop("no_rope_layers", []) or [int((i + 1) % interval != 0) for i in range(layers)]
-    if len(ropes) < layers:
+    if len(ropes) < layers or any(rope not in (0, 1) for rope in ropes):
         raise keys.refused("no_rope_layers", ropes)
     ropes = [bool(rope) for rope in ropes[:layers]]
     chunked = ["chunked_attention" if rope else "full_attention" for rope in ropes]

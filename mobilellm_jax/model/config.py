@@ -21,6 +21,10 @@ QK_NORMS = ("none", "unit", "scaled")
 MLPS = ("swiglu", "relu")
 LS_KVS = ("fresh", "first_pass")
 
+# Beyond them a description is a mistake, at which a program would run out of memory or seem to hang.
+LARGEST = 1 << 24  # number of anything but blocks
+DEEPEST = 10_000  # blocks applied to a token
+
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
@@ -113,8 +117,10 @@ class ModelConfig:
             numbers = stack.layers, stack.heads, stack.kv_heads, stack.mlp_width, stack.repeats
             if not all(map(_counts, numbers)):
                 raise UserError(
-                    f"model.stacks[{i}] has a number that is not whole or below 1: {stack}."
+                    f"model.stacks[{i}] has a number that is not whole, below 1 or above "
+                    f"{LARGEST:,}: {stack}."
                 )
+            _flag(f"model.stacks[{i}].rope", stack.rope)
             _one_of(f"model.stacks[{i}].order", stack.order, ORDERS)
             if self.ls_kv == "first_pass" and stack.order != "immediate":
                 raise UserError(
@@ -126,14 +132,23 @@ class ModelConfig:
                     f"model.stacks[{i}]: heads={stack.heads} is not a multiple of "
                     f"kv_heads={stack.kv_heads}, so query heads cannot share KV heads evenly."
                 )
+        if self.depth > DEEPEST:
+            raise UserError(
+                f"the model is {self.depth:,} blocks deep, and may be {DEEPEST:,}: lower layers or "
+                "repeats of model.stacks."
+            )
         for key in ("vocab_size", "width", "head_dim", "max_length"):
             if not _counts(value := getattr(self, key)):
-                raise UserError(f"model.{key}={value!r} must be a whole number above 0.")
+                raise UserError(
+                    f"model.{key}={value!r} must be a whole number from 1 to {LARGEST:,}."
+                )
         if not 0 < self.rope_theta < math.inf:
             raise UserError(f"model.rope_theta={self.rope_theta} must be a number above 0.")
         for key in ("norm_eps", "init_std"):
-            if not 0 <= (value := getattr(self, key)) < math.inf:
-                raise UserError(f"model.{key}={value} must be a number that is not negative.")
+            if not 0 <= (value := getattr(self, key)) <= LARGEST:
+                raise UserError(f"model.{key}={value} must be a number from 0 to {LARGEST:,}.")
+        for key in ("tied", "qkv_bias", "out_bias", "dead_channels"):
+            _flag(f"model.{key}", getattr(self, key))
         if self.head_dim % 2:
             raise UserError(f"model.head_dim={self.head_dim} is odd, but RoPE rotates pairs.")
         _one_of("model.qk_norm", self.qk_norm, QK_NORMS)
@@ -172,7 +187,12 @@ class ModelConfig:
 
 
 def _counts(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and bool(value >= 1)
+    return isinstance(value, int | np.integer) and bool(1 <= value <= LARGEST)
+
+
+def _flag(key: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise UserError(f"{key}={value!r} must be true or false.")
 
 
 def _one_of(key: str, value: str, values: tuple[str, ...]) -> None:

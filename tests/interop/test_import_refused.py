@@ -71,6 +71,11 @@ def read(family, **changes):
         {"hidden_size": "48"},
         {"vocab_size": 0},
         {"num_hidden_layers": True},
+        {"num_hidden_layers": 10**12},
+        {"head_dim": 10**12},
+        {"vocab_size": 10**12},
+        {"tie_word_embeddings": "false"},
+        {"attention_bias": "no"},
         {"rms_norm_eps": "small"},
         {"num_key_value_heads": 3},
     ],
@@ -96,6 +101,8 @@ def test_a_key_that_changes_the_computation_is_refused_by_name(family, changes):
         {"layer_types": 5},
         {"moe_layers": "all"},
         {"no_rope_layers": 1},
+        {"no_rope_layers": "all"},
+        {"use_qk_norm": "false"},
         {"attention_chunk_size": "long"},
         {"architectures": 5},
     ],
@@ -104,6 +111,11 @@ def test_a_key_that_changes_the_computation_is_refused_by_name(family, changes):
 def test_a_value_of_the_wrong_kind_is_refused_as_well(changes):
     with pytest.raises(UserError, match=r"^config.json.*\.$"):
         read("llama4_text", **changes)
+
+
+def test_a_network_of_millions_of_layers_is_refused_before_its_layers_are_listed():
+    with pytest.raises(UserError, match="10,000,000 blocks deep, and may be 10,000"):
+        read("llama", num_hidden_layers=10**7)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,14 @@ import pytest
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.interop import hf_config
 from mobilellm_jax.model import transformer
-from mobilellm_jax.model.config import parameter_count
+from mobilellm_jax.model.config import ModelConfig, parameter_count
 from mobilellm_jax.model.presets import COMPARED, PRESETS, preset, shared
+
+SMALL = {
+    "vocab_size": 64,
+    "width": 32,
+    "stacks": [{"layers": 1, "heads": 4, "kv_heads": 2, "mlp_width": 48}],
+}
 
 # Norm scales included.
 EXACT = {
@@ -125,6 +131,21 @@ def test_layer_sharing_and_the_long_context_change_nothing_else():
         base, long = preset(f"mobilellm-r1-{size}"), preset(f"mobilellm-r1-{size}-32k")
         assert (base.rope_theta, base.max_length) == (1e6, 4096)
         assert long == dataclasses.replace(base, rope_theta=8e6, max_length=32_768)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"tied": "false"}, "model.tied='false' must be true or false"),
+        ({"stacks": [{**SMALL["stacks"][0], "rope": None}]}, r"stacks\[0\].rope=None must be"),
+        ({"stacks": [{**SMALL["stacks"][0], "layers": 10**7}]}, "10,000,000 blocks deep"),
+        ({"head_dim": 10**12}, "model.head_dim=1000000000000 must be a whole number from 1 to"),
+        ({"norm_eps": 10**30}, "model.norm_eps=.* must be a number from 0 to"),
+    ],
+)
+def test_a_description_of_no_network_is_refused_by_the_key(change, said):
+    with pytest.raises(UserError, match=said):
+        ModelConfig.from_dict({**SMALL, **change})
 
 
 def test_an_unknown_preset_names_those_there_are():
