@@ -112,6 +112,16 @@ class Rows:
         return tokens
 
     def _decoded(self, records: Sequence[bytes]) -> np.ndarray:
+        sizes = {len(record) for record in records}
+        first = next(iter(self.info.features))
+        payloads = (self.info.row_length + 1) * self.info.features[first].itemsize + self._behind[
+            first
+        ]
+        if len(sizes) > 1 or min(sizes) < payloads:
+            raise UserError(
+                f"the rows of {self.info.path} are not those that its metadata.json describes: records of "
+                f"{min(sizes):,} bytes cannot hold {self.info.row_length:,} tokens; prepare it again."
+            )
         bytes_NZ = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), -1)
         rows = {}
         for name, dtype in self.info.features.items():
@@ -193,7 +203,45 @@ def read_metadata(path: epath.PathLike) -> dict[str, Any]:
             f"the source {path} has version {version}, this program reads {VERSION}: prepare it again "
             "into another directory."
         )
+    try:
+        _check(metadata)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path / 'metadata.json'} is damaged ({type(error).__name__}: {error}): put it back, or "
+            f"delete the source {path} and prepare it again."
+        ) from None
     return metadata
+
+
+def _check(metadata: Mapping[str, Any]) -> None:
+    """Raises a plain error where the parts of a metadata.json are not there, or do not fit together."""
+    info = _source_info("", metadata)
+    for name in ("name", "tokenizer", "packing"):
+        if not isinstance(getattr(info, name), str):
+            raise TypeError(f"{name} is {getattr(info, name)!r}")
+    if info.kind not in ("text", "chat"):
+        raise ValueError(f"kind is {info.kind!r}")
+    _count("row_length", info.row_length, 1, 1 << 24)
+    _count("bos_id", info.bos_id, 0, _count("vocab_size", info.vocab_size, 1) - 1)
+    for feature in info.features:
+        _count(f"behind of {feature}", metadata["behind"][feature], 0)
+    rows = dict.fromkeys(info.splits, 0)
+    for name, shard in metadata["shards"].items():
+        _count(f"size of {name}", shard["size"], 1)
+        rows[shard["split"]] += _count(f"rows of {name}", shard["rows"], 1)
+    for split, counts in info.splits.items():
+        if rows[split] != counts.rows:
+            raise ValueError(f"the shards of {split} have {rows[split]} rows, not {counts.rows}")
+    if not rows.get("train"):
+        raise ValueError("there is no row to train on")
+    if not isinstance(metadata["settings"], Mapping):
+        raise TypeError(f"settings is {metadata['settings']!r}")
+
+
+def _count(name: str, value: Any, least: int, most: int = 1 << 40) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{name} is {value!r}")
+    return value
 
 
 def _source_info(path: epath.PathLike, metadata: Mapping[str, Any]) -> SourceInfo:

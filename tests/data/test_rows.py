@@ -207,6 +207,51 @@ def test_what_is_no_source_is_refused(source, tmp_path):
         read_info(source)
 
 
+def _train_rows(metadata, rows):
+    metadata["shards"]["code-train.array_record-00000"]["rows"] = rows
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda m: m.pop("shards"), "KeyError: 'shards'"),
+        (lambda m: m["shards"].popitem(), "rows, not"),
+        (lambda m: _train_rows(m, 299), "the shards of train have 999 rows, not 1000"),
+        (lambda m: _train_rows(m, None), "rows of code-train.array_record-00000 is None"),
+        (lambda m: m.update(source=None), "TypeError"),
+        (lambda m: m["source"].pop("row_length"), "row_length"),
+        (lambda m: m["source"].update(row_length=0), "row_length is 0"),
+        (lambda m: m["source"].update(vocab_size="5000"), "vocab_size is '5000'"),
+        (lambda m: m["source"].update(bos_id=5000), "bos_id is 5000"),
+        (lambda m: m["source"].update(tokenizer=None), "tokenizer is None"),
+        (lambda m: m["source"].update(kind="talk"), "kind is 'talk'"),
+        (lambda m: m["source"]["splits"].pop("train"), "KeyError: 'train'"),
+        (lambda m: m.update(behind={}), "KeyError: 'tokens'"),
+        (lambda m: m.update(settings=[]), r"settings is \[\]"),
+    ],
+)
+def test_a_damaged_description_is_refused_where_it_is_read(source, change, said):
+    file = source / "metadata.json"
+    metadata = json.loads(file.read_text())
+    change(metadata)
+    file.write_text(json.dumps(metadata))
+    with pytest.raises(UserError, match=f"metadata.json is damaged .*{said}.*prepare it again"):
+        open_rows(source)
+
+
+@pytest.mark.parametrize("key, value", [("row_length", 1 << 20), ("behind", 1 << 20)])
+def test_records_too_small_for_their_description_are_refused(source, key, value):
+    file = source / "metadata.json"
+    metadata = json.loads(file.read_text())
+    if key == "behind":
+        metadata["behind"] = {"tokens": value}
+    else:
+        metadata["source"][key] = value
+    file.write_text(json.dumps(metadata))
+    with pytest.raises(UserError, match=r"records of \d+ bytes cannot hold"):
+        open_rows(source).read(np.array([0]))
+
+
 def test_a_failed_writer_leaves_no_source_and_the_next_one_succeeds(tmp_path):
     def failing():
         yield Batch("train", TRAIN)
