@@ -254,7 +254,7 @@ def _puts_in_front(post_processor: Mapping[str, Any] | None, bos_id: int) -> boo
             "single": [{"SpecialToken": {"id": name}}, *_],
             "special_tokens": special,
         }:
-            return special[name]["ids"] == [bos_id]
+            return special.get(name, {}).get("ids") == [bos_id]
     return False
 
 
@@ -287,7 +287,8 @@ def _end(
         if token is not None:
             found = tokenizer.token_to_id(str(token))
         elif number is not None:
-            found = number if tokenizer.id_to_token(number) else None
+            whole = isinstance(number, int) and 0 <= number < vocab_size(tokenizer)
+            found = number if whole and tokenizer.id_to_token(number) else None
         else:
             continue
         if found is None:

@@ -250,7 +250,7 @@ class Plan:
             )
         try:
             raw = json.loads(path.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"the plan {path} is not JSON ({error}).") from None
         return cls.from_dict(raw, f"the plan {path}", str(path.parent))
 

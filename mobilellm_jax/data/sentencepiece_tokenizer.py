@@ -65,8 +65,11 @@ class SentencePieceTokenizer(Tokenizer):
             lacking = [
                 n for n, i in (("BOS", tokenizer.bos_id), ("EOS", tokenizer.eos_id)) if i < 0
             ]
-        except RuntimeError:
-            raise UserError(f"{path} is not a SentencePiece model.") from None
+            whole = all(isinstance(piece, str) for piece in tokenizer.pieces)  # bytes: no UTF-8
+        except (RuntimeError, ValueError):  # of a message that quotes what is no UTF-8
+            whole = False
+        if not whole:
+            raise UserError(f"{path} is not a SentencePiece model, or is damaged.")
         if lacking:
             raise UserError(
                 f"the tokenizer {path} has no {' and no '.join(lacking)} piece: rows cannot be "

@@ -208,7 +208,7 @@ def read_object(path: epath.Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object.")
@@ -230,7 +230,15 @@ def read_chat_template(folder: epath.Path) -> str | None:
             return file.read_bytes().decode()
     except UnicodeDecodeError:
         raise UserError(f"{file} is damaged: it is not UTF-8.") from None
-    found = read_object(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(found, list):
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    config = folder / "tokenizer_config.json"
+    found = read_object(config).get("chat_template")
+    try:
+        if isinstance(found, list):
+            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    except (KeyError, TypeError):
+        found = False
+    if not isinstance(found, str | None):
+        raise UserError(
+            f"{config} is damaged: its chat_template is neither a text nor a list of named ones."
+        )
     return found

@@ -409,6 +409,15 @@ BAD = {
     "damaged config": ({"tokenizer_config.json": "{"}, "tokenizer_config.json is damaged"),
     "config of a list": ({"tokenizer_config.json": "[]"}, "tokenizer_config.json is damaged"),
     "damaged map": ({"special_tokens_map.json": "\0"}, "special_tokens_map.json is damaged"),
+    "deep config": ({"tokenizer_config.json": "[" * 100_000}, "tokenizer_config.json is damaged"),
+    "no template": (
+        {"tokenizer_config.json": '{"chat_template": 5}'},
+        "its chat_template is neither",
+    ),
+    "no templates": (
+        {"tokenizer_config.json": '{"chat_template": [{"name": "default"}]}'},
+        "its chat_template is neither a text nor a list of named ones",
+    ),
     "damaged model": ({"config.json": "nothing"}, "/config.json is damaged"),
     "no ends": (
         {"tokenizer_config.json": "{}", "special_tokens_map.json": "{}"},
@@ -421,6 +430,16 @@ BAD = {
     "a token of no text": (
         {"tokenizer_config.json": '{"eos_token": 5555}'},
         "the eos_token of .*tokenizer_config.json is 5555, which tokenizer.json does not know",
+    ),
+    "no id": (
+        {"tokenizer_config.json": "{}", "special_tokens_map.json": "{}"}
+        | {"config.json": '{"bos_token_id": -1, "eos_token_id": 1.5}'},
+        "the bos_token of .*config.json is -1, which tokenizer.json does not know",
+    ),
+    "no whole id": (
+        {"tokenizer_config.json": "{}", "special_tokens_map.json": "{}"}
+        | {"config.json": '{"eos_token_id": 1.5}'},
+        "the eos_token of .*config.json is 1.5, which tokenizer.json does not know",
     ),
     "no such id": (
         {"tokenizer_config.json": "{}", "special_tokens_map.json": "{}"}

@@ -184,6 +184,15 @@ def test_bad_files_are_told(tmp_path):
             Tokenizer.load(tmp_path / "bad.model")
 
 
+@pytest.mark.parametrize("spoilt", [b"\xd6", b"\xff"])
+def test_a_model_whose_pieces_are_no_text_is_told(tokenizer, tmp_path, spoilt):
+    """Where a byte has changed in a file that can be parsed otherwise."""
+    piece = next(p.piece for p in tokenizer.proto.pieces[300:] if len(p.piece) > 3).encode()
+    (tmp_path / "t.model").write_bytes(tokenizer.model_bytes.replace(piece, spoilt + piece[1:], 1))
+    with pytest.raises(UserError, match="not a SentencePiece model, or is damaged"):
+        Tokenizer.load(tmp_path / "t.model")
+
+
 def test_a_folder_without_tokenizer_is_told(tokenizer, tmp_path):
     with pytest.raises(UserError, match="neither a tokenizer.model nor a tokenizer.json"):
         Tokenizer.load(tmp_path)
