@@ -78,13 +78,14 @@ def read_scores(
             column = _benefit_column(parquet.schema_arrow, path, column)
             # Without Arrow's threads, see `documents._read`.
             table = parquet.read(["source", "row", "tokens", column], use_threads=False)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is no readable Parquet file ({error}).") from None
-    named = np.array(table["source"].to_pylist(), dtype=object)
+        named = np.array(table["source"].to_pylist(), dtype=object)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is no readable Parquet file ({reason}).") from None
     benefit, tokens, row = (
         table[name].to_numpy().astype(np.float64) for name in (column, "tokens", "row")
     )
-    _tell_others(path, set(named), sources)
+    _tell_others(path, {name for name in named if name is not None}, sources)
     found = {}
     for source in sources:
         here = named == source
@@ -111,6 +112,11 @@ def _benefit_column(schema: pa.Schema, path: epath.Path, column: str) -> str:
         raise UserError(
             f"{path} has no column {', '.join(missing)}, only {', '.join(schema.names)}."
         )
+    if not _is_text(schema.field("source").type):
+        raise UserError(f"{path}: the column 'source' holds no names: score again.")
+    for name in ("row", "tokens"):
+        if not pa.types.is_integer(schema.field(name).type):
+            raise UserError(f"{path}: the column {name!r} holds no whole numbers: score again.")
     joint = [name for name in numbers if "/" not in name]
     if not column and len(joint) == 1:
         return joint[0]
@@ -120,6 +126,11 @@ def _benefit_column(schema: pa.Schema, path: epath.Path, column: str) -> str:
             f"{path} has {asked}: choose one by column=..., of {', '.join(numbers) or 'none'}."
         )
     return column
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _tell_others(path: epath.Path, found: Collection[str], wanted: Collection[str]) -> None:
@@ -156,7 +167,7 @@ def read_left_out(
             for r in raw["records"]
         }
         repeated = len(raw["records"]) - len(known)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is not usable ({type(error).__name__}: {error}).") from None
     if not known or not capabilities or repeated:
         what = f"{repeated} records twice" if repeated else "no record"

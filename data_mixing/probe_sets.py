@@ -114,7 +114,7 @@ def load(directory: epath.PathLike) -> ProbeSets:
         sets = ProbeSets(capabilities, documents)
         if sets.fingerprint != raw["fingerprint"]:
             raise UserError(f"the files beside {path} are not those it was written with.")
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(
             f"the probe sets in {directory} cannot be read ({type(error).__name__}: {error}): make "
             "them again with `python -m data_mixing.probes`."

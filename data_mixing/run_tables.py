@@ -64,9 +64,10 @@ class RunTable:
         try:
             with path.open("rb") as file:
                 table = pa.csv.read_csv(file)
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{path} is no readable CSV file ({error}).") from None
-        names = table.column_names
+            names = table.column_names
+        except (pa.ArrowException, ValueError) as error:  # of names, that they are no UTF-8
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} is no readable CSV file ({reason}).") from None
         twice = [name for name, count in collections.Counter(names).items() if count > 1]
         keys = [name for name in names if name in KEYS]
         if twice or len(keys) != 1 or len(names) < 2 or not len(table):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import mixing
 import numpy as np
+import pyarrow
 import pyarrow.parquet
 import pytest
 import runs
@@ -299,3 +300,24 @@ def test_rivals_are_what_they_say(made):
     assert found > values(everything)[:, 0].sum() / (everything[:, 1:] != tokenizer.bos_id).sum()
     padding = np.full((1, tiny.ROW + 1), tokenizer.bos_id, np.int32)
     assert not values(padding).any()
+
+
+GOOD = {"source": ["a", "a"], "row": [0, 1], "tokens": [5, 6], "datainf": [0.1, 0.2]}
+
+
+@pytest.mark.parametrize(
+    "column, values, said",
+    [
+        ("source", [1, 2], "'source' holds no names"),
+        ("row", ["x", "y"], "'row' holds no whole numbers"),
+        ("tokens", [1.5, 2.0], "'tokens' holds no whole numbers"),
+        ("tokens", [[1], [2]], "'tokens' holds no whole numbers"),
+        ("datainf", ["x", "y"], "choose one by column"),
+        ("datainf", [None, 0.1], "1 values that are no numbers"),
+    ],
+)
+def test_scores_of_the_wrong_kind_are_refused(tmp_path, column, values, said):
+    table = pyarrow.table({**GOOD, column: values})
+    pyarrow.parquet.write_table(table, tmp_path / "scores.parquet")
+    with pytest.raises(UserError, match=said):
+        read_scores(tmp_path / "scores.parquet", ["a"])

@@ -351,3 +351,9 @@ def test_the_mean_of_targets_is_learned_target_by_target():
     assert fitted.rank.value > 0.8
     found = regression.best(fitted, {"a": 1 / 3, "b": 1 / 3, "c": 1 / 3})
     assert np.abs(found.weights_S - 1 / 3).max() < 0.15
+
+
+def test_a_table_that_is_no_utf8_is_told(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"index,a,\xffb\n0,0.5,0.5\n")
+    with pytest.raises(UserError, match=r"a.csv is no readable CSV file"):
+        RunTable.load(tmp_path / "a.csv")
