@@ -289,6 +289,14 @@ def test_a_workdir_that_holds_something_else(intact, workdir, tmp_path):
     refused(config, tmp_path / "file", tmp_path / "file", "is a file")
 
 
+@pytest.mark.parametrize("spoilt", ["{", "[]", "null", '"config"', "[" * 100_000])
+def test_a_workdir_whose_configuration_is_none(intact, workdir, spoilt):
+    (workdir / "config.json").write_text(spoilt)
+    refused(
+        tiny.config(intact), workdir, workdir / "config.json", "is not JSON or no configuration"
+    )
+
+
 def test_a_refused_configuration_does_not_take_the_workdir(intact, tmp_path):
     config = tiny.config(intact, steps=4)
     config.schedule.warmup_steps = 4

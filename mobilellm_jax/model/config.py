@@ -179,7 +179,7 @@ class ModelConfig:
             scaling = raw.get("rope_scaling")
             scaling = RopeScaling(**dict(scaling)) if scaling else None
             return cls(**{**dict(raw), "stacks": stacks, "rope_scaling": scaling})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"the model description is not usable ({error}): its keys are those of "
                 "ModelConfig and Stack in mobilellm_jax/model/config.py."

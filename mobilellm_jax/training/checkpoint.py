@@ -217,6 +217,10 @@ def read_meta(path: epath.Path) -> dict[str, Any]:
             f"the checkpoint {path} has format {written}, this program reads {FORMAT}: "
             f"use the version that wrote it ({meta.get('packages', {}).get('mobilellm_jax')}) or a later one."
         )
+    with damaged(path):
+        for key, kind in (("step", int), ("rows", int), ("config", dict)):
+            if not isinstance(meta[key], kind):
+                raise TypeError(f"its description says {key}={meta[key]!r}")
     return meta
 
 

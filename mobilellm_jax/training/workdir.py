@@ -40,10 +40,13 @@ def claimed(workdir: epath.PathLike, config: ConfigDict) -> Iterator[epath.Path]
     if path.exists():
         try:
             old = json.loads(path.read_text())
-        except ValueError:
+        except (ValueError, RecursionError):
+            old = None
+        if not isinstance(old, dict):
             raise UserError(
-                f"{path} is not JSON: if nothing in that workdir is needed, remove it, else restore the file."
-            ) from None
+                f"{path} is not JSON or no configuration: if nothing in that workdir is needed, remove it, "
+                "else restore the file."
+            )
         _same_config(old, config.to_dict(), str(workdir))
     elif (workdir / "meta").exists():
         raise UserError(

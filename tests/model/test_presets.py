@@ -136,6 +136,8 @@ def test_layer_sharing_and_the_long_context_change_nothing_else():
 @pytest.mark.parametrize(
     "change, said",
     [
+        ({"stacks": "abc"}, "the model description is not usable"),
+        ({"quantization": None}, "the model description is not usable"),
         ({"tied": "false"}, "model.tied='false' must be true or false"),
         ({"stacks": [{**SMALL["stacks"][0], "rope": None}]}, r"stacks\[0\].rope=None must be"),
         ({"stacks": [{**SMALL["stacks"][0], "layers": 10**7}]}, "10,000,000 blocks deep"),

@@ -154,6 +154,15 @@ def test_another_format_is_refused_in_one_sentence(trained, tmp_path):
     assert files(workdir) == before
 
 
+@pytest.mark.parametrize("key, value", [("step", None), ("rows", "many"), ("config", [])])
+def test_a_description_of_the_wrong_kind_is_damage(trained, tmp_path, key, value):
+    copy = shutil.copytree(trained[0] / "checkpoints" / "12", tmp_path / "12")
+    file = copy / "meta" / "metadata"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=f"12 is damaged .*its description says {key}="):
+        load_model(copy)
+
+
 def test_nothing_half_written_is_taken_for_a_checkpoint(trained, tmp_path):
     workdir = shutil.copytree(trained[0], tmp_path / "run")
     newest = workdir / "checkpoints" / "12"
