@@ -389,8 +389,8 @@ def _stage(raw: Mapping[str, Any]) -> Stage:
 
 def _skip(raw: Mapping[str, Any]) -> Skip:
     _known_keys(raw, "skip", _fields(Skip))
-    numbers = (_whole(raw[key]) for key in ("at_row", "rows", "row_length"))
-    return Skip(*numbers, str(raw.get("reason", "")))
+    at_row, rows, row_length = (_whole(raw[key]) for key in ("at_row", "rows", "row_length"))
+    return Skip(at_row, rows, row_length, str(raw.get("reason", "")))
 
 
 def _check(plan: Plan, where: str) -> None:

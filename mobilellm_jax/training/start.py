@@ -197,10 +197,10 @@ def check_state(start: StoredModel, config: ConfigDict, run: "Setup") -> None:
             "config.init_state=weights."
         )
     if _prunes(config):  # what its steps have added up, and its strategy remembers, goes on
-        changed = differences(complete(there)["pruning"], config.pruning.to_dict())
+        others = differences(complete(there)["pruning"], config.pruning.to_dict())
         for key in ("score", "strategy.use"):
-            if key in changed:
-                old, new = changed[key]
+            if key in others:
+                old, new = others[key]
                 raise UserError(
                     f"{where}: config.pruning.{key} is {old!r} there and {new!r} here; keep it, or "
                     "set config.init_state=weights."
