@@ -32,7 +32,7 @@ def save(directory: pathlib.Path, model: ModelConfig, tokenizer: Tokenizer) -> p
     """A run of this network that has saved step 3."""
     params = jax.jit(transformer.init, static_argnums=0)(model, jax.random.key(0))
     checkpoints = Checkpoints(directory, every=1, keep=1, keep_every=0)
-    meta = {"step": 3, "config": {"model": model.to_dict()}}
+    meta = {"step": 3, "rows": 24, "config": {"model": model.to_dict()}}
     checkpoints.save(init_state(params, optax.sgd), meta, tokenizer)
     checkpoints.close()
     return directory
