@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
 import re
 
 import jax
@@ -83,6 +84,22 @@ def test_what_is_printed_and_what_is_json(tmp_path, costs):
     assert said["matmul"] == pytest.approx(costs.matmul, rel=1e-4)  # of 14 sources, not 2
     assert said["memory"]["optimizer"] == pytest.approx(2 * said["memory"]["weights"], rel=1e-3)
     assert said["memory"]["peak"] > said["memory"]["arguments"] >= 3 * said["memory"]["weights"]
+
+
+def test_what_the_compiler_cannot_print_is_told_without_its_stack(costs, monkeypatch, capfd):
+    def as_text(self):
+        os.write(2, b"*** Begin stack trace ***")
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
+    config = tiny.config("unused")
+    config.mesh.fsdp = 4
+    found = measure(make_programs(config, topology_devices("cpu:8"), 2), config)
+    assert capfd.readouterr().err == ""
+    assert found.traffic is found.exchanged is None
+    assert (found.memory, found.matmul) == (costs.memory, costs.matmul)
+    told = report.text(found, config, 0.4)
+    assert "are not known: the compiler cannot print this program for cpu." in told
 
 
 @pytest.mark.parametrize(

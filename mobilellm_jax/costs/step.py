@@ -1,9 +1,11 @@
 """What one step of a configuration costs on a topology: traced, compiled and read, never run."""
 
+import contextlib
 import dataclasses
+import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -127,6 +129,19 @@ def capacity(device: jax.Device) -> float | None:
     return float(stats["bytes_limit"]) if stats else None
 
 
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Sends standard error nowhere: XLA writes its stack there where it cannot print a program."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def measure(made: Programs, config: ConfigDict) -> StepCosts:
     """Traces and compiles the step that `train` would run, and reads what it costs.
 
@@ -155,7 +170,8 @@ def measure(made: Programs, config: ConfigDict) -> StepCosts:
         else:
             memory = _compiled_memory(memory, compiled.memory_analysis())
             try:
-                text = compiled.as_text()
+                with _quietly():
+                    text = compiled.as_text()
             except jax.errors.JaxRuntimeError:
                 unread = f"the compiler cannot print this program for {kind}"
     done = time.perf_counter()
