@@ -1,5 +1,6 @@
 """Chat templates as models publish them, each beside its text written by hand, and conversations."""
 
+import functools
 import json
 import random
 
@@ -151,3 +152,16 @@ def corpus_of(tmp_path, *records, **options):
 
 def read(corpus):
     return [json.loads(document.text) for document in documents(corpus)]
+
+
+LLAMA3_ENDS = {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>"}
+END = "<|endoftext|>"  # the Qwen tokenizer's BOS and EOS
+STYLES = {  # template, what it writes by hand, tokenizer
+    "llama3": (LLAMA3, llama3, "llama3"),
+    "chatml": (CHATML, chatml, "qwen2"),
+    "chatml, tagged": (TAGGED, chatml, "qwen2"),
+    "mistral": (MISTRAL, functools.partial(mistral, **LLAMA3_ENDS), "llama3"),
+    "llama2, BOS inside": (LLAMA2, functools.partial(llama2, **LLAMA3_ENDS), "llama3"),
+    "plain, EOS is BOS": (PLAIN, functools.partial(plain, eos=END), "qwen2"),
+}
+SEEDS = range(40)
