@@ -134,9 +134,7 @@ def influence(
     }
     folders.claim(out, described)
     if (out / FILE).exists():
-        with (out / FILE).open("rb") as stream:
-            # Without Arrow's threads, see `documents._read`.
-            done = pyarrow.parquet.read_table(stream, use_threads=False)
+        done = load_table(out / FILE)
         print(f"{out / FILE}: complete, kept as it is.", flush=True)
         return done
 
@@ -418,18 +416,20 @@ def _score(
 
 def _joined(out: epath.Path, scorer: Scorer) -> pyarrow.Table:
     files = sorted((out / "parts" / scorer.name).glob("*.parquet"))
-    tables = []
-    for file in files:
-        with file.open("rb") as stream:
-            # Without Arrow's threads, see `documents._read`.
-            tables.append(pyarrow.parquet.read_table(stream, use_threads=False))
-    return pyarrow.concat_tables(tables)
+    return pyarrow.concat_tables([load_table(file) for file in files])
 
 
 def save_table(table: pyarrow.Table, path: epath.Path) -> None:
     """Writes a Parquet file, whole or not at all."""
     with replaced(path) as unfinished, unfinished.open("wb") as stream:
         pyarrow.parquet.write_table(table, stream, compression="zstd")
+
+
+def load_table(path: epath.Path) -> pyarrow.Table:
+    """Reads what `save_table` has written."""
+    with path.open("rb") as stream:
+        # Without Arrow's threads, see `documents._read`.
+        return pyarrow.parquet.read_table(stream, use_threads=False)
 
 
 def main() -> None:

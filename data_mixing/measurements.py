@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.errors import UserError, in_a_line
 
 VERSION = 1  # of the JSON of leave-one-out runs
 
@@ -80,7 +80,7 @@ def read_scores(
             table = parquet.read(["source", "row", "tokens", column], use_threads=False)
         named = np.array(table["source"].to_pylist(), dtype=object)
     except (pa.ArrowException, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_a_line(error)
         raise UserError(f"{path} is no readable Parquet file ({reason}).") from None
     benefit, tokens, row = (
         table[name].to_numpy().astype(np.float64) for name in (column, "tokens", "row")

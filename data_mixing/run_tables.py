@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from etils import epath
 
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.errors import UserError, in_a_line
 from mobilellm_jax.files import new_file
 
 KEYS = ("index", "run")
@@ -66,7 +66,7 @@ class RunTable:
                 table = pa.csv.read_csv(file)
             names = table.column_names
         except (pa.ArrowException, ValueError) as error:  # of names, that they are no UTF-8
-            reason = " ".join(str(error).split())[:200]
+            reason = in_a_line(error)
             raise UserError(f"{path} is no readable CSV file ({reason}).") from None
         twice = [name for name, count in collections.Counter(names).items() if count > 1]
         keys = [name for name in names if name in KEYS]

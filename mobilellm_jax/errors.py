@@ -11,6 +11,11 @@ class UserError(Exception):
     """
 
 
+def in_a_line(error: BaseException, most: int = 200) -> str:
+    """What an error of a library says, as part of a sentence: without line breaks, at most so long."""
+    return " ".join(str(error).split())[:most]
+
+
 # What the disk says when it is the user who has to act; every other OSError keeps its traceback.
 _DISK = {
     errno.ENOSPC: "the disk is full",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.errors import UserError, in_a_line
 
 
 @contextlib.contextmanager
@@ -119,7 +119,7 @@ def written_records() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_a_line(error)
         raise UserError(f"a shard cannot be written ({reason}): mend it and run again.") from None
 
 

@@ -144,8 +144,7 @@ class ChatCorpus(FileCorpus):
     @property
     def fingerprint(self) -> dict[str, Any]:
         """See `FileCorpus`."""
-        own = {"system_prompt": self.system_prompt, "too_long": self.too_long}
-        own["tools_key"] = self.tools_key
+        own = {key: getattr(self, key) for key in ("system_prompt", "too_long", "tools_key")}
         if self.no_assistant != "drop":  # sources prepared before there was a choice stay complete
             own["no_assistant"] = self.no_assistant
         return {**super().fingerprint, **own}

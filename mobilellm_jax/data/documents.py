@@ -22,7 +22,7 @@ from etils import epath
 
 from mobilellm_jax.data.packing import PACKERS
 from mobilellm_jax.data.rows import read_info, read_metadata, shards_of
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.errors import UserError, in_a_line
 
 SUFFIX = ".documents.parquet"
 ROW_GROUP = 1 << 16  # lines
@@ -200,7 +200,7 @@ class _Shard:
             with self.path.open("rb") as raw, pyarrow.parquet.ParquetFile(raw) as table:
                 yield table
         except (pyarrow.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = in_a_line(error)
             raise UserError(
                 f"{self.path} cannot be read ({reason}): delete its source and prepare it again."
             ) from None

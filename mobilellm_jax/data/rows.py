@@ -113,11 +113,9 @@ class Rows:
 
     def _decoded(self, records: Sequence[bytes]) -> np.ndarray:
         sizes = {len(record) for record in records}
-        first = next(iter(self.info.features))
-        payloads = (self.info.row_length + 1) * self.info.features[first].itemsize + self._behind[
-            first
-        ]
-        if len(sizes) > 1 or min(sizes) < payloads:
+        first, dtype = next(iter(self.info.features.items()))
+        least = (self.info.row_length + 1) * dtype.itemsize + self._behind[first]
+        if len(sizes) > 1 or min(sizes) < least:
             raise UserError(
                 f"the rows of {self.info.path} are not those that its metadata.json describes: records of "
                 f"{min(sizes):,} bytes cannot hold {self.info.row_length:,} tokens; prepare it again."

@@ -10,7 +10,7 @@ from etils import epath
 
 from mobilellm_jax.data.corpora import PART, Document, Reading, first_texts
 from mobilellm_jax.data.inputs import keys_of, text_of
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.errors import UserError, in_a_line
 
 PREFIX = "tfds:"
 _BATCH = 256  # records that are read at once
@@ -107,7 +107,7 @@ class TfdsCorpus:
         try:
             return builder.as_data_source(split)
         except (ValueError, NotImplementedError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = in_a_line(error, 300)
             raise UserError(
                 f"{PREFIX}{self.dataset} cannot be read ({reason}): prepare it with "
                 "file_format=array_record, and name one of its splits."
@@ -147,7 +147,7 @@ class TfdsCorpus:
                 return tfds.builder_from_directory(where), split
             return tfds.builder(where), split
         except (tfds.core.DatasetNotFoundError, FileNotFoundError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = in_a_line(error, 300)
             raise UserError(
                 f"there is no dataset {where!r} ({reason}): give tfds:NAME[/CONFIG]:SPLIT of one that "
                 "is prepared, or tfds:DIRECTORY:SPLIT."

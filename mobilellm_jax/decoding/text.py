@@ -66,11 +66,11 @@ def continued(
     def over() -> list[bool]:
         return [text.ended or drawn >= limit for text, limit in zip(texts, limits, strict=True)]
 
-    for tokens_B in stream(decoder, prompts, limits, sampling, seeds, chunk, over):
-        for text, token, full in zip(texts, tokens_B.tolist(), over(), strict=True):
-            if not full:
+    rows = stream(decoder, prompts, limits, sampling, seeds, chunk, over)
+    for drawn, tokens_B in enumerate(rows, 1):
+        for text, token, limit in zip(texts, tokens_B.tolist(), limits, strict=True):
+            if drawn <= limit:
                 text.add(token)
-        drawn += 1
         if all(over()):
             break
     return texts

@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mobilellm_jax.data.plan import Plan
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.errors import UserError, in_a_line
 from mobilellm_jax.files import replaced
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # also that of a directory
@@ -217,7 +217,7 @@ def load_sweep(name: str) -> Sweep:
     except Exception as error:  # whatever a user's file may raise while it runs
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         where = f"{path}:{lines[-1]}" if lines else path
-        text = " ".join(str(error).split())[:300]
+        text = in_a_line(error, 300)
         raise UserError(
             f"the sweep is not usable: {where}: {type(error).__name__}: {text}."
         ) from None

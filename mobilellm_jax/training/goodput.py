@@ -82,9 +82,8 @@ class Goodput:
         """
         run = {kind: self._earlier[kind] + self._seconds[kind] for kind in KINDS}
         wall = self._last - self._began
-        total = max(
-            self._last - self._first, sum(run.values())
-        )  # if the clock was set between starts
+        # The sum is more where the clock was set between starts.
+        total = max(self._last - self._first, sum(run.values()))
         return {
             "goodput": self._seconds[PRODUCTIVE] / max(wall, 1e-9),
             "run/goodput": run[PRODUCTIVE] / max(total, 1e-9),
