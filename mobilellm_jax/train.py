@@ -38,7 +38,7 @@ from mobilellm_jax.training.provenance import changes, provenance
 from mobilellm_jax.training.replay import replay, report
 from mobilellm_jax.training.saving import Checkpoints
 from mobilellm_jax.training.setup import Setup, set_up
-from mobilellm_jax.training.signals import Signals
+from mobilellm_jax.training.signals import Signals, Stopped
 from mobilellm_jax.training.start import begin, open_start
 from mobilellm_jax.training.step import TrainState
 from mobilellm_jax.training.workdir import check_same_run, claimed
@@ -99,7 +99,7 @@ def train(
             check_same_run(meta, config, run.plan, checkpoints.directory)
             return beginning.at(meta).abstract
 
-        resumed = checkpoints.resume(expected)
+        resumed, unmeasured = checkpoints.resume(expected), []
         if resumed is None and source:
             state, origin["init_from"] = begin(source, config, run), source.identity
             taken = "the weights" if config.init_state == "weights" else "weights, moments and step"
@@ -108,7 +108,7 @@ def train(
             state = run.fresh()
         else:
             state, meta = resumed
-            run = beginning.at(meta)
+            run, unmeasured = beginning.at(meta), meta.get("unmeasured", [])
             for change in changes(meta, origin):
                 print(f"resume: {change}; the result may differ in its last bits.")
             origin |= {key: value for key, value in meta.items() if key == "init_from"}
@@ -166,9 +166,34 @@ def train(
             clock.record(step)
             writer.write("goodput", step, clock.values())
             writer.sync()
-            meta = {"step": step, "rows": rows, **described, **run.describe()}
+            meta = {"step": step, "rows": rows, "unmeasured": unmeasured}
+            meta |= {**described, **run.describe()}
             how(state, meta, run.tokenizer)
             clock.lap("save")
+
+        def measures() -> dict[str, tuple[int, Callable[..., Any], Callable[..., None]]]:
+            """What the network as it is, is measured by: every so many steps, how, and where it is shown."""
+            found = {"heldout": (config.eval.every, run.evaluate, progress.heldout)}
+            if judge:
+                found["tasks"] = (config.eval.tasks_every, judge, progress.tasks)
+            return found
+
+        def measure(kinds: Sequence[str]) -> list[str]:
+            """Measures and records; what a signal has broken off is left to the next start."""
+            left = [kind for kind in kinds if kind in measures()]
+            while left:
+                _, measured, shown = measures()[left[0]]
+                try:
+                    found = measured(state.params, signals.check)
+                except Stopped:
+                    break
+                writer.write(left[0], step, found)
+                shown(step, found)
+                left.pop(0)
+            if kinds:
+                progress.lap()
+                clock.lap("evaluate")
+            return left
 
         def record(step: int, rows: int, metrics: Any, host: dict[str, float], ran: Setup) -> None:
             """Fetches and writes a step's metrics; called one step late, so that the device never waits."""
@@ -202,7 +227,8 @@ def train(
         batches = _prefetched(stream(run.mixture, length, start, *part, **ahead), run.mesh)
         with Signals() as signals:
             try:
-                while step < last and not signals.stop(step):
+                unmeasured = measure(unmeasured)
+                while step < last and not signals.stop():
                     waited = time.perf_counter()
                     batch, crc = next(batches)
                     waited = time.perf_counter() - waited
@@ -227,25 +253,16 @@ def train(
                             progress.compaction(step, facts)
                     host = {"data_wait_seconds": waited, "batch_crc32": crc}
                     pending = step, rows, metrics, host, ran
-                    evaluate_now = step % config.eval.every == 0 or step == length.steps
-                    judge_now = judge and (
-                        step % config.eval.tasks_every == 0 or step == length.steps
-                    )
+                    due = [
+                        kind
+                        for kind, (every, *_) in measures().items()
+                        if step % every == 0 or step == length.steps
+                    ]
                     save_now = checkpoints.due(step)
-                    if evaluate_now or judge_now or save_now:
+                    if due or save_now:
                         record(*pending)  # before the checkpoint: after it nobody would
                         pending = None
-                    if evaluate_now:
-                        found = run.evaluate(state.params)
-                        writer.write("heldout", step, found)
-                        progress.heldout(step, found)
-                    if judge and judge_now:
-                        found = judge(state.params)
-                        writer.write("tasks", step, found)
-                        progress.tasks(step, found)
-                    if evaluate_now or judge_now:
-                        progress.lap()
-                        clock.lap("evaluate")
+                    unmeasured = measure(due)
                     if save_now and step < last:
                         save(checkpoints.save)
                 if pending:
@@ -260,7 +277,7 @@ def train(
                 checkpoints.close()
 
     print(clock.summary())
-    if step < length.steps:
+    if step < length.steps or unmeasured:
         reason = signals.caught.name if signals.caught else f"--stop_at={stop_at}"
         print(
             f"stopped by {reason} at step {step:,} of {length.steps:,}; saved in {checkpoints.directory}. "
@@ -275,8 +292,8 @@ def train(
     return state
 
 
-def _judge(config: ConfigDict, run: Setup) -> Callable[[Any], dict[str, float]] | None:
-    """What measures a run's weights on tasks; None: there are none."""
+def _judge(config: ConfigDict, run: Setup) -> Callable[..., dict[str, float]] | None:
+    """What measures a run's weights on tasks, as `Setup.evaluate` does on rows; None: there are none."""
     if not config.eval.tasks:
         return None
     from mobilellm_jax.evaluation import while_training  # needs the extra [eval]

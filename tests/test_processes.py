@@ -166,9 +166,8 @@ def test_kill_9_of_one_ends_all_and_the_same_command_goes_on(plan, tmp_path, pro
 
 
 def test_sigterm_to_one_saves_in_all(plan, tmp_path):
-    config = config_file(
-        tmp_path, plan, steps=100_000, eval__every=100_000, checkpoint__every=50_000
-    )
+    """Wherever they are, for most of the time in an evaluation."""
+    config = config_file(tmp_path, plan, steps=100_000, eval__every=1, checkpoint__every=50_000)
     process = start_pod(2, 1, tmp_path / "logs", config, tmp_path / "run")
     wait_for_lines(process, tmp_path / "run", 4, timeout=PATIENCE)
     os.kill(int((tmp_path / "logs" / "process-1.pid").read_text()), signal.SIGTERM)
@@ -179,6 +178,9 @@ def test_sigterm_to_one_saves_in_all(plan, tmp_path):
     saved = load_model(tmp_path / "run")
     assert f"stopped by SIGTERM at step {saved.step:,} of" in said[0]
     assert list(lines(tmp_path / "run")) == list(range(1, saved.step + 1))
+    measured = {*lines(tmp_path / "run", "heldout")}
+    assert {*range(1, saved.step)} <= measured <= {*range(1, saved.step + 1)}
+    assert (saved.step in measured) != ("heldout" in saved.meta["unmeasured"])
     assert not any("Traceback" in text for text in said)
 
 

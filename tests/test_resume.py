@@ -21,6 +21,7 @@ from runs import (
     wait_for_lines,
 )
 
+from mobilellm_jax.training import evaluation
 from mobilellm_jax.training.checkpoint import load_model
 from mobilellm_jax.training.signals import Signals
 
@@ -116,6 +117,37 @@ def test_a_signal_saves_and_leaves_and_the_next_start_goes_on(plan, tmp_path, nu
     whole = run(config(), tmp_path / "whole", stop_at=saved.step + 3)
     assert bits(resumed) == bits(whole)
     assert rows_seen(tmp_path / "run") == rows_seen(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("at, batches", [(4, 1), (8, 3)])
+def test_a_signal_breaks_off_an_evaluation_and_the_next_start_makes_up_for_it(
+    plan, tmp_path, monkeypatch, at, batches
+):
+    """Notice is given for half a minute, and tasks can take longer: they must not cost the run its steps."""
+    config = tiny.config(plan, steps=8)
+    config.eval.every, config.checkpoint.every = 4, 1000
+    run(config, tmp_path / "whole")
+    expected = {step: r["loss"] for step, r in lines(tmp_path / "whole", "heldout").items()}
+    assert list(expected) == [4, 8]
+    put, read = evaluation.put_rows, []
+
+    def put_rows(batch, mesh):
+        started = len(list(lines(tmp_path / "run"))) == at
+        read.extend([batch] if started else [])
+        if len(read) == batches:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return put(batch, mesh)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(evaluation, "put_rows", put_rows)
+        run(config, tmp_path / "run")
+    assert end.value.code == 143 and len(read) == batches
+    assert load_model(tmp_path / "run").step == at
+    assert at not in lines(tmp_path / "run", "heldout")
+    resumed = run(config, tmp_path / "run")
+    found = {step: r["loss"] for step, r in lines(tmp_path / "run", "heldout").items()}
+    assert found == expected
+    assert bits(resumed.params) == bits(load_model(tmp_path / "whole").params)
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -43,6 +43,7 @@ class HarnessModel(TemplateLM):
         mesh: Mesh | None = None,
         quiet: bool = False,
         bos: bool = True,
+        between: Callable[[], None] = lambda: None,
     ) -> None:
         """Nothing is computed yet.
 
@@ -56,6 +57,7 @@ class HarnessModel(TemplateLM):
           mesh: devices that share the texts; the first one alone if None.
           quiet: show no bars.
           bos: texts begin with BOS, as in training here.
+          between: is called after each batch.
         """
         super().__init__()
         self.chat = False  # whether texts are conversations that a template has written
@@ -64,7 +66,7 @@ class HarnessModel(TemplateLM):
         self.counts: Counter[str] = Counter()
         self._params, self._model, self._dtype = params, model, dtype
         self._rows, self._seed, self._mesh = rows, seed, mesh or one_device()
-        self._quiet, self._bos = quiet, bos
+        self._quiet, self._bos, self._between = quiet, bos, between
 
     @functools.cached_property
     def _writer(self) -> Placed:
@@ -154,7 +156,12 @@ class HarnessModel(TemplateLM):
         found: list[Likelihood | None] = [None] * len(asked)
         hidden = disable_tqdm or self._quiet
         with tqdm(total=len(asked), desc="log-likelihoods", disable=hidden) as bar:
-            for number, likelihood in score(self._reader, asked, self._rows, bar.update):
+
+            def told(count: int) -> None:
+                bar.update(count)
+                self._between()
+
+            for number, likelihood in score(self._reader, asked, self._rows, told):
                 found[number] = likelihood
                 if strings := requests[number][0]:
                     answer = likelihood.log_likelihood, likelihood.greedy
@@ -213,6 +220,7 @@ class HarnessModel(TemplateLM):
                         "generate_until", requests[number].args, texts[number]
                     )
                 bar.update(len(numbers))
+                self._between()
         return texts
 
     def _jobs(

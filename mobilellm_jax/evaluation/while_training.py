@@ -19,7 +19,7 @@ from mobilellm_jax.training.metrics import STDERR
 
 def judge(
     settings: Mapping[str, Any], model: ModelConfig, tokenizer: Tokenizer, dtype: str, mesh: Mesh
-) -> Callable[[Params], dict[str, float]]:
+) -> Callable[[Params, Callable[[], None]], dict[str, float]]:
     """Opens the tasks of a run, so that what is missing is told before the first step.
 
     Args:
@@ -30,7 +30,8 @@ def judge(
       mesh: devices that share the work; in every process, which all have to call what is returned.
 
     Returns:
-      weights -> figures by name, and their standard errors behind `stderr/`.
+      weights, what is to be called between batches -> figures by name, and their standard errors
+      behind `stderr/`.
 
     Raises:
       UserError: the harness is not installed, or see `tasks.open_tasks`.
@@ -47,8 +48,8 @@ def judge(
     data = Path(settings["data"]) if settings["data"] else None
     tasks = open_tasks(names, data)
 
-    def judged(params: Params) -> dict[str, float]:
-        lm = HarnessModel(params, model, tokenizer, dtype, mesh=mesh, quiet=True)
+    def judged(params: Params, between: Callable[[], None]) -> dict[str, float]:
+        lm = HarnessModel(params, model, tokenizer, dtype, mesh=mesh, quiet=True, between=between)
         with _no_bars():
             lines, _ = ask(tasks, lm, settings["limit"] or None)
         found = {}

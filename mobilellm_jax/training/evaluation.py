@@ -1,7 +1,7 @@
 """What is measured while a network is trained: bits per byte of held-out rows, and RankMe."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from mobilellm_jax.training.step import sums
 
 def evaluate(
     params: Any,
+    between: Callable[[], None] = lambda: None,
     *,
     network: Network,
     heldout: Mapping[int, Contexts],
@@ -32,11 +33,12 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and bits per byte on the first `rows` held-out rows of each source, overall and per source.
 
-    And RankMe of the output embedding.
+    And RankMe of the output embedding. `between` is called before each batch.
     """
     totals: dict[str, Any] = {}
     for source, split in heldout.items():
         for tokens in batches(split, range(min(rows, len(split))), batch_rows, network.bos_id):
+            between()
             numbers = np.full(len(tokens), source, np.int32)
             batch = put_rows({"tokens": tokens, "source": numbers}, mesh)
             arrays = params, batch, piece_bytes_V

@@ -73,7 +73,8 @@ class Setup(Programs):
     plan: Plan
     mixture: Mixture
     tokenizer: Tokenizer
-    evaluate: Callable[[Any], dict[str, float]]  # params -> held-out measurements
+    # params, what is called between batches -> held-out measurements
+    evaluate: Callable[..., dict[str, float]]
     evaluate_teacher: Callable[[], dict[str, float]] | None  # likewise; None: there is none to run
     load_teacher: Callable[[], Teacher] | None  # with its weights, read at the first call
     microbatches: Callable[[int], int]  # parts in which so many rows are computed

@@ -1,4 +1,4 @@
-"""Being stopped: a signal to any process asks the loops of all to save and leave after the same step."""
+"""Being stopped: a signal to any process asks the loops of all to save and leave at the same point."""
 
 import os
 import signal
@@ -13,20 +13,25 @@ _LOOK = 0.5  # seconds between looks at whether another process was stopped
 _WAIT = 60  # seconds for another process to say how far it is
 
 
+class Stopped(BaseException):
+    """A signal breaks off what takes long. No `Exception`, so that nobody takes it for a mistake."""
+
+
 class Signals:
     """Remembers the first SIGTERM or SIGINT; a second one ends the program at once.
 
-    Several processes agree through the store of `parallel.distributed`, so that neither a step nor
+    Loops ask whether to leave: between steps, and within what takes long. Several processes, which ask
+    at the same points, agree through the store of `parallel.distributed`, so that neither a step nor
     the devices wait for it: the one that was stopped leaves a note; each that finds it holds its
-    loop for a moment between two steps, notes the first step after which it can still stop, and
-    reads the others' notes. All stop after the greatest.
+    loop for a moment where it asks, notes the number of its next question, and reads the others'
+    notes. All leave at the greatest.
     """
 
     def __init__(self) -> None:
         self.caught: signal.Signals | None = None
         self._lock, self._over = threading.Lock(), threading.Event()
-        self._step = 0  # done
-        self._last: int | None = None  # after which to stop, once that is agreed
+        self._asked = 0
+        self._last: int | None = None  # question at which to leave, once that is agreed
         self._noted = False
 
     def __enter__(self) -> "Signals":
@@ -39,13 +44,22 @@ class Signals:
             self._thread.start()
         return self
 
-    def stop(self, step: int) -> bool:
-        """Whether to leave now that `step` steps are done; to be asked before each step."""
+    def stop(self) -> bool:
+        """Whether to leave now; to be asked before each step, equally often by all processes."""
         if not self._store:
             return self.caught is not None
         with self._lock:
-            self._step = step
-            return self._last is not None and step >= self._last
+            self._asked += 1
+            return self._last is not None and self._asked >= self._last
+
+    def check(self) -> None:
+        """`stop` for what a step's loop calls.
+
+        Raises:
+          Stopped: leave now.
+        """
+        if self.stop():
+            raise Stopped
 
     def _catch(self, number: int, frame: Any) -> None:
         for each in self._before:
@@ -72,16 +86,16 @@ class Signals:
 
     def _agree(self) -> None:
         with self._lock:
-            self._note(self._step + 1)
-            steps = [
-                int(self._store.blocking_key_value_get(f"{self._key}/step/{p}", _WAIT * 1000))
+            self._note(self._asked + 1)
+            notes = [
+                int(self._store.blocking_key_value_get(f"{self._key}/next/{p}", _WAIT * 1000))
                 for p in range(jax.process_count())
             ]
-            self._last = max(steps)
+            self._last = max(notes)
 
-    def _note(self, step: int) -> None:
+    def _note(self, question: int) -> None:
         self._noted = True
-        self._store.key_value_set(f"{self._key}/step/{jax.process_index()}", str(step))
+        self._store.key_value_set(f"{self._key}/next/{jax.process_index()}", str(question))
 
     def __exit__(self, *_: object) -> None:
         for each, handler in self._before.items():
@@ -90,4 +104,4 @@ class Signals:
             self._over.set()
             self._thread.join(timeout=_WAIT)
             if not self._noted:  # nobody is to wait for one that has come to its end
-                self._note(self._step)
+                self._note(self._asked)

@@ -9,8 +9,12 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate import evaluate
+from mobilellm_jax.evaluation.while_training import judge
+from mobilellm_jax.model import transformer
+from mobilellm_jax.parallel.mesh import one_device
 from mobilellm_jax.report import report
 from mobilellm_jax.training.checkpoint import load_model
+from mobilellm_jax.training.signals import Stopped
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,20 @@ def test_what_is_missing_is_told_before_anything_is_written(configured, tmp_path
         with pytest.raises(UserError, match=said):
             run(changed, tmp_path / "run", devices=jax.devices()[:4])
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("task", ["sums", "doubles"])
+def test_what_stops_a_run_breaks_off_its_tasks(configured, task):
+    """Behind a batch, of scores as of texts; the harness makes nothing of it."""
+    config, _ = configured
+    settings = dict(config.eval, tasks=task)
+    judged = judge(settings, tiny.MODEL, tiny.tokenizer(), "float32", one_device())
+
+    def between():
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        judged(transformer.init(tiny.MODEL, jax.random.key(0)), between)
 
 
 @pytest.mark.slow
