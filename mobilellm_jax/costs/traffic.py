@@ -1,5 +1,7 @@
 """Bytes that a compiled program moves to and from a device's main memory, in one call."""
 
+from collections.abc import Set
+
 from mobilellm_jax.costs.hlo import Array, Computation, Instruction, Program, Run
 
 # These move nothing, or what they move is counted where it happens.
@@ -54,31 +56,35 @@ def _of_array(array: Array) -> float:
 
 def _of_fusion(at: Instruction, where: Computation, body: Computation, program: Program) -> float:
     """Its operands as far as its body reads them, and its results as far as it changes them."""
-    total, updated = 0.0, set()
+    total = 0.0
+    in_place: set[str] = set()  # instructions that hand on an operand of which they read nothing
     outputs = [body.root]
     if body.root.opcode == "tuple":
         outputs = [body.instructions[name] for name in body.root.operands]
     for output, array in zip(outputs, at.arrays, strict=False):
-        update = _behind_views(output, body)
+        update = _views(output, body)[-1]
         if update.opcode == "dynamic-update-slice":
             size = body.instructions[update.operands[1]].arrays[0].bytes
             total += 0.0 if array.on_chip else size
-            updated.add(_behind_views(body.instructions[update.operands[0]], body).name)
+            before = _views(body.instructions[update.operands[0]], body)
+            in_place |= {update.name, *(view.name for view in before[:-1])}
         elif output.opcode != "parameter":  # which is passed on as it is
             total += _of_array(array)
     for index, parameter in _parameters(body).items():
         source = where.instructions[at.operands[index]].arrays
-        if parameter.name in updated or not source or source[0].on_chip:
+        if not source or source[0].on_chip:
             continue
         size = sum(a.bytes for a in source)
-        total += min(size, _read(parameter, body, program))
+        total += min(size, _read(parameter, body, program, in_place))
     return total
 
 
-def _behind_views(at: Instruction, body: Computation) -> Instruction:
-    while at.opcode in _VIEWS and at.operands:
-        at = body.instructions[at.operands[0]]
-    return at
+def _views(at: Instruction, body: Computation) -> list[Instruction]:
+    """An instruction, and from it back what it is a view of; the last one is no view."""
+    found = [at]
+    while found[-1].opcode in _VIEWS and found[-1].operands:
+        found.append(body.instructions[found[-1].operands[0]])
+    return found
 
 
 def _parameters(body: Computation) -> dict[int, Instruction]:
@@ -86,17 +92,21 @@ def _parameters(body: Computation) -> dict[int, Instruction]:
     return {int(parameter.literal): parameter for parameter in found}
 
 
-def _read(parameter: Instruction, body: Computation, program: Program) -> float:
+def _read(
+    parameter: Instruction, body: Computation, program: Program, in_place: Set[str] = frozenset()
+) -> float:
     """Bytes of a parameter that a fusion's body reads: slices where it only ever slices it."""
     whole = sum(a.bytes for a in parameter.arrays)
     total = 0.0
     for user in body.instructions.values():
         if parameter.name not in user.operands or user.opcode == "tuple":
             continue
+        if user.name in in_place and parameter.name not in user.operands[1:]:
+            continue
         if user.opcode in _SLICES and user.operands[0] == parameter.name:
             total += sum(a.bytes for a in user.arrays)
         elif user.opcode in ("bitcast", "reshape"):
-            total += _read(user, body, program)
+            total += _read(user, body, program, in_place)
         elif user.opcode == "fusion":
             inner = program.computations[user.called("calls") or ""]
             parameters = _parameters(inner)

@@ -311,6 +311,18 @@ FUSIONS = {  # the body of a fusion of the stack p, the layer q and the number n
         "  ROOT %r = f32[16,256]{1,0} bitcast(%u)",
         LAYER + LAYER,
     ),
+    "a layer is added to": (
+        "%s = f32[1,256]{1,0} dynamic-slice(%p, %n, %n)\n"
+        "  %sum = f32[1,256]{1,0} add(%s, %q)\n"
+        "  ROOT %r = f32[16,256]{1,0} dynamic-update-slice(%p, %sum, %n, %n)",
+        LAYER + LAYER + LAYER,
+    ),
+    "a layer is written behind a view, and all of it read": (
+        "%v = f32[16,256]{1,0} copy(%p)\n"
+        "  %sum = f32[1,256]{1,0} reduce-window(%p, %q)\n"
+        "  ROOT %r = f32[16,256]{1,0} dynamic-update-slice(%v, %sum, %n, %n)",
+        STACK + LAYER + LAYER,
+    ),
     "one of two is passed on": (
         "%t = f32[1,256]{1,0} negate(%q)\n"
         "  ROOT %r = (f32[16,256]{1,0}, f32[1,256]{1,0}) tuple(%p, %t)",
