@@ -40,7 +40,7 @@ from mobilellm_jax.training.saving import Checkpoints
 from mobilellm_jax.training.setup import Setup, set_up
 from mobilellm_jax.training.signals import Signals, Stopped
 from mobilellm_jax.training.start import begin, open_start
-from mobilellm_jax.training.step import TrainState
+from mobilellm_jax.training.step import TrainState, finite
 from mobilellm_jax.training.workdir import check_same_run, claimed
 
 
@@ -162,6 +162,15 @@ def train(
             **origin,
         }
 
+        def check_finite() -> None:
+            """What is not finite in spite of finite gradients is neither measured nor saved."""
+            if not finite(state):
+                raise UserError(
+                    f"stopped at step {step}: weights or moments are not finite, though the loss and the "
+                    "gradient of every step that changed them were: config.optimizer made them so (its eps, "
+                    f"its learning rate). The checkpoints in {checkpoints.directory} are from before."
+                )
+
         def save(how: Callable[..., None]) -> None:
             clock.record(step)
             writer.write("goodput", step, clock.values())
@@ -213,6 +222,7 @@ def train(
                 print(f"step {step:,}: the objective counts no target of these rows.", flush=True)
             progress.show(step, values)
             if metrics["skipped_in_row"] >= config.max_skipped:
+                check_finite()
                 raise UserError(
                     f"stopped at step {step}: the loss or its gradient was not finite "
                     f"{int(metrics['skipped_in_row'])} steps in a row; the weights never saw them. Lower "
@@ -262,12 +272,14 @@ def train(
                     if due or save_now:
                         record(*pending)  # before the checkpoint: after it nobody would
                         pending = None
+                        check_finite()
                     unmeasured = measure(due)
                     if save_now and step < last:
                         save(checkpoints.save)
                 if pending:
                     record(*pending)
                 if step > start:
+                    check_finite()
                     save(checkpoints.save_last)
                 clock.record(step)
             finally:

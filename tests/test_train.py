@@ -185,6 +185,34 @@ def finite(workdir):
     return all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(saved.params)))
 
 
+@pytest.mark.parametrize("every", [1, 100])
+def test_what_an_optimizer_makes_not_finite_is_not_saved_and_ends_the_run(
+    plan, tmp_path, monkeypatch, every
+):
+    """Of finite gradients; when it is to be saved, or when no step after it can be taken."""
+    (tmp_path / "bursting.py").write_text(
+        "import jax.numpy as jnp\n"
+        "import optax\n\n\n"
+        "def optimizer(learning_rate, rate):\n"
+        "    grown = jnp.where(learning_rate > rate, jnp.inf, 1.0)\n"
+        "    return optax.chain(optax.sgd(learning_rate), optax.scale(grown))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = tiny.config(plan, steps=20)
+    config.checkpoint.every, config.eval.every = every, 100
+    config.schedule.warmup_steps = 10
+    rate = config.schedule.peak * 0.35  # up to step 4
+    with config.unlocked():
+        config.optimizer = ConfigDict({"use": "bursting:optimizer", "rate": rate})
+    with pytest.raises(UserError, match="config.optimizer made them so"):
+        run(config, tmp_path / "run")
+    if every == 1:
+        assert load_model(tmp_path / "run").step == 4 and finite(tmp_path / "run")
+    else:
+        assert not any((tmp_path / "run" / "checkpoints").iterdir())
+    assert max(lines(tmp_path / "run")) == (5 if every == 1 else 5 + config.max_skipped)
+
+
 def test_a_step_that_is_not_finite_changes_nothing_but_its_place(poisoned, whole, tmp_path):
     workdir = tmp_path / "run"
     before = run(poisoned, workdir, stop_at=6)
