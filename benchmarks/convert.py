@@ -75,13 +75,13 @@ CONVERSIONS: dict[str, Callable[[str, str, str | None], None]] = {
 
 def memory(key: str) -> int:
     """A line of this process's status in bytes: VmRSS now, VmHWM at most since the last reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def measured(conversion: str, source: str, out: str, dtype: str | None) -> None:
     """Runs one conversion in this process and prints what it took as JSON."""
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before, began = memory("VmRSS"), time.perf_counter()
     CONVERSIONS[conversion](source, out, dtype)
     seconds = time.perf_counter() - began

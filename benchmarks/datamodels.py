@@ -46,7 +46,11 @@ def grouped(corpora: Path, out: Path, groups: int) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     texts: dict[str, list[dict[str, str]]] = {}
     for path in sorted(corpora.glob("*.jsonl*")):
-        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+        with (
+            gzip.open(path, "rt", encoding="utf-8")
+            if path.suffix == ".gz"
+            else path.open(encoding="utf-8") as lines
+        ):
             texts[path.name.split(".")[0].lower()] = [json.loads(line) for line in lines]
     size = {name: sum(len(d["text"]) for d in some) for name, some in texts.items()}
     for name, some in texts.items():
@@ -56,7 +60,7 @@ def grouped(corpora: Path, out: Path, groups: int) -> dict[str, list[str]]:
         parts = np.array_split(np.arange(len(some)), len(found[name]))
         for group, part in zip(found[name], parts, strict=True):
             lines = [json.dumps({"id": f"{name}-{i}", "text": some[i]["text"]}) for i in part]
-            (out / f"{group}.jsonl").write_text("\n".join(lines) + "\n")
+            (out / f"{group}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return found
 
 

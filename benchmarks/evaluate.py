@@ -32,7 +32,7 @@ NEAR = 1e-3  # between logits, below which either token may be the most likely o
 
 def prompts_of(data: Path) -> list[str]:
     """Questions as the harness's gsm8k asks them."""
-    with gzip.open(data / "gsm8k.jsonl.gz", "rt") as lines:
+    with gzip.open(data / "gsm8k.jsonl.gz", "rt", encoding="utf-8") as lines:
         asked = [json.loads(line)["context"] for line in lines]
     return [f"Question: {question}\nAnswer:" for question in asked[:PROMPTS]]
 
@@ -83,7 +83,7 @@ def ours(folder: Path, data: Path, limit: int, rows: int) -> dict[str, Any]:
         part = asked[at : at + rows]
         tokens = stream(lm._decoder, part, NEW_TOKENS, GREEDY, row_seeds(0, len(part)))
         drawn += np.stack(list(tokens), axis=1).tolist()
-    (folder / "drawn.json").write_text(json.dumps([asked, drawn]))
+    (folder / "drawn.json").write_text(json.dumps([asked, drawn]), encoding="utf-8")
     return found
 
 
@@ -93,7 +93,7 @@ def theirs(folder: Path, data: Path, limit: int, rows: int) -> dict[str, Any]:
 
     lm = HFLM(str(folder / "hf"), device="cpu", dtype="float32", batch_size=rows)
     found = answers(lm, data, limit, rows)
-    asked, drawn = json.loads((folder / "drawn.json").read_text())
+    asked, drawn = json.loads((folder / "drawn.json").read_text(encoding="utf-8"))
     same, near, worst = 0, 0, 0.0
     with torch.no_grad():
         for prompt, tokens in zip(asked, drawn, strict=True):

@@ -73,7 +73,7 @@ def borders(mixture: Mixture) -> np.ndarray:
 
 def check_epochs(mixture: Mixture) -> tuple[list[Check], str]:
     """How often the sources are read, against shares and tokens as the paper prints them; a table of it."""
-    raw = json.loads(PUBLISHED.read_text())
+    raw = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     planned = mixture.given(len(mixture)) / [len(source) for source in mixture.sources]
     lines, apart = ["source              published   planned"], []
     for source, epochs in zip(raw["sources"], planned.tolist(), strict=True):

@@ -196,7 +196,7 @@ def _timed(load: Callable[[], Reader], prompt: np.ndarray, count: int) -> dict[s
 
 def measured(args: Any) -> dict[str, float]:
     """One runtime, in this process."""
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     prompt = np.random.default_rng(0).integers(3, 32000, args.prompt)
     kind, path = args.runtime.partition("-")[0], Path(args.path)
     if kind == "jax":

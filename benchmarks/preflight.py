@@ -90,7 +90,7 @@ def measured(name: str, *described: Any) -> dict[str, Any] | None:
     print("python -m " + " ".join(arguments), file=sys.stderr, flush=True)
     kept = Path(flags.FLAGS.out) / (re.sub(r"\W+", "_", " ".join(arguments)) + ".json")
     if flags.FLAGS.out and kept.exists():
-        return json.loads(kept.read_text())
+        return json.loads(kept.read_text(encoding="utf-8"))
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     ended = subprocess.run(
         [sys.executable, "-m", *arguments, "--json"], capture_output=True, text=True
@@ -102,7 +102,7 @@ def measured(name: str, *described: Any) -> dict[str, Any] | None:
     found["cpu_seconds"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
     if flags.FLAGS.out:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(found))
+        kept.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 

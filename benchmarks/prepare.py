@@ -91,7 +91,7 @@ def write_inputs(folder: Path, copies: int = 1) -> tuple[Path, Path]:
     """Writes text.jsonl and a tokenizer.json, byte-level BPE that is trained on it; returns their paths."""
     texts = [text for corpus in embedded_corpora() for _, text in corpus.texts]
     lines = "".join(json.dumps({"text": t}) + "\n" for t in texts)
-    (folder / "text.jsonl").write_text(lines * copies)
+    (folder / "text.jsonl").write_text(lines * copies, encoding="utf-8")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -104,7 +104,7 @@ def write_inputs(folder: Path, copies: int = 1) -> tuple[Path, Path]:
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     ends = {"bos_token": "<bos>", "eos_token": "<eos>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(ends))
+    (folder / "tokenizer_config.json").write_text(json.dumps(ends), encoding="utf-8")
     return folder / "text.jsonl", folder / "tokenizer.json"
 
 

@@ -73,7 +73,7 @@ def measured(settings: dict[str, Any]) -> dict[str, Any]:
         return found
 
     jax.devices()
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before, began = memory("VmRSS"), time.perf_counter()
     with mock.patch.object(one_shot, "prune", timed):
         prune(**settings)

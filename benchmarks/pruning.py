@@ -42,7 +42,11 @@ def main(_: list[str]) -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     kept = out / "results.jsonl"
-    done = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    done = (
+        [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+        if kept.exists()
+        else []
+    )
     found = {(r["strategy"], r["share"], r["seed"]): r for r in done}
     source, plan, mesh = open_model(args.checkpoint), Plan.load(args.plan), local_mesh()
     tokenizer, model = tokenizer_of(plan, args.plan), source.model
@@ -102,11 +106,11 @@ def main(_: list[str]) -> None:
                     if (strategy, share, seed) not in found:
                         record = cut(strategy, share, seed)
                         found[strategy, share, seed] = record
-                        with kept.open("a") as file:
+                        with kept.open("a", encoding="utf-8") as file:
                             file.write(json.dumps(record) + "\n")
                         print(json.dumps(record), flush=True)
     text = table(found, args, before["bits_per_byte"], whole)
-    (out / "table.md").write_text(text + "\n")
+    (out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

@@ -98,7 +98,11 @@ def measured(
     Returns:
       By folder and task, shares of one.
     """
-    lines = [json.loads(x) for x in kept.read_text().splitlines()] if kept.exists() else []
+    lines = (
+        [json.loads(x) for x in kept.read_text(encoding="utf-8").splitlines()]
+        if kept.exists()
+        else []
+    )
     done = {
         (x["model"], x["task"], x["shots"], x["metric"]): x["value"]
         for x in lines
@@ -123,7 +127,7 @@ def measured(
                         print(f"{name}, {entry.label}: {error}", file=sys.stderr)
                         continue
                     record = dict(zip(("model", "task", "shots", "metric"), key, strict=True))
-                    with kept.open("a") as file:
+                    with kept.open("a", encoding="utf-8") as file:
                         file.write(
                             json.dumps({**record, "limit": limit, "value": done[key]}) + "\n"
                         )
@@ -178,7 +182,7 @@ def main(_: list[str]) -> None:
         dtype=args.dtype,
     )
     text = "\n\n".join(markdown(table, found) for table in tables)
-    (out / "tables.md").write_text(text + "\n")
+    (out / "tables.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

@@ -29,7 +29,7 @@ def measured(plan: str, steps: int, peak: float, seed: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             train(config, folder, devices=jax.devices()[:1])
-        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+        lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     found = [json.loads(line) for line in lines if '"heldout"' in line]
     return {name: found[-1][name] for name in ("rank_me", "bits_per_byte")}
 

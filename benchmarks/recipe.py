@@ -95,19 +95,21 @@ def prepare(args: Any, out: Path) -> None:
         program(out, "mobilellm_jax.api_dialogues", "--out=api", "--train=600", "--test=60")
     chats = out / "gsm8k_train.jsonl"
     if not chats.exists():
-        with gzip.open(Path(args.corpora) / f"{SOURCES['problems']}.jsonl.gz", "rt") as file:
+        with gzip.open(
+            Path(args.corpora) / f"{SOURCES['problems']}.jsonl.gz", "rt", encoding="utf-8"
+        ) as file:
             written = [json.dumps({"messages": conversation(json.loads(line))}) for line in file]
-        chats.write_text("\n".join(written) + "\n")
+        chats.write_text("\n".join(written) + "\n", encoding="utf-8")
     asked_folder = out / "asked"
     if not asked_folder.exists():
         asked_folder.mkdir()
-        with gzip.open(args.gsm8k, "rt") as file:
+        with gzip.open(args.gsm8k, "rt", encoding="utf-8") as file:
             problems = [json.loads(line) for line in file]
         lines = [
             json.dumps({"question": p["context"], "answer": final(p["chain_of_thought"])})
             for p in problems
         ]
-        (asked_folder / "gsm8k.jsonl").write_text("\n".join(lines) + "\n")
+        (asked_folder / "gsm8k.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         (asked_folder / "api.jsonl").write_bytes((out / "api" / "test.jsonl").read_bytes())
     for name, file, row in (("api", "api/train.jsonl", 1024), ("gsm8k", chats.name, 2048)):
         folder = f"sft_{name}"
@@ -228,7 +230,7 @@ def judge(args: Any, out: Path, name: str) -> dict[str, float]:
             f"--limit={args.limit}",
             f"--out={folder.relative_to(out)}",
         )
-    lines = json.loads((folder / "results.json").read_text())["lines"]
+    lines = json.loads((folder / "results.json").read_text(encoding="utf-8"))["lines"]
     return {f"{line['label']} {line['metric'].split(',')[0]}": line["value"] for line in lines}
 
 
@@ -236,7 +238,7 @@ def curves(out: Path, stages: list[str]) -> list[str]:
     """A drawing for each stage: held-out bits per byte of its sources."""
     parts = []
     for stage in stages:
-        text = (out / "runs" / stage / "metrics.jsonl").read_text().splitlines()
+        text = (out / "runs" / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         found = [r for r in map(json.loads, text) if r["kind"] == "heldout"]
         names = [k for k in found[0] if k.startswith("bits_per_byte/")]
         series = {
@@ -279,11 +281,13 @@ def main(_: list[str]) -> None:
     cells += [[m, *(f"{found[m]:.3f}" for found in judged.values())] for m in measures]
     table = aligned(cells, "<" + ">" * len(judged))
     shares = ", ".join(f"{n} {share:.1%}" for n, share in found_weights(out).items())
-    (out / "results.md").write_text(f"```\n{table}\n```\n\nmixture by influence: {shares}\n")
+    (out / "results.md").write_text(
+        f"```\n{table}\n```\n\nmixture by influence: {shares}\n", encoding="utf-8"
+    )
     drawn = curves(out, list(judged))
     page = drawing.page("The recipe in small", [drawing.preformatted(table), *drawn])
-    (out / "curves.html").write_text(page)
-    (out / "curves.svg").write_text(one_picture(drawn))
+    (out / "curves.html").write_text(page, encoding="utf-8")
+    (out / "curves.svg").write_text(one_picture(drawn), encoding="utf-8")
     print(f"\n{table}\n\nmixture by influence: {shares}\n{out / 'curves.html'}")
 
 

@@ -34,7 +34,7 @@ def run(directory: Path) -> float:
 
 def bits_per_byte(directory: Path) -> dict[str, float]:
     """Held-out bits per byte per source at the end of the run in `directory`."""
-    lines = (directory / "run" / "metrics.jsonl").read_text().splitlines()
+    lines = (directory / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     last = [line for line in map(json.loads, lines) if line["kind"] == "heldout"][-1]
     prefix = "bits_per_byte/"
     return {k.removeprefix(prefix): v for k, v in last.items() if k.startswith(prefix)}

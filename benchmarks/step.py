@@ -82,7 +82,9 @@ def packed_rows(count: int, row_length: int, vocab_size: int) -> np.ndarray:
     files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
     while len(rows) < count:
         for file in files:
-            words = re.findall(r"\w+|\s+|[^\w\s]", file.read_text(errors="ignore"))
+            words = re.findall(
+                r"\w+|\s+|[^\w\s]", file.read_text(errors="ignore", encoding="utf-8")
+            )
             ids = [3 + hash_of(word) % (vocab_size - 3) for word in words]
             found, _ = packer.add([np.array(ids, np.int32)])
             rows = np.concatenate([rows, found])
@@ -209,7 +211,7 @@ def main(_: list[str]) -> None:
         print(table(found, 1e12 * args.peak), flush=True)  # so far: a call may be cut short
     if args.out:
         lines = [json.dumps(each) for rounds in found.values() for each in rounds]
-        Path(args.out).write_text("\n".join(lines) + "\n")
+        Path(args.out).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def write(directory: Path, rows: int) -> Plan:
         write_source(directory / name, info, {}, [Batch("train", tokens)])
         np.save(directory / "rows" / f"{name}.npy", tokens.astype(np.uint32))
     stages = [dict(stage.weights) for stage in plan.stages]
-    (directory / "stages.json").write_text(json.dumps(stages))
+    (directory / "stages.json").write_text(json.dumps(stages), encoding="utf-8")
     dataclasses.replace(plan, tokenizer="random").save(directory / "mixture.json")
     os.sync()  # only what is on the disk can leave the page cache
     return Plan.load(directory / "mixture.json")
@@ -122,7 +122,7 @@ class Peer:
         command = [python, str(PEERS), library, str(directory)]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
         self._library, self._global_batch = library, global_batch
-        self._errors = (directory / f"{library}.log").open("w+")
+        self._errors = (directory / f"{library}.log").open("w+", encoding="utf-8")
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -270,7 +270,7 @@ def forget(directory: Path) -> None:
 
 def bytes_read() -> int:
     """From the disk, by this process."""
-    lines = Path("/proc/self/io").read_text().splitlines()
+    lines = Path("/proc/self/io").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
@@ -313,7 +313,7 @@ def locating_seconds(rows: int) -> tuple[float, float]:
 def planning_bytes(global_batch: int) -> tuple[int, int]:
     """What planning takes at most: the arrays and objects of Python, and all memory of this process."""
     _forget_tables()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
     before = _status("VmRSS")
     _plan_parts(global_batch)
     resident = _status("VmHWM") - before
@@ -333,7 +333,7 @@ def _plan_parts(global_batch: int) -> None:
 
 
 def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 

@@ -122,7 +122,7 @@ def main(library: str, directory: Path) -> None:
     """Answers until its standard input ends."""
     rows = {file.stem: np.load(file) for file in sorted((directory / "rows").glob("*.npy"))}
     row_length = next(iter(rows.values())).shape[1] - 1
-    stages = json.loads((directory / "stages.json").read_text())
+    stages = json.loads((directory / "stages.json").read_text(encoding="utf-8"))
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print too
     say = functools.partial(print, file=answers, flush=True)
     peer = Mosaicml(directory, rows) if library == "mosaicml" else Levanter(directory, rows)

@@ -172,7 +172,11 @@ def answer_rows(
     found = {}
     for file in files:
         name, rows, long = file.name.partition(".")[0], [], 0
-        with gzip.open(file, "rt") if file.suffix == ".gz" else file.open() as lines:
+        with (
+            gzip.open(file, "rt", encoding="utf-8")
+            if file.suffix == ".gz"
+            else file.open(encoding="utf-8") as lines
+        ):
             for number, line in enumerate(lines, start=1):
                 prompt, answer = _question(line, file, number)
                 try:

@@ -77,7 +77,7 @@ def read_prompts(names: Sequence[str], given: Sequence[str] = ()) -> dict[str, s
             )
         file = Path(files[name]).expanduser() if name in files else SHIPPED / f"{name}.txt"
         try:
-            prompt = file.read_text().rstrip("\n")
+            prompt = file.read_text(encoding="utf-8").rstrip("\n")
         except (OSError, UnicodeDecodeError):
             raise UserError(f"--prompt={name}={file} is not a file of text.") from None
         if prompt.count(PLACE) != 1:
@@ -274,7 +274,7 @@ def classifier(folder: str) -> Measure:
     """
     path = Path(folder).expanduser()
     try:
-        raw: Any = json.loads((path / "config.json").read_text())
+        raw: Any = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(
             f"--quality={folder} is neither an import path, package.module:name, nor a folder with the "

@@ -170,7 +170,7 @@ def _complete(
     if not (out / FILE).exists():
         raise UserError(f"{out} exists and is not empty: name another folder.")
     sets = probe_sets.load(out)
-    made = json.loads((out / FILE).read_text())["settings"]
+    made = json.loads((out / FILE).read_text(encoding="utf-8"))["settings"]
     asked = {name: tuple(sources) for name, sources in capabilities.items()}
     if {key: made.get(key) for key in settings} != settings or sets.capabilities != asked:
         raise UserError(
@@ -190,7 +190,7 @@ def _begun(growing: Path, looked: Mapping[str, Any]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, looked)
         return growing
-    begun = json.loads(path.read_text())
+    begun = json.loads(path.read_text(encoding="utf-8"))
     if other := [name for name in looked if looked[name] != begun.get(name)]:
         raise UserError(
             f"{growing} was begun with another {', '.join(other)}: delete it, or give the same options."

@@ -119,7 +119,7 @@ def _check(dedup: Sequence[str], evals: EvalSets | None) -> None:
 
 def _complete(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     path = out / "report.json"
-    report = json.loads(path.read_text()) if path.exists() else {}
+    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if report.get("settings") != settings:
         made = "was made from other input or with other options" if report else "is not empty"
         raise UserError(f"{out} exists and {made}: delete it, or name another folder.")
@@ -135,7 +135,7 @@ def _take_up(growing: Path, settings: Mapping[str, Any]) -> None:
             raise UserError(f"{growing} exists and is not ours: delete it, or name another folder.")
         path.parent.mkdir(parents=True, exist_ok=True)
         cleaning.write_json(path, settings)
-    elif json.loads(path.read_text()) != settings:
+    elif json.loads(path.read_text(encoding="utf-8")) != settings:
         raise UserError(
             f"{growing} was begun from other input or with other options: delete it, or give the same ones."
         )
@@ -166,7 +166,7 @@ class _Passes:
         counts = {name: np.zeros(2, np.int64) for name in VERDICTS}
         quotes: Quotes = {}
         for job, start in zip(self._jobs, self._starts.tolist(), strict=False):
-            written = json.loads(job.file("write").read_text())
+            written = json.loads(job.file("write").read_text(encoding="utf-8"))
             counts = {name: counts[name] + written["counts"][name] for name in VERDICTS}
             quotes |= {int(number) + start: quote for number, quote in written["quotes"].items()}
 
@@ -231,7 +231,7 @@ class _Passes:
                 quoted=tuple(sorted(n - start for n in quoted if start <= n < stop)),
                 lines_before=lines,
             )
-            unfinished = json.loads(job.file("scan").read_text())
+            unfinished = json.loads(job.file("scan").read_text(encoding="utf-8"))
             lines = {file: lines.get(file, 0) + n for file, n in unfinished.items()}
 
     def _spread(self, mark: str, work: Callable[[PartJob], None], jobs: Sequence[PartJob]) -> None:

@@ -161,7 +161,9 @@ def _keep(out: Path, text: str, lines: Sequence[Line], results: dict[str, Any]) 
     for found in results.values():
         for name, samples in found.pop("samples", {}).items():
             rows = (json.dumps(sample, default=str, ensure_ascii=False) for sample in samples)
-            (out / f"samples_{name}.jsonl").write_text("".join(f"{row}\n" for row in rows))
+            (out / f"samples_{name}.jsonl").write_text(
+                "".join(f"{row}\n" for row in rows), encoding="utf-8"
+            )
     described = {
         "subject": args.checkpoint or f"{args.server_model} at {args.server}",
         "seed": args.seed,
@@ -169,8 +171,10 @@ def _keep(out: Path, text: str, lines: Sequence[Line], results: dict[str, Any]) 
         "lines": [dataclasses.asdict(line) for line in lines],
         "harness": results,
     }
-    (out / "results.md").write_text(text + "\n")
-    (out / "results.json").write_text(json.dumps(known(described), indent=2, default=str) + "\n")
+    (out / "results.md").write_text(text + "\n", encoding="utf-8")
+    (out / "results.json").write_text(
+        json.dumps(known(described), indent=2, default=str) + "\n", encoding="utf-8"
+    )
 
 
 def _loaded() -> LoadedModel:

@@ -172,7 +172,7 @@ def main() -> None:
         return
     if args.prompts:
         try:
-            prompts = Path(args.prompts).read_text().rstrip("\n").split("\n")
+            prompts = Path(args.prompts).read_text(encoding="utf-8").rstrip("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts={args.prompts} cannot be read ({error}).") from None
         if prompts == [""]:

@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import itertools
+import json
 import os
 import pathlib
 import random
@@ -283,7 +284,9 @@ def test_after_kill_9_it_goes_on_and_its_processes_are_gone(tmp_path):
         while not list(work.glob("*.sign")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
-        tasks = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        tasks = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(
+            encoding="utf-8"
+        )
         process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "out").exists() and tasks
     while any(map(_alive, tasks.split())):
@@ -295,7 +298,13 @@ def test_after_kill_9_it_goes_on_and_its_processes_are_gone(tmp_path):
 
 def _alive(pid):
     try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return (
+            pathlib.Path(f"/proc/{pid}/stat")
+            .read_text(encoding="utf-8")
+            .rpartition(")")[2]
+            .split()[0]
+            != "Z"
+        )
     except (FileNotFoundError, ProcessLookupError):
         return False
 
@@ -318,6 +327,17 @@ def test_the_program_prints_what_each_pass_removed(tmp_path):
     lines = [line.split() for line in ended.out.splitlines()]
     assert ["exact", "copies", "1", "33.33%", "3", "33.33%"] in lines
     assert ["kept", "2", "66.67%", "6", "66.67%"] in lines
+
+
+def test_in_a_locale_without_its_letters_a_text_is_read_and_written_all_the_same(tmp_path):
+    corpus(tmp_path, ["größe", "größe"])
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    flags = ["--dedup=exact", "--workers=1", f"--source=web={tmp_path}/in*.jsonl"]
+    command = [sys.executable, "-m", "mobilellm_jax.clean", f"--out={tmp_path}/out", *flags]
+    subprocess.run(command, cwd=ROOT, env=ascii_only, check=True, capture_output=True)
+    assert [record["text"] for record in left(tmp_path / "out")] == ["größe"]
+    told = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert told["exact"]["examples"][0]["kept"]["text"] == "größe"
 
 
 @pytest.mark.parametrize(

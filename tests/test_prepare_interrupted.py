@@ -178,16 +178,27 @@ def test_ctrl_c_reaches_processes_that_work_by_the_one_that_waits_for_them():
 
 
 def _children(pid):
-    return [int(c) for c in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [
+        int(c)
+        for c in pathlib.Path(f"/proc/{pid}/task/{pid}/children")
+        .read_text(encoding="utf-8")
+        .split()
+    ]
 
 
 def _command(pid):
-    return pathlib.Path(f"/proc/{pid}/cmdline").read_text()
+    return pathlib.Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")
 
 
 def _alive(pid):
     try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return (
+            pathlib.Path(f"/proc/{pid}/stat")
+            .read_text(encoding="utf-8")
+            .rpartition(")")[2]
+            .split()[0]
+            != "Z"
+        )
     except (FileNotFoundError, ProcessLookupError):
         return False
 

@@ -452,6 +452,8 @@ def test_a_seeded_plan_is_the_plan_with_another_seed(tmp_path):
     assert seeded_plan(path, 5) == beside
     one, other = Plan.load(path).to_dict(), Plan.load(beside).to_dict()
     assert other == {**one, "seed": 5}
-    Path(beside).write_text(Path(beside).read_text().replace("0.7", "0.71"))
+    Path(beside).write_text(
+        Path(beside).read_text(encoding="utf-8").replace("0.7", "0.71"), encoding="utf-8"
+    )
     with pytest.raises(UserError, match=r"mixture-seed5.json is not .*mixture.json with seed 5"):
         seeded_plan(path, 5)

@@ -149,12 +149,12 @@ def _cached(folder: str, described: Any, make: Callable[[], StepCosts]) -> StepC
     key = json.dumps([described, packages, _own_code()], sort_keys=True).encode()
     path = Path(folder) / f"{hashlib.sha256(key).hexdigest()[:32]}.json"
     if path.exists():
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
         return StepCosts(**{**raw, "memory": Memory(**raw["memory"])})
     costs = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(dataclasses.asdict(costs)))
+    unfinished.write_text(json.dumps(dataclasses.asdict(costs)), encoding="utf-8")
     unfinished.replace(path)
     return costs
 

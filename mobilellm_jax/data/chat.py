@@ -63,7 +63,7 @@ def read_template(name: str) -> str:
     shipped = shipped_templates()
     file = SHIPPED / f"{name}.jinja" if name in shipped else Path(name).expanduser()
     try:
-        return file.read_text()
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         raise UserError(
             f"--chat_template={name} is neither a file of text nor one of {', '.join(shipped)}."

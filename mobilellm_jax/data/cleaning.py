@@ -238,5 +238,5 @@ def write(job: PartJob) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a file that is there whole or not at all."""
     half = path.with_name(f"{path.name}.half")
-    half.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    half.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     half.replace(path)

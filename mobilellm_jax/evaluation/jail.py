@@ -304,7 +304,9 @@ def _resident_bytes(processes: int) -> int:
     for pid in os.listdir(processes):
         if pid.isdigit() and pid != "1":
             try:
-                with open(os.open(f"{pid}/statm", os.O_RDONLY, dir_fd=processes)) as file:
+                with open(
+                    os.open(f"{pid}/statm", os.O_RDONLY, dir_fd=processes), encoding="utf-8"
+                ) as file:
                     pages += int(file.read().split()[1])
             except OSError:
                 continue  # it has just ended

@@ -49,7 +49,11 @@ def local_tasks(root: Path | None) -> dict[str, dict[str, Any]]:
 def _kind_of(path: Path) -> Callable[[str, str], dict[str, Any]] | None:
     """What a file holds: what its first line holds, as all others have to."""
     number = 1
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+    with (
+        gzip.open(path, "rt", encoding="utf-8")
+        if path.suffix == ".gz"
+        else path.open(encoding="utf-8") as lines
+    ):
         try:
             kind = _kind(first := json.loads(next(lines, "null")))
             if kind in (None, dialogue_file):  # whose reader looks at every line

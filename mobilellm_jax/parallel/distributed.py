@@ -353,5 +353,5 @@ def _aborts() -> Iterator[_Abort]:
 
 @contextlib.contextmanager
 def _nowhere() -> Iterator[Any]:
-    with open(os.devnull, "w") as file:
+    with open(os.devnull, "w", encoding="utf-8") as file:
         yield file

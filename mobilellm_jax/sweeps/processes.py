@@ -137,7 +137,7 @@ def _failure(ended: _Running, workdir: Path) -> str:
     status, log = ended.process.returncode, _log(ended.cell, workdir)
     if status == 0:
         return ""
-    lines = log.read_text(errors="replace").splitlines()
+    lines = log.read_text(errors="replace", encoding="utf-8").splitlines()
     said = lines[-1] if lines else ""
     if said.startswith("error: "):
         return said.removeprefix("error: ")

@@ -47,7 +47,7 @@ def lines(count: int) -> list[str]:
     that Python's Unicode does not know, since each program's tables are of another year.
     """
     rng = random.Random(0)
-    code = pathlib.Path(random.__file__).read_text().split("\n")
+    code = pathlib.Path(random.__file__).read_text(encoding="utf-8").split("\n")
     plain = [line for topic in TOPICS for line in topic.split("\n")] + code
 
     def character() -> str:
