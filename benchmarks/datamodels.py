@@ -10,7 +10,6 @@ correlation of that with what was measured (Park et al. 2023, arXiv 2303.14186, 
 corpora, with a 95 % interval from drawing the halves again. 1 is perfect, 0 says nothing.
 """
 
-import gzip
 import json
 import math
 import time
@@ -27,6 +26,7 @@ from data_mixing.probe_sets import Probe, ProbeSets
 from data_mixing.scorers import Settings
 from data_mixing.together import train_together
 from mobilellm_jax.data.corpora import FileCorpus, documents, split_of
+from mobilellm_jax.data.inputs import text_lines
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.model.config import ModelConfig, Stack, flops_per_token
 from mobilellm_jax.prepare import prepare
@@ -46,12 +46,7 @@ def grouped(corpora: Path, out: Path, groups: int) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     texts: dict[str, list[dict[str, str]]] = {}
     for path in sorted(corpora.glob("*.jsonl*")):
-        with (
-            gzip.open(path, "rt", encoding="utf-8")
-            if path.suffix == ".gz"
-            else path.open(encoding="utf-8") as lines
-        ):
-            texts[path.name.split(".")[0].lower()] = [json.loads(line) for line in lines]
+        texts[path.name.split(".")[0].lower()] = [json.loads(line) for line in text_lines(path)]
     size = {name: sum(len(d["text"]) for d in some) for name, some in texts.items()}
     for name, some in texts.items():
         # The more text the more groups, but not in proportion: the largest is 25 times the smallest.

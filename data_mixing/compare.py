@@ -13,7 +13,6 @@ answer, before which a chain_of_thought may stand. Killed and started again it g
 """
 
 import dataclasses
-import gzip
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from data_mixing.runs import Member
 from data_mixing.samples import answer_row
 from data_mixing.together import train_together
 from mobilellm_jax import cli
+from mobilellm_jax.data.inputs import text_lines
 from mobilellm_jax.data.packing import counted, token_ids
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.tokenizers import Tokenizer
@@ -172,19 +172,14 @@ def answer_rows(
     found = {}
     for file in files:
         name, rows, long = file.name.partition(".")[0], [], 0
-        with (
-            gzip.open(file, "rt", encoding="utf-8")
-            if file.suffix == ".gz"
-            else file.open(encoding="utf-8") as lines
-        ):
-            for number, line in enumerate(lines, start=1):
-                prompt, answer = _question(line, file, number)
-                try:
-                    rows.append(answer_row(prompt, answer, tokenizer, row_length))
-                except UserError:
-                    long += 1
-                if len(rows) == most:
-                    break
+        for number, line in enumerate(text_lines(file), start=1):
+            prompt, answer = _question(line, file, number)
+            try:
+                rows.append(answer_row(prompt, answer, tokenizer, row_length))
+            except UserError:
+                long += 1
+            if len(rows) == most:
+                break
         if not rows:
             raise UserError(f"{file}: no question fits into a row of {row_length} tokens.")
         if long:

@@ -21,6 +21,7 @@ from etils import epath
 
 from data_mixing.text_measures import Measure, is_import_path, of_callable
 from mobilellm_jax.data.chat import ConversationEncoder
+from mobilellm_jax.data.inputs import text_lines
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.decoding.decoder import Placed, to_read
 from mobilellm_jax.errors import UserError
@@ -76,10 +77,7 @@ def read_prompts(names: Sequence[str], given: Sequence[str] = ()) -> dict[str, s
                 f"--prompt={name}=FILE."
             )
         file = Path(files[name]).expanduser() if name in files else SHIPPED / f"{name}.txt"
-        try:
-            prompt = file.read_text(encoding="utf-8").rstrip("\n")
-        except (OSError, UnicodeDecodeError):
-            raise UserError(f"--prompt={name}={file} is not a file of text.") from None
+        prompt = "".join(text_lines(file)).rstrip("\n")
         if prompt.count(PLACE) != 1:
             raise UserError(
                 f"the prompt in {file} has {prompt.count(PLACE) or 'no'} {PLACE}: write it once, where "

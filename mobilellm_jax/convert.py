@@ -33,6 +33,7 @@ from etils import epath
 
 from mobilellm_jax import cli
 from mobilellm_jax.data.embedded import topics
+from mobilellm_jax.data.inputs import text_lines
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.interop import (
     executorch,
@@ -219,10 +220,7 @@ def main() -> None:
     if args.inspect:
         print(inspection.inspect(args.inspect))
         return
-    try:
-        text = epath.Path(args.text).read_text() if args.text else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text={args.text} cannot be read ({error}).") from None
+    text = "".join(text_lines(args.text)) if args.text else ""
     text = text or "\n\n".join(topics().values())[:SAMPLE]
     source = open_source(args.checkpoint, args["from"].value, args.ls_kv, text)
     if args.quantize is not None:

@@ -15,12 +15,12 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 from absl import flags
 
 from mobilellm_jax import cli
 from mobilellm_jax.data.chat import ConversationEncoder, Message
+from mobilellm_jax.data.inputs import text_lines
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.decoding.decoder import Placed, check_room, row_seeds, stream, to_draw
 from mobilellm_jax.decoding.sampling import Sampling
@@ -142,6 +142,18 @@ def batch(
     )
 
 
+def read_prompts(path: str) -> list[str]:
+    """The lines of a file, but for empty ones at its end.
+
+    Raises:
+      UserError: it cannot be read, or has none.
+    """
+    text = "".join(text_lines(path)).rstrip("\n")
+    if not text:
+        raise UserError(f"--prompts={path} is empty: every line is a prompt.")
+    return text.split("\n")
+
+
 def ids_of(loaded: LoadedModel, prompt: str) -> list[int]:
     """A prompt's ids, BOS before them where texts begin with one, and at least that."""
     ids = loaded.tokenizer.encode(prompt)
@@ -156,6 +168,7 @@ def main() -> None:
     asked = [name for name in ("prompt", "prompts", "chat") if getattr(args, name)]
     if len(asked) > 1:
         raise UserError(f"--{' and --'.join(asked)} exclude each other: give one of them.")
+    prompts = read_prompts(args.prompts) if args.prompts else []
     loaded = load_model(args.checkpoint)
     tokenizer = loaded.tokenizer
     decoder = to_draw(loaded.params, loaded.model, args.dtype)
@@ -170,13 +183,7 @@ def main() -> None:
             stop=args.stop,
         )
         return
-    if args.prompts:
-        try:
-            prompts = Path(args.prompts).read_text(encoding="utf-8").rstrip("\n").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts={args.prompts} cannot be read ({error}).") from None
-        if prompts == [""]:
-            raise UserError(f"--prompts={args.prompts} is empty: every line is a prompt.")
+    if prompts:
         batch(
             decoder,
             tokenizer,

@@ -24,7 +24,7 @@ from mobilellm_jax.decoding.decoder import bucket, row_seeds, stream, to_draw
 from mobilellm_jax.decoding.sampling import GREEDY, Sampling
 from mobilellm_jax.decoding.text import Text, generate, pieces
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.generate import batch, chat, shown
+from mobilellm_jax.generate import batch, chat, read_prompts, shown
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.parallel.mesh import make_mesh
@@ -408,6 +408,15 @@ def test_a_file_of_prompts(capsys):
     assert [line["prompt"] for line in lines] == prompts
     for line, prompt in zip(lines, prompts, strict=True):
         assert [line["text"]] == generate(decoder(PLAIN), Numbers(), [prompt], 6, GREEDY)
+
+
+def test_prompts_are_the_lines_of_a_file_without_its_byte_order_mark(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbfone\r\n\r\nthree\r\n\r\n")
+    assert read_prompts(str(file)) == ["one", "", "three"]
+    file.write_bytes(b"\xef\xbb\xbf\n")
+    with pytest.raises(UserError, match="is empty: every line is a prompt"):
+        read_prompts(str(file))
 
 
 def test_a_prompt_too_long_is_refused_before_any_is_continued(capsys):

@@ -24,6 +24,7 @@ import jinja2.sandbox
 import numpy as np
 
 from mobilellm_jax.data.encoding import Ids
+from mobilellm_jax.data.inputs import text_lines
 from mobilellm_jax.data.packing import INSIDE, UNTRAINED, token_ids
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
@@ -63,8 +64,8 @@ def read_template(name: str) -> str:
     shipped = shipped_templates()
     file = SHIPPED / f"{name}.jinja" if name in shipped else Path(name).expanduser()
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return "".join(text_lines(file))
+    except UserError:
         raise UserError(
             f"--chat_template={name} is neither a file of text nor one of {', '.join(shipped)}."
         ) from None

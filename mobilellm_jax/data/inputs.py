@@ -1,7 +1,8 @@
 """Files to read, here or behind any URL that fsspec knows, and the records in slices of them.
 
 JSON lines may be plain (then a file can be cut at any byte), gzip or Zstandard; a Parquet file can
-be cut between row groups; anything else is one text a file.
+be cut between row groups; anything else is one text a file. Text is UTF-8; the byte order mark that
+some editors put before it is no part of it.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO
 import fsspec
 import pyarrow
 import pyarrow.parquet
+from etils import epath
 
 from mobilellm_jax.errors import UserError
 
@@ -135,6 +137,20 @@ def _size(system: fsspec.AbstractFileSystem, name: str, details: Mapping[str, An
             f"{system.unstrip_protocol(name)} does not say how long it is: download it first."
         )
     return int(size)
+
+
+def text_lines(path: epath.PathLike) -> Iterator[str]:
+    """The lines of a text file, which may be gzip by its name, each with the newline that ends it.
+
+    Raises:
+      UserError: it is not there, not UTF-8 or not whole.
+    """
+    try:
+        with epath.Path(path).open("rb") as raw:
+            content: Any = gzip.GzipFile(fileobj=raw) if str(path).endswith(".gz") else raw
+            yield from io.TextIOWrapper(content, encoding="utf-8-sig")
+    except (EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read ({error}).") from None
 
 
 def slices(file: InputFile, size: int) -> list[Slice]:
@@ -336,7 +352,7 @@ def _plain(file: InputFile, beside: Sequence[str]) -> Iterator[Record]:
     with file.open() as raw:
         content = raw.read()
     try:
-        yield Record([content.decode("utf-8"), *[None] * len(beside)], "", 1, len(content))
+        yield Record([content.decode("utf-8-sig"), *[None] * len(beside)], "", 1, len(content))
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(f"{file.path}, line {line}: not UTF-8.") from None

@@ -15,6 +15,7 @@ from typing import Any
 
 from etils import epath
 
+from mobilellm_jax.data.inputs import text_lines
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluation.endpoint import Message
 
@@ -165,10 +166,7 @@ def conversations_of(
 
 def _records(path: epath.PathLike, what: str, check: Callable[[Record], None]) -> list[Record]:
     """The records of a file, each of them such that `check` raises nothing."""
-    try:
-        text = epath.Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}).") from None
+    text = "".join(text_lines(path))
     where = "it"
     try:
         if text.lstrip().startswith("["):

@@ -8,14 +8,13 @@ Files are JSON lines or one JSON array, of records of two shapes:
 where tools, answers and arguments may also be texts of JSON, as both are often stored.
 """
 
-import gzip
 import json
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
+from mobilellm_jax.data.inputs import text_lines
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluation.api_calls import AGENT, PARSER, Call, Message, read_call, write_call
 from mobilellm_jax.evaluation.api_dialogues import SYSTEM
@@ -72,11 +71,7 @@ def dialogues(path: epath.PathLike) -> Iterator[dict[str, Any]]:
 
 
 def _records(path: epath.Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
-    except (EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read as a file of JSON: {error}.") from None
+    text = "".join(text_lines(path))
     try:
         if text.lstrip()[:1] == "[":
             records = json.loads(text)

@@ -13,7 +13,6 @@ and a file that is complete in itself is a task by the name of the file:
 """
 
 import contextlib
-import gzip
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from unittest import mock
 
 import datasets
 
+from mobilellm_jax.data.inputs import text_lines
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluation.answered import dialogue_file, problem_file
 
@@ -48,33 +48,26 @@ def local_tasks(root: Path | None) -> dict[str, dict[str, Any]]:
 
 def _kind_of(path: Path) -> Callable[[str, str], dict[str, Any]] | None:
     """What a file holds: what its first line holds, as all others have to."""
-    number = 1
-    with (
-        gzip.open(path, "rt", encoding="utf-8")
-        if path.suffix == ".gz"
-        else path.open(encoding="utf-8") as lines
-    ):
-        try:
-            kind = _kind(first := json.loads(next(lines, "null")))
-            if kind in (None, dialogue_file):  # whose reader looks at every line
-                return kind
+    number, lines = 1, text_lines(path)
+    try:
+        kind = _kind(first := json.loads(next(lines, "null")))
+        if kind in (None, dialogue_file):  # whose reader looks at every line
+            return kind
+        if kind == _question_file:
+            _check_question(first)
+        for number, line in enumerate(lines, start=2):  # noqa: B007 (told below)
+            record = json.loads(line)
+            if _kind(record) != kind:
+                raise ValueError(f"it has {', '.join(record) or 'nothing'}")
             if kind == _question_file:
-                _check_question(first)
-            for number, line in enumerate(lines, start=2):  # noqa: B007 (told below)
-                record = json.loads(line)
-                if _kind(record) != kind:
-                    raise ValueError(f"it has {', '.join(record) or 'nothing'}")
-                if kind == _question_file:
-                    _check_question(record)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not JSON in every line ({error}).") from None
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"{path}, line {number}, is not like the first line ({error}): questions need query, "
-                "choices and gold; problems need question and answer."
-            ) from None
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read ({error}).") from None
+                _check_question(record)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON in every line ({error}).") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}, line {number}, is not like the first line ({error}): questions need query, "
+            "choices and gold; problems need question and answer."
+        ) from None
     return kind
 
 

@@ -16,6 +16,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from mobilellm_jax.data.corpora import FileCorpus, documents, split_of
+from mobilellm_jax.data.inputs import text_lines
 from mobilellm_jax.data.tfds_corpus import TfdsCorpus
 from mobilellm_jax.errors import UserError
 
@@ -91,6 +92,24 @@ def test_every_format_gives_the_same_documents(tmp_path, kind):
     named = kind != "txt"
     assert [d.id for d in found] == [str(i) if named else "" for i in range(300)]
     assert [d.place for d in found] == [i + 1 if named else 1 for i in range(300)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt"])
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, name):
+    text = "größe" if name == "a.txt" else '{"text": "größe"}\n{"text": "two"}\n'
+    content = b"\xef\xbb\xbf" + text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    found = [document.text for document in documents(FileCorpus("mine", str(tmp_path / name)))]
+    assert found == (["größe"] if name == "a.txt" else ["größe", "two"])
+    assert "".join(text_lines(tmp_path / name)) == text
+
+
+def test_a_text_file_that_is_none_is_told(tmp_path):
+    (tmp_path / "bytes.txt").write_bytes(b"one\ntwo \xff\n")
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(b"one\n" * 1000)[:-9])
+    for name in ("bytes.txt", "cut.gz", "nowhere.txt"):
+        with pytest.raises(UserError, match=f"{name} cannot be read"):
+            list(text_lines(tmp_path / name))
 
 
 def test_heldout_is_a_fixed_share_and_duplicates_are_on_one_side(tmp_path):

@@ -183,7 +183,7 @@ def test_prompts_of_ones_own_take_their_place(tmp_path):
     ("names", "given", "said"),
     [
         (["law"], [], "no prompt for 'law', only for .*--prompt=law=FILE"),
-        (["law"], ["law=nowhere.txt"], "--prompt=law=nowhere.txt is not a file of text"),
+        (["law"], ["law=nowhere.txt"], "nowhere.txt cannot be read"),
         (["code"], ["code=none.txt"], "none.txt has no {document}"),
         (["code"], ["code=two.txt"], "two.txt has 2 {document}"),
         (["code"], ["math=two.txt"], "--prompt=math=two.txt is not asked: .* are code"),
