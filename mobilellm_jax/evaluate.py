@@ -18,10 +18,11 @@ answered in text can be asked.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,12 @@ from absl import flags
 
 from mobilellm_jax import cli
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.evaluation.perplexity import store_lines, wikitext, window_perplexity
+from mobilellm_jax.evaluation.perplexity import (
+    heldout_sources,
+    store_lines,
+    wikitext,
+    window_perplexity,
+)
 from mobilellm_jax.evaluation.scores import known
 from mobilellm_jax.evaluation.server_flags import define_server, named_server
 from mobilellm_jax.evaluation.suites import Line
@@ -44,7 +50,7 @@ WIKITEXT2, RANK_ME = "wikitext2", "rank_me"
 
 
 def evaluate(
-    subject: LoadedModel | Any,
+    subject: LoadedModel | Callable[[], Any] | Any,
     names: Sequence[str],
     *,
     data: Path | None = None,
@@ -63,7 +69,8 @@ def evaluate(
     """Runs tasks, suites and measures.
 
     Args:
-      subject: a checkpoint, or a model of the harness (`evaluation/served.py`).
+      subject: a checkpoint, or a model of the harness (`evaluation/served.py`); or what gives one of
+        them, called when all that is asked is there.
       names: see `evaluation.tasks.open_tasks`; also `wikitext2` and `rank_me`.
       data: folder with data sets in local files.
       stores: row stores whose held-out rows are measured: plans, or folders of sources.
@@ -97,6 +104,9 @@ def evaluate(
         [name for name in names if name not in measures], data, shots, chat, samples, allow_code
     )
     text = wikitext(data) if WIKITEXT2 in measures else ""
+    sources = [source for store in stores for source in heldout_sources(store)]
+    if callable(subject):
+        subject = subject()
     if not isinstance(subject, LoadedModel):
         if measures or stores:
             raise UserError(f"{', '.join([*measures, *stores])}: these need --checkpoint.")
@@ -107,8 +117,7 @@ def evaluate(
     lines, results = ask(tasks, lm, limit, cache, seed, log)
     if text:
         lines.append(window_perplexity(*own, text, dtype, mesh))
-    for store in stores:
-        lines += store_lines(*own, store, limit, dtype, mesh)
+    lines += store_lines(*own, sources, limit, dtype, mesh)
     if RANK_ME in measures:
         rank = rank_me(subject.params, subject.model)
         lines.append(Line("output embedding", 0, "RankMe", rank, math.nan))
@@ -127,9 +136,8 @@ def main() -> None:
         raise UserError("name either --checkpoint or --server: whose answers are to be judged?")
     if args.log_samples and out is None:
         raise UserError("--log_samples needs --out, where the samples are kept.")
-    subject = _served() if args.server else _loaded()
     lines, results = evaluate(
-        subject,
+        _served if args.server else _loaded,
         [name for name in args.tasks if name],
         data=Path(args.data) if args.data else None,
         stores=args.stores,
@@ -144,8 +152,7 @@ def main() -> None:
         allow_code=args.allow_code,
         log=args.log_samples,
     )
-    model = None if args.server else subject.model
-    text = table(lines, model)
+    text = table(lines, None if args.server else _loaded().model)
     print(text)
     for what, count in results.get("cut", {}).items():
         if count:
@@ -177,6 +184,7 @@ def _keep(out: Path, text: str, lines: Sequence[Line], results: dict[str, Any]) 
     )
 
 
+@functools.cache  # it is judged, and described in the table
 def _loaded() -> LoadedModel:
     """The checkpoint that the flags name, with numbers of 8 bits if they say so."""
     args = flags.FLAGS

@@ -1,6 +1,7 @@
 """Measures of text that are no tasks: perplexity in windows, and bits per byte of row stores."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 
 from mobilellm_jax.data.contexts import Contexts
 from mobilellm_jax.data.plan import Plan
-from mobilellm_jax.data.rows import open_rows, read_info
+from mobilellm_jax.data.rows import SourceInfo, open_rows, read_info
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.decoding.decoder import to_read
 from mobilellm_jax.errors import UserError
@@ -81,16 +82,37 @@ def window_perplexity(
     return Line("WikiText-2", 0, metric, value, value * losses.standard_error, documents=count)
 
 
+def heldout_sources(path: epath.PathLike) -> list[SourceInfo]:
+    """The sources of a store that have held-out rows.
+
+    Args:
+      path: a plan (mixture.json) or the folder of one source.
+
+    Raises:
+      UserError: there is no such store, or no held-out row.
+    """
+    path = epath.Path(path)
+    if path.is_dir():
+        folders = [path]
+    else:
+        plan = Plan.load(path)
+        folders = [epath.Path(plan.resolve(source.path)) for source in plan.sources]
+    found = [info for info in map(read_info, folders) if "heldout" in info.splits]
+    if not found:
+        raise UserError(f"{path} has no held-out rows: prepare it with a held-out part.")
+    return found
+
+
 def store_lines(
     params: Params,
     model: ModelConfig,
     tokenizer: Tokenizer,
-    path: epath.PathLike,
+    sources: Sequence[SourceInfo],
     rows: int | None,
     dtype: str,
     mesh: Mesh,
 ) -> list[Line]:
-    """Bits per byte of the held-out rows of each source of a store.
+    """Bits per byte of the held-out rows of each source.
 
     The standard error is that of a ratio of sums over rows.
 
@@ -98,32 +120,29 @@ def store_lines(
       params: as trained.
       model: their network.
       tokenizer: its tokenizer, which has to be the store's.
-      path: a plan (mixture.json) or the folder of one source.
+      sources: see `heldout_sources`.
       rows: of each source, at most; None: all.
       dtype: of activations and products.
       mesh: devices that share the rows.
 
     Raises:
-      UserError: there is no such store, no held-out row, or the tokenizer is another.
+      UserError: the tokenizer of one is another.
     """
     ready, piece_bytes_V = to_read(params, model, dtype, mesh), tokenizer.piece_bytes()
     network = Network(ready.model, ready.execution, tokenizer.bos_id, tokenizer.eos_id)
     lines = []
-    for folder in _sources(epath.Path(path)):
-        info = read_info(folder)
+    for info in sources:
         if info.tokenizer != tokenizer.fingerprint:
             raise UserError(
-                f"{folder} was tokenized by another tokenizer ({info.tokenizer[:12]}) than the "
+                f"{info.path} was tokenized by another tokenizer ({info.tokenizer[:12]}) than the "
                 f"checkpoint's ({tokenizer.fingerprint[:12]}): prepare its text with that one."
             )
-        if "heldout" not in info.splits:
-            continue
         length = next(
             info.row_length // parts
             for parts in range(1, info.row_length + 1)
             if info.row_length % parts == 0 and info.row_length // parts <= model.max_length
         )
-        split = Contexts(open_rows(folder, "heldout"), length)
+        split = Contexts(open_rows(info.path, "heldout"), length)
         count = len(split) if rows is None else min(rows, len(split))
         batch = mesh.size * min(max(1, AT_ONCE // length), -(-count // mesh.size))
         sums = [
@@ -133,16 +152,7 @@ def store_lines(
         if sums:
             nats_N, bytes_N = np.concatenate(sums, axis=1).astype(np.float64)
             lines.append(_ratio_line(info.name, nats_N / math.log(2), bytes_N, length))
-    if not lines:
-        raise UserError(f"{path} has no held-out rows: prepare it with a held-out part.")
     return lines
-
-
-def _sources(path: epath.Path) -> list[epath.Path]:
-    if path.is_dir():
-        return [path]
-    plan = Plan.load(path)
-    return [epath.Path(plan.resolve(source.path)) for source in plan.sources]
 
 
 @on_each_device(in_specs=(WHOLE, ROWS, WHOLE), out_specs=WHOLE)

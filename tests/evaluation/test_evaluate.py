@@ -202,6 +202,19 @@ def test_unknown_tasks_are_told_with_the_nearest(loaded):
         evaluate(loaded, ["comonsense"])
 
 
+def test_what_is_asked_and_is_not_there_is_told_before_a_network_is_loaded(tmp_path):
+    def load():
+        raise AssertionError("loaded")
+
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(UserError, match=f"--data={nowhere} is not a folder"):
+        evaluate(load, [], data=nowhere)
+    with pytest.raises(UserError, match="no suite or task 'nothing_like_it'"):
+        evaluate(load, ["nothing_like_it"])
+    with pytest.raises(UserError, match="nowhere"):
+        evaluate(load, [], stores=[str(nowhere / "mixture.json")])
+
+
 def test_code_is_not_run_unasked(loaded):
     with pytest.raises(UserError, match=r"mbpp, humaneval run programs .* --allow_code"):
         evaluate(loaded, ["r1_base"])

@@ -102,8 +102,8 @@ def test_what_cannot_be_measured_is_told(trained, tmp_path):
     (folder / "test.jsonl").write_text('{"text": "short"}\n')
     with pytest.raises(UserError, match="has no window of 128"):
         evaluate(loaded, ["wikitext2"], data=tmp_path)
-    with pytest.raises(UserError, match="wikitext2, rank_me, x: these need --checkpoint"):
-        evaluate("a server", ["wikitext2", "rank_me"], data=tmp_path, stores=["x"])
+    with pytest.raises(UserError, match=f"wikitext2, rank_me, {store}: these need --ch"):
+        evaluate("a server", ["wikitext2", "rank_me"], data=tmp_path, stores=[store])
 
 
 @pytest.mark.parametrize("tied", [True, False])
