@@ -24,15 +24,18 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A figure that was measured, with its standard error, nan where there is none."""
+    """A figure that was measured, with its standard error, nan where there is none.
+
+    `parts` are the labels of what it is the mean of, where it is a suite's.
+    """
 
     label: str
     shots: int
     metric: str
     value: float
     standard_error: float
-    averaged: bool = False
     documents: int = 0
+    parts: tuple[str, ...] = ()
 
 
 COMMONSENSE = (

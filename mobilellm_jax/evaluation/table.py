@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Sequence
 
-from mobilellm_jax.evaluation.suites import AVERAGE, COMMONSENSE, PUBLISHED, Line
+from mobilellm_jax.evaluation.suites import COMMONSENSE, PUBLISHED, Line
 from mobilellm_jax.model.config import ModelConfig, parameter_count
 from mobilellm_jax.tables import markdown_table
 
@@ -39,22 +39,21 @@ def table(lines: Sequence[Line], model: ModelConfig | None) -> str:
     name = nearest_published(model, {line.label for line in lines}) if model else None
     header = ["task", "shots", "metric", "value", "standard error", "documents"]
     rows = [[*header, name] if name else header]
-    averaged = [line.label for line in lines if line.averaged]
     for line in lines:
         error = "" if math.isnan(line.standard_error) else f"{line.standard_error:.4f}"
         row = [line.label, str(line.shots), line.metric, f"{line.value:.4f}", error]
         row.append(f"{line.documents:,}" if line.documents else "")
         if name:
-            figure = _published(name, line.label, averaged)
+            figure = _published(name, line)
             row.append("" if figure is None else f"{figure / 100:.3f}")
         rows.append(row)
     return markdown_table(rows, "<><>>>>"[: len(rows[0])])
 
 
-def _published(name: str, label: str, averaged: Sequence[str]) -> float | None:
-    """What is published of a network under a label, in per cent: the average is that of the same tasks."""
+def _published(name: str, line: Line) -> float | None:
+    """What is published of a network beside a line, in per cent: an average is that of the same tasks."""
     figures = PUBLISHED[name]
-    if label != AVERAGE or sorted(averaged) == sorted(entry.label for entry in COMMONSENSE):
-        return figures.get(label)
-    known = [figures[task] for task in averaged if task in figures]
-    return sum(known) / len(known) if len(known) == len(averaged) else None
+    if not line.parts or sorted(line.parts) == sorted(entry.label for entry in COMMONSENSE):
+        return figures.get(line.label)
+    known = [figures[task] for task in line.parts if task in figures]
+    return sum(known) / len(known) if len(known) == len(line.parts) else None

@@ -28,6 +28,7 @@ class Opened:
     loaded: Sequence[Any]  # the harness's tasks or group
     chat: bool  # asked through the chat template
     shots: int | None  # None: what the task says
+    suites: Sequence[str]  # those asked for that count it in their average
 
 
 def open_tasks(
@@ -54,15 +55,17 @@ def open_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager, own = _harness_tasks(), {**answered_tasks(), **local_tasks(data)}
     known = {*own, *manager.all_tasks}
-    # What several suites ask for is asked, and counts in an average, once.
-    entries = list(dict.fromkeys(entry for name in names for entry in _entries(name, known)))
-    code = [e.task for e in entries if e.runs_code or own.get(e.task, {}).get("unsafe_code")]
+    suites: dict[Entry, list[str]] = {}  # what several suites ask for is asked once
+    for name in dict.fromkeys(names):
+        for entry in _entries(name, known):
+            suites.setdefault(entry, []).extend([name] if entry.averaged else [])
+    code = [e.task for e in suites if e.runs_code or own.get(e.task, {}).get("unsafe_code")]
     if code and not allow_code:
         raise _runs_code(code)
     opened = []
     # The harness's tasks of programs try out what runs them when they are loaded.
     with local_datasets(data), in_place_of_code_eval(allowed=True):
-        for entry in entries:
+        for entry, counting in suites.items():
             spec: Any = entry.task
             if entry.task in own:
                 spec = dict(own[entry.task])
@@ -73,7 +76,7 @@ def open_tasks(
             group = found["groups"].get(entry.task)
             loaded = [group] if group else list(found["tasks"].values())
             asked = entry.shots if shots is None else shots
-            opened.append(Opened(entry, loaded, chat or entry.chat, asked))
+            opened.append(Opened(entry, loaded, chat or entry.chat, asked, counting))
     return opened
 
 
@@ -100,6 +103,7 @@ def ask(
     """
     results: dict[str, Any] = {}
     lines: list[Line] = []
+    of_suites: dict[str, list[Line]] = {}
     for task in tasks:
         lm.chat = task.chat  # conversations spell special tokens, other texts do not
         found: Any = lm_eval.simple_evaluate(
@@ -120,8 +124,11 @@ def ask(
         )
         kept = ("results", "n-shot", "n-samples", "versions", *(["samples"] if log else []))
         results[task.entry.task] = {key: found[key] for key in kept}
-        lines += _lines(task.entry, found)
-    return [*lines, *_averages(lines)], results
+        told = _lines(task.entry, found)
+        lines += told
+        for suite in task.suites:
+            of_suites.setdefault(suite, []).extend(told)
+    return [*lines, *(_average(suite, parts) for suite, parts in of_suites.items())], results
 
 
 def _check_code(tasks: Mapping[str, Any], allowed: bool) -> None:
@@ -187,7 +194,7 @@ def _lines(entry: Entry, found: Mapping[str, Any]) -> list[Line]:
             error = results[name].get(f"{metric}_stderr,{filtered}")
             error = float(error) if isinstance(error, float | int) else math.nan
             shown = metric if filtered == "none" else f"{metric} ({filtered})"
-            lines.append(Line(label, shots, shown, float(value), error, entry.averaged, documents))
+            lines.append(Line(label, shots, shown, float(value), error, documents))
     if not lines:
         raise UserError(
             f"the task {entry.task} reports no {entry.metric}, but {', '.join(results[names[0]])}: the "
@@ -196,12 +203,10 @@ def _lines(entry: Entry, found: Mapping[str, Any]) -> list[Line]:
     return lines
 
 
-def _averages(lines: Sequence[Line]) -> list[Line]:
+def _average(suite: str, parts: Sequence[Line]) -> Line:
     """The unweighted mean of a suite's tasks, whose errors are independent."""
-    parts = [line for line in lines if line.averaged]
-    if not parts:
-        return []
     mean = sum(line.value for line in parts) / len(parts)
     error = math.sqrt(sum(line.standard_error**2 for line in parts)) / len(parts)
     documents = sum(line.documents for line in parts)
-    return [Line(AVERAGE, 0, f"mean of {len(parts)}", mean, error, False, documents)]
+    labels = tuple(line.label for line in parts)
+    return Line(AVERAGE, 0, f"{suite}, mean of {len(parts)}", mean, error, documents, labels)

@@ -20,7 +20,7 @@ from mobilellm_jax.evaluate import evaluate
 from mobilellm_jax.evaluation import tasks
 from mobilellm_jax.evaluation.answered import answered_tasks
 from mobilellm_jax.evaluation.local_data import local_datasets, local_tasks
-from mobilellm_jax.evaluation.suites import AVERAGE, PUBLISHED, SUITES, Line
+from mobilellm_jax.evaluation.suites import AVERAGE, PUBLISHED, SUITES, Entry, Line
 from mobilellm_jax.evaluation.table import nearest_published, table
 from mobilellm_jax.interop import huggingface, stored
 from mobilellm_jax.leaves import flat
@@ -111,15 +111,22 @@ def test_a_tag_gives_the_figures_of_all_its_tasks(loaded, data):
     assert found[4:] == [("arc_easy", metric, 4) for metric in ("acc", "acc_norm")]  # once
 
 
-def test_a_suite_has_its_metrics_and_their_mean(loaded, data, monkeypatch):
-    entries = tuple(e for e in SUITES["commonsense"] if e.task == "arc_easy")
-    twice = (*entries, *(type(e)(**{**vars(e), "metric": "acc,none"}) for e in entries))
-    monkeypatch.setitem(tasks.SUITES, "mine", twice)
-    (first, second, mean), _ = evaluate(loaded, ["mine"], data=data)
-    assert (first.metric, second.metric, mean.label) == ("acc_norm", "acc", AVERAGE)
-    assert mean.value == pytest.approx((first.value + second.value) / 2)
+def test_every_suite_has_its_metrics_and_their_mean(loaded, data, monkeypatch):
+    """Also of what two suites ask for, which is asked once."""
+    by_length, plain = (
+        Entry("arc_easy", f"{metric},none", metric, averaged=True) for metric in ("acc_norm", "acc")
+    )
+    monkeypatch.setitem(tasks.SUITES, "both", (by_length, plain))
+    monkeypatch.setitem(tasks.SUITES, "one", (plain,))
+    lines, _ = evaluate(loaded, ["both", "one", "both"], data=data)
+    first, second, of_both, of_one = lines
+    assert (first.metric, second.metric) == ("acc_norm", "acc")
+    assert (of_both.label, of_both.metric) == (AVERAGE, "both, mean of 2")
+    assert of_both.value == pytest.approx((first.value + second.value) / 2)
     errors = first.standard_error, second.standard_error
-    assert mean.standard_error == pytest.approx(math.hypot(*errors) / 2)
+    assert of_both.standard_error == pytest.approx(math.hypot(*errors) / 2)
+    assert (of_one.label, of_one.metric, of_one.parts) == (AVERAGE, "one, mean of 1", ("acc",))
+    assert of_one.value == second.value
 
 
 def test_suites_are_those_of_the_papers():
@@ -155,7 +162,7 @@ def test_the_published_row_knows_what_was_measured():
 
 def test_the_table():
     lines = [
-        Line("ARC-e", 0, "acc_norm", 0.41, 0.01, True, 2376),
+        Line("ARC-e", 0, "acc_norm", 0.41, 0.01, 2376),
         Line("own", 3, "f1", 0.5, math.nan),
     ]
     text = table(lines, preset("mobilellm-125m"))
@@ -168,8 +175,10 @@ def test_averages_stand_beside_those_of_the_same_tasks():
     """Suites average other tasks than the papers of the published networks; those know them or not."""
 
     def last_row(suite, network):
-        parts = [Line(e.label, 0, "acc", 0.4, 0.01, True) for e in SUITES[suite] if e.averaged]
-        text = table([*parts, Line(AVERAGE, 0, "mean", 0.4, 0.01)], preset(network))
+        parts = tuple(entry.label for entry in SUITES[suite] if entry.averaged)
+        lines = [Line(label, 0, "acc", 0.4, 0.01) for label in parts]
+        lines.append(Line(AVERAGE, 0, f"{suite}, mean", 0.4, 0.01, parts=parts))
+        text = table(lines, preset(network))
         return text.splitlines()[-1].split("|")[-2].strip()
 
     assert last_row("commonsense", "mobilellm-125m") == "0.463"

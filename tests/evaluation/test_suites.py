@@ -123,7 +123,7 @@ def test_commonsense_and_mobilellm_from_local_files(tmp_path):
     assert {line.label: line.value for line in lines} == dict.fromkeys([*labels, AVERAGE], 1.0)
     by = {line.label: line for line in lines}
     assert by["TriviaQA"].shots == 1 and by["RACE"].shots == 0
-    assert by[AVERAGE].documents == 3 * 1 + 5 * 3 and by[AVERAGE].metric == "mean of 8"
+    assert by[AVERAGE].documents == 3 * 1 + 5 * 3 and by[AVERAGE].metric == "commonsense, mean of 8"
 
 
 @pytest.mark.slow
