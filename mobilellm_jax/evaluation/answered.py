@@ -18,7 +18,7 @@ import json
 import os
 import pickle
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -31,7 +31,7 @@ from mobilellm_jax.evaluation import api_calls
 from mobilellm_jax.evaluation.code_answers import call_tests, extract_code, grade_cases, grade_tests
 from mobilellm_jax.evaluation.function_calls import dialogues
 from mobilellm_jax.evaluation.math_answers import Grader
-from mobilellm_jax.evaluation.scores import pass_at_k
+from mobilellm_jax.evaluation.scores import mean_score, pass_at_k
 
 Message = api_calls.Message
 Config = dict[str, Any]
@@ -170,13 +170,27 @@ class Dialogues(Answered):
             )
         return super().fewshot_context(doc, **{**how, "num_fewshot": 0})
 
-    def process_results(self, doc: Any, results: Any) -> dict[str, float]:
-        """The figures of one turn: of a call, or of a reply."""
+    def process_results(self, doc: Any, results: Any) -> dict[str, Any]:
+        """The figures of one turn, of a call or of a reply, and again with its dialogue for their errors."""
         turn = api_calls.Turn(self.conversation(doc), doc["expected"], doc["dialogue"])
-        return {name: score.mean for name, score in api_calls.grade_turns([turn], results).items()}
+        found = {name: score.mean for name, score in api_calls.grade_turns([turn], results).items()}
+        return found | {f"{name}_stderr": (mark, turn.dialogue) for name, mark in found.items()}
+
+    def aggregation(self) -> dict[str, Any]:
+        """Means over turns, and their standard errors over dialogues in the place of the harness's own.
+
+        Those take the turns of a dialogue as independent.
+        """
+        return super().aggregation() | {f"{name}_stderr": _clustered for name in self._names()}
 
     def _names(self) -> list[str]:
         return ["EM_intent", "EM_structure", "R1", "RL"]
+
+
+def _clustered(marks: Sequence[tuple[float, Hashable]]) -> float:
+    """The standard error of a mean of marks, of which those of one dialogue are not independent."""
+    values, dialogues = zip(*marks, strict=True)
+    return mean_score(values, dialogues).standard_error
 
 
 def answered_tasks() -> dict[str, Config]:

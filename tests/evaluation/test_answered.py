@@ -20,6 +20,7 @@ from mobilellm_jax.data.chat import read_template
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate import evaluate
 from mobilellm_jax.evaluation.answered import answered_tasks, contest_cases
+from mobilellm_jax.evaluation.api_calls import grade_turns, turns
 from mobilellm_jax.evaluation.api_dialogues import TEST, dialogue
 from mobilellm_jax.evaluation.harness import request_seeds
 from mobilellm_jax.evaluation.suites import SUITES
@@ -243,6 +244,10 @@ def test_dialogues_with_functions_are_graded_turn_by_turn(tmp_path):
     lines, _ = evaluate(Says(lambda prompt, n: one), ["api"], data=tmp_path, chat=True)
     found = {line.metric: line.value for line in lines}
     assert 0 < found["EM_structure"] <= found["EM_intent"] < 1 and found["R1"] == 0
+    graded = [turn for d in made for turn in turns(d["messages"], d["id"])]
+    by_hand = grade_turns(graded, [one] * len(graded))
+    for line in lines:  # over dialogues, whose turns are not independent
+        assert line.standard_error == pytest.approx(by_hand[line.metric].standard_error)
     with pytest.raises(UserError, match="api holds conversations: --chat"):
         evaluate(Says(lambda prompt, n: one), ["api"], data=tmp_path)
 
