@@ -95,6 +95,8 @@ def _at_home(argument: str) -> str:
 
 
 def _guarded(main: Callable[[], None]) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see `mobilellm_jax/__init__.py`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()

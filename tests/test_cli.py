@@ -3,8 +3,10 @@
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -12,6 +14,7 @@ from runs import config_file, finish, program, start_training
 
 from mobilellm_jax import cli
 
+ROOT = Path(__file__).parents[1]
 PROGRAMS = {
     "mobilellm_jax.prepare": ("out", "source", "row_length"),
     "mobilellm_jax.train": ("config", "workdir", "stop_at", "replay"),
@@ -124,6 +127,28 @@ def test_ctrl_c_while_garbage_is_collected_is_not_lost():
         [sys.executable, "-c", COLLECTING], capture_output=True, text=True, timeout=25
     )
     assert (ended.returncode, ended.stderr) == (130, "error: interrupted.\n")
+
+
+@pytest.mark.parametrize("name", ["mobilellm_jax.generate", "data_mixing.why"])
+def test_ctrl_c_while_a_program_is_imported_ends_it_quietly(name, tmp_path):
+    """Also where a library would have lost it."""
+    (tmp_path / "jax.py").write_text("""
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    len("")  # where Python looks for signals
+except KeyboardInterrupt:
+    pass
+""")
+    ended = subprocess.run(
+        [sys.executable, "-m", name, "--checkpoint=x"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        # Tests that run in the background ignore it, and so would all that they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, b"")  # shells say 130 of that
 
 
 def test_what_training_tells_is_complete_and_nothing_else(tmp_path):
