@@ -9,8 +9,9 @@ last and is the commit mark: a directory without it is not a source. `metadata.j
 reader must know (`SourceInfo`), the settings it was made with, and the size of every shard. Beside
 each shard a Parquet file says which documents its rows hold (`documents.py`). `shards.py` writes it.
 
-Reading goes past TFDS's decoder: features are stored as raw bytes at fixed places of each record,
-so a batch of rows is one `frombuffer`; what is not `tokens` becomes their marks (`packing.marked`).
+Reading goes past TFDS's decoder: features are stored as raw bytes, so all records of a source have
+one size, and each feature one place in them: a batch of rows is one `frombuffer`. What is not
+`tokens` becomes their marks (`packing.marked`).
 Reads that fail are tried again (`records.py`).
 """
 
@@ -75,15 +76,10 @@ class SourceInfo:
 class Rows:
     """One split of one source by row number. Picklable; threads may share it."""
 
-    def __init__(
-        self, info: SourceInfo, split: str, records: Records, behind: Mapping[str, int]
-    ) -> None:
-        """Takes the records of a split; use `open_rows`.
-
-        `behind` says of each feature how many bytes of a record stand behind its payload.
-        """
+    def __init__(self, info: SourceInfo, split: str, records: Records) -> None:
+        """Takes the records of a split; use `open_rows`."""
         self.info, self.split = info, split
-        self._records, self._behind = records, dict(behind)
+        self._records = records
 
     @property
     def retries(self) -> int:
@@ -112,21 +108,43 @@ class Rows:
         return tokens
 
     def _decoded(self, records: Sequence[bytes]) -> np.ndarray:
-        sizes = {len(record) for record in records}
-        first, dtype = next(iter(self.info.features.items()))
-        least = (self.info.row_length + 1) * dtype.itemsize + self._behind[first]
-        if len(sizes) > 1 or min(sizes) < least:
+        places, end = {}, 0
+        for name, dtype in self.info.features.items():
+            length = (self.info.row_length + 1) * dtype.itemsize
+            begin = end + len(head(name, length))
+            end = begin + length
+            places[name] = slice(begin, end)
+        if sizes := {len(record) for record in records} - {end}:
             raise UserError(
                 f"the rows of {self.info.path} are not those that its metadata.json describes: records of "
-                f"{min(sizes):,} bytes cannot hold {self.info.row_length:,} tokens; prepare it again."
+                f"{min(sizes):,} bytes are not rows of {self.info.row_length:,} tokens; prepare it again."
             )
         bytes_NZ = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), -1)
-        rows = {}
-        for name, dtype in self.info.features.items():
-            end = bytes_NZ.shape[1] - self._behind[name]
-            begin = end - (self.info.row_length + 1) * dtype.itemsize
-            rows[name] = bytes_NZ[:, begin:end].view(dtype)
+        rows = {
+            name: bytes_NZ[:, places[name]].view(dtype)
+            for name, dtype in self.info.features.items()
+        }
         return marked(**rows, bos_id=self.info.bos_id) if len(rows) > 1 else rows["tokens"]
+
+
+def head(name: str, length: int) -> bytes:
+    """What stands before the payload of a feature in a record, so many bytes.
+
+    A record is a serialized TF example. Serialized messages that follow each other are one message
+    with the fields of all, so each feature is written as an example of its own.
+    """
+    key = b"\n" + _varint(len(name)) + name.encode()
+    found = b""
+    # From within: the payload in a list of bytes, in a feature, by its name, in features, in an example.
+    for field in (b"\n", b"\n", key + b"\x12", b"\n", b"\n"):
+        found = field + _varint(len(found) + length) + found
+    return found
+
+
+def _varint(value: int) -> bytes:
+    """A number as protocol buffers write it: seven bits a byte, the lowest first."""
+    more, last = divmod(value, 128)
+    return bytes([last | 128]) + _varint(more) if more else bytes([last])
 
 
 def is_complete(path: epath.PathLike) -> bool:
@@ -162,7 +180,7 @@ def open_rows(path: epath.PathLike, split: str = "train", readers: Readers | Non
     check_sizes(epath.Path(path), {name: shard["size"] for name, shard in shards.items()}, again)
     files = {os.path.join(path, name): shard["rows"] for name, shard in shards.items()}
     readers = Readers() if readers is None else readers
-    return Rows(info, split, Records(files, again, readers), metadata["behind"])
+    return Rows(info, split, Records(files, again, readers))
 
 
 def shards_of(
@@ -221,8 +239,6 @@ def _check(metadata: Mapping[str, Any]) -> None:
         raise ValueError(f"kind is {info.kind!r}")
     _count("row_length", info.row_length, 1, 1 << 24)
     _count("bos_id", info.bos_id, 0, _count("vocab_size", info.vocab_size, 1) - 1)
-    for feature in info.features:
-        _count(f"behind of {feature}", metadata["behind"][feature], 0)
     rows = dict.fromkeys(info.splits, 0)
     for name, shard in metadata["shards"].items():
         _count(f"size of {name}", shard["size"], 1)

@@ -30,6 +30,7 @@ from mobilellm_jax.data.rows import (
     VERSION,
     SourceInfo,
     SplitInfo,
+    head,
     is_complete,
     read_info,
 )
@@ -248,13 +249,11 @@ class SourceWriter:
             }
             for split, of_split in shards.items()
         }
-        encoder = _Encoder(self.info)
         kept = ("split", "rows", "size", "sidecar_size", "before")
         metadata = {
             "version": VERSION,
             "source": described,
             "settings": dict(self.settings),
-            "behind": encoder.behind,
             "shards": {
                 shard["name"]: {key: shard[key] for key in kept if key in shard}
                 for of_split in shards.values()
@@ -271,7 +270,7 @@ class SourceWriter:
             builder=identity,
             description="Packed rows of token ids; segment ids are cumsum(tokens == bos_id) where no "
             "feature says them.",
-            features=encoder.features,
+            features=_features(self.info),
             disable_shuffling=True,
             metadata=tfds.core.MetadataDict(metadata),
         )
@@ -304,31 +303,29 @@ def write_source(
     return writer.commit(len(parts))
 
 
-class _Encoder:
-    """Rows to serialized TF examples, without TensorFlow.
-
-    All rows of a source have one length, so their examples differ in nothing but the payloads: TFDS
-    serializes an example of each feature, which ends with the payload, and its head is put before
-    every row's. Serialized messages that follow each other are one message with the fields of all.
-    """
-
-    def __init__(self, info: SourceInfo) -> None:
-        self._bos_id, self._dtypes = info.bos_id, info.features
-        tensors = {
+def _features(info: SourceInfo) -> tfds.features.FeaturesDict:
+    """The features of a source, as TFDS is to read them."""
+    return tfds.features.FeaturesDict(
+        {
             name: tfds.features.Tensor(
                 shape=(info.row_length + 1,),
                 dtype=dtype.type,
                 encoding=tfds.features.Encoding.BYTES,
             )
+            for name, dtype in info.features.items()
+        }
+    )
+
+
+class _Encoder:
+    """Rows to serialized TF examples, without TensorFlow: they differ in nothing but the payloads."""
+
+    def __init__(self, info: SourceInfo) -> None:
+        self._bos_id, self._dtypes = info.bos_id, info.features
+        self._heads = {
+            name: head(name, (info.row_length + 1) * dtype.itemsize)
             for name, dtype in self._dtypes.items()
         }
-        self.features = tfds.features.FeaturesDict(tensors)
-        self._heads = {name: _head(name, tensor) for name, tensor in tensors.items()}
-        self.behind: dict[str, int] = {}  # bytes of a record behind the payload of each feature
-        behind = 0
-        for name, dtype in reversed(self._dtypes.items()):
-            self.behind[name] = behind
-            behind += len(self._heads[name]) + (info.row_length + 1) * dtype.itemsize
 
     def __call__(self, row: np.ndarray) -> bytes:
         parts = {"tokens": token_ids(row)}
@@ -339,17 +336,6 @@ class _Encoder:
             head + parts[name].astype(self._dtypes[name]).tobytes()
             for name, head in self._heads.items()
         )
-
-
-def _head(name: str, tensor: tfds.features.Tensor) -> bytes:
-    """What an example of one feature begins with."""
-    features = tfds.features.FeaturesDict({name: tensor})
-    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
-    row = np.arange(tensor.shape[0]).astype(tensor.np_dtype)
-    example = serializer.serialize_example(features.encode_example({name: row}))
-    if not example.endswith(row.tobytes()):
-        raise RuntimeError("TFDS no longer ends an example with the bytes of its tensor")
-    return example[: -row.nbytes]
 
 
 class _ShardWriter:

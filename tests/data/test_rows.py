@@ -12,6 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from mobilellm_jax.data import readers, records, rows
+from mobilellm_jax.data import shards as store
 from mobilellm_jax.data.rows import SourceInfo, SplitInfo, open_rows, read_info
 from mobilellm_jax.data.shards import Batch, SourceWriter, write_source
 from mobilellm_jax.errors import UserError
@@ -226,7 +227,6 @@ def _train_rows(metadata, rows):
         (lambda m: m["source"].update(tokenizer=None), "tokenizer is None"),
         (lambda m: m["source"].update(kind="talk"), "kind is 'talk'"),
         (lambda m: m["source"]["splits"].pop("train"), "KeyError: 'train'"),
-        (lambda m: m.update(behind={}), "KeyError: 'tokens'"),
         (lambda m: m.update(settings=[]), r"settings is \[\]"),
     ],
 )
@@ -239,17 +239,32 @@ def test_a_damaged_description_is_refused_where_it_is_read(source, change, said)
         open_rows(source)
 
 
-@pytest.mark.parametrize("key, value", [("row_length", 1 << 20), ("behind", 1 << 20)])
-def test_records_too_small_for_their_description_are_refused(source, key, value):
+def test_rows_of_any_other_length_than_they_were_written_with_are_refused(source):
     file = source / "metadata.json"
     metadata = json.loads(file.read_text())
-    if key == "behind":
-        metadata["behind"] = {"tokens": value}
-    else:
-        metadata["source"][key] = value
-    file.write_text(json.dumps(metadata))
-    with pytest.raises(UserError, match=r"records of \d+ bytes cannot hold"):
-        open_rows(source).read(np.array([0]))
+    for row_length in (*range(1, 32), *range(33, 200), 1 << 20):
+        metadata["source"]["row_length"] = row_length
+        file.write_text(json.dumps(metadata))
+        with pytest.raises(UserError, match=f"are not rows of {row_length:,} tokens; prepare it"):
+            open_rows(source).read(np.array([0]))
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+@pytest.mark.parametrize("row_length", [1, 26, 27, 32, 2048, 40_000])
+def test_records_are_what_tfds_writes(kind, row_length):
+    info = dataclasses.replace(INFO, kind=kind, row_length=row_length)
+    row = np.arange(row_length + 1, dtype=np.int32) % info.vocab_size
+    payloads = {"tokens": row}
+    if kind == "chat":
+        segments = np.cumsum(row == info.bos_id)
+        payloads |= {"loss_mask": np.ones_like(row), "segment_ids": segments}
+    written = b""
+    for name, dtype in info.features.items():  # messages that follow each other are one
+        feature = tfds.features.FeaturesDict({name: store._features(info)[name]})
+        serializer = tfds.core.example_serializer.ExampleSerializer(feature.get_serialized_info())
+        payload = {name: payloads[name].astype(dtype)}
+        written += serializer.serialize_example(feature.encode_example(payload))
+    assert store._Encoder(info)(row) == written
 
 
 def test_a_failed_writer_leaves_no_source_and_the_next_one_succeeds(tmp_path):
