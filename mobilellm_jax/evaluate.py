@@ -134,11 +134,14 @@ def main() -> None:
         raise UserError(f"--out={out} is a file or holds results already: name another folder.")
     if bool(args.checkpoint) == bool(args.server):
         raise UserError("name either --checkpoint or --server: whose answers are to be judged?")
+    tasks = [name for name in args.tasks if name]
+    if not tasks and not args.stores:
+        raise UserError("nothing is asked: name --tasks, or --stores.")
     if args.log_samples and out is None:
         raise UserError("--log_samples needs --out, where the samples are kept.")
     lines, results = evaluate(
-        _served if args.server else _loaded,
-        [name for name in args.tasks if name],
+        _served() if args.server else _loaded,
+        tasks,
         data=Path(args.data) if args.data else None,
         stores=args.stores,
         limit=args.limit,

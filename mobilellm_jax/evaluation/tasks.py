@@ -1,11 +1,12 @@
 """Tasks of lm-evaluation-harness, and those like them in `answered.py`: opened once, put to any network."""
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,28 +101,32 @@ def ask(
 
     Returns:
       lines of the table, and the harness's results by task.
+
+    Raises:
+      UserError: a task has fewer examples than are to stand before a question.
     """
     results: dict[str, Any] = {}
     lines: list[Line] = []
     of_suites: dict[str, list[Line]] = {}
     for task in tasks:
         lm.chat = task.chat  # conversations spell special tokens, other texts do not
-        found: Any = lm_eval.simple_evaluate(
-            lm,
-            tasks=list(task.loaded),
-            num_fewshot=task.shots,
-            limit=limit,
-            use_cache=cache or None,
-            log_samples=log,
-            apply_chat_template=task.chat,
-            task_manager=_harness_tasks(),
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-            bootstrap_iters=1000,
-            confirm_run_unsafe_code=True,  # allowed when they were opened
-        )
+        with _enough_examples(task):
+            found: Any = lm_eval.simple_evaluate(
+                lm,
+                tasks=list(task.loaded),
+                num_fewshot=task.shots,
+                limit=limit,
+                use_cache=cache or None,
+                log_samples=log,
+                apply_chat_template=task.chat,
+                task_manager=_harness_tasks(),
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+                bootstrap_iters=1000,
+                confirm_run_unsafe_code=True,  # allowed when they were opened
+            )
         kept = ("results", "n-shot", "n-samples", "versions", *(["samples"] if log else []))
         results[task.entry.task] = {key: found[key] for key in kept}
         told = _lines(task.entry, found)
@@ -129,6 +134,20 @@ def ask(
         for suite in task.suites:
             of_suites.setdefault(suite, []).extend(told)
     return [*lines, *(_average(suite, parts) for suite, parts in of_suites.items())], results
+
+
+@contextlib.contextmanager
+def _enough_examples(task: Opened) -> Iterator[None]:
+    """Around a task that is put: the harness draws examples before it asks, and lets `random` complain."""
+    try:
+        yield
+    except ValueError as error:
+        if "Sample larger than population" not in str(error):
+            raise
+        raise UserError(
+            f"{task.entry.task} has fewer examples than the {task.shots} that are to stand before each "
+            "question: lower --shots."
+        ) from None
 
 
 def _check_code(tasks: Mapping[str, Any], allowed: bool) -> None:

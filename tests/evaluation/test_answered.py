@@ -313,6 +313,7 @@ def test_the_program_asks_a_server_and_keeps_what_it_said(tmp_path):
     [
         ([], "name either --checkpoint or --server"),
         (["--checkpoint=a", "--server=b"], "name either --checkpoint or --server"),
+        (["--checkpoint=a", "--tasks="], "nothing is asked: name --tasks, or --stores"),
         (["--server=http://localhost:1"], "--server needs --server_model"),
         (["--checkpoint=a", "--log_samples"], "--log_samples needs --out"),
     ],

@@ -14,6 +14,7 @@ from runs import run
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
 import datasets
+from lm_eval.api.model import LM
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluate import evaluate
@@ -33,6 +34,15 @@ def loaded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     run(tiny.config(tiny.corpus(folder / "data"), steps=40), folder / "run")
     return load_model(folder / "run")
+
+
+class Unasked(LM):
+    """A model that nothing may be asked."""
+
+    def generate_until(self, requests, disable_tqdm=False):
+        raise AssertionError("asked")
+
+    loglikelihood = loglikelihood_rolling = generate_until
 
 
 def questions(count=12):
@@ -93,6 +103,11 @@ def test_no_question_is_an_example_for_itself(loaded, data):
     for sample in samples:
         prompt = sample["arguments"][0][0]
         assert prompt.count(sample["doc"]["query"]) == 1 and prompt.count("\n\n") == 3
+
+
+def test_more_examples_than_there_are_is_told(data):
+    with pytest.raises(UserError, match="sums has fewer examples than the 50 .*lower --shots"):
+        tasks.ask(tasks.open_tasks(["sums"], data, shots=50), Unasked())
 
 
 def test_a_task_of_the_harness_reads_local_files(loaded, data):
