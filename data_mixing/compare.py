@@ -35,12 +35,13 @@ from mobilellm_jax.data.packing import counted, token_ids
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import replaced
 from mobilellm_jax.sweeps.statistics import Estimate, estimate, verdict
 from mobilellm_jax.tables import aligned, markdown_table
 from mobilellm_jax.training.length import length_of
 from mobilellm_jax.training.setup import tokenizer_of
 
-FILE = "comparison.json"
+FILE, PAGE = "comparison.json", "comparison.html"
 BY = "data_mixing.compare"
 
 
@@ -96,22 +97,14 @@ def compare(
     Raises:
       UserError: bad input, or the folder is of other runs.
     """
-    names = ("runs", "plans", FILE, "table.md", "comparison.html")
+    names = ("runs", "plans", FILE, "table.md", PAGE)
     out, base = folders.holding(out, names), next(iter(plans.values()))
-    tokenizer = tokenizer_of(base, base.directory)
     for name, plan in plans.items():
         if plan.tokenizer != base.tokenizer:
             raise UserError(
                 f"the plan {name} is of rows of another tokenizer than the first one's."
             )
-    rows = {
-        f"probes/{name}": found
-        for name, found in experiments.probe_rows(
-            sets, "heldout", base, config.row_length, probe_rows
-        ).items()
-    }
-    if answers:
-        rows |= answer_rows(Path(answers), tokenizer, config.row_length, probe_rows)
+    rows = measured_rows(config, base, sets, answers, probe_rows)
     members = [
         _member(f"{name}-{seed}", plan, config, seed)
         for seed in range(seeds)
@@ -125,6 +118,7 @@ def compare(
         config, members, rows, out / "runs", measure_every=length_of(config).steps, group=group
     )
     experiments.save_plans(members, out / "plans")
+    tokenizer = tokenizer_of(base, base.directory)
     bytes_of = {name: _bytes(found, tokenizer) for name, found in rows.items()}
     bits = {
         name: {
@@ -142,6 +136,34 @@ def compare(
     found = Comparison(seeds, bits, flops)
     _write(found, out)
     return found
+
+
+def measured_rows(
+    config: ConfigDict,
+    plan: Plan,
+    sets: ProbeSets,
+    answers: epath.PathLike | None,
+    most: int,
+) -> dict[str, np.ndarray]:
+    """What judges networks: held-out probes and right answers, int32 [N, row_length + 1] by measure.
+
+    Args:
+      config: of the runs.
+      plan: names the tokenizer.
+      sets: the probes.
+      answers: folder of questions with answers, if any.
+      most: rows of a measure.
+
+    Raises:
+      UserError: a capability has no held-out probe, or see `answer_rows`.
+    """
+    length = config.row_length
+    probes = experiments.probe_rows(sets, "heldout", plan, length, most)
+    rows = {f"probes/{name}": found for name, found in probes.items()}
+    if answers:
+        tokenizer = tokenizer_of(plan, plan.directory)
+        rows |= answer_rows(Path(answers), tokenizer, length, most)
+    return rows
 
 
 def _member(name: str, plan: Plan, config: ConfigDict, seed: int) -> Member:
@@ -231,15 +253,17 @@ def _text(value: Estimate, sign: str = "") -> str:
 def _write(found: Comparison, out: epath.Path) -> None:
     lines = table(found)
     sides = "<" + ">" * (len(lines[0]) - 1)
-    (out / FILE).write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n")
     note = (
         f"Bits per byte, mean over {found.seeds} seeds with Student's 95 % interval; lower is better. "
         "Differences are taken seed by seed."
     )
-    (out / "table.md").write_text(f"{markdown_table(lines, sides)}\n\n{note}\n")
-    (out / "comparison.html").write_text(
-        drawing.page("Mixtures compared", [f"<p>{note}</p>", drawn(found)])
-    )
+    for name, text in (
+        (FILE, json.dumps(dataclasses.asdict(found), indent=2) + "\n"),
+        ("table.md", f"{markdown_table(lines, sides)}\n\n{note}\n"),
+        (PAGE, drawing.page("Mixtures compared", [f"<p>{note}</p>", drawn(found)])),
+    ):
+        with replaced(out / name) as unfinished:
+            unfinished.write_text(text)
     print(aligned(lines, sides), flush=True)
 
 

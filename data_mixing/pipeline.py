@@ -12,11 +12,13 @@ does, with one training configuration for all runs, what these programs do, each
     weights        data_mixing.weights, all methods side by side
     compared       data_mixing.compare, on the probes' other half and on --answers
 
-and writes OUT/report.html. Killed and started again with the same flags it goes on. What a step costs
-in FLOPs goes into the plans that it makes, and stands in the comparison.
+and writes OUT/report.html. Killed and started again with the same flags it goes on; with others it is
+refused, for a part is made of those before it. What a step costs in FLOPs goes into the plans that it
+makes, and stands in the comparison.
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 
@@ -34,6 +36,7 @@ from data_mixing import (
     leave_one_out,
     probe_sets,
     proxies,
+    regression,
     scorers,
 )
 from data_mixing import weights as weighing
@@ -44,13 +47,15 @@ from data_mixing.together import train_together
 from data_mixing.weights import Request
 from mobilellm_jax import cli
 from mobilellm_jax.data.plan import Plan
+from mobilellm_jax.files import replaced
 from mobilellm_jax.model.config import ModelConfig, flops_per_token
 from mobilellm_jax.tables import aligned
 from mobilellm_jax.training.length import length_of
 
 BY = "data_mixing.pipeline"
 METRICS = ("datainf", "tracin", "embedding", "ngrams")
-FOLDERS = ("base", "scores", "left_out", "proxies", "weights", "compared", "report.html")
+SETTINGS, PAGE = "settings.json", "report.html"
+OWN = (SETTINGS, "base", "scores", "left_out", "proxies", "weights", "compared", PAGE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +106,25 @@ def pipeline(
       answers: folder of questions, see `compare`.
 
     Raises:
-      UserError: see the functions of each step.
+      UserError: see the functions of each step; or `out` was made with other settings, or holds
+        something else.
     """
-    out = folders.holding(out, FOLDERS)
+    out = folders.holding(out, OWN)
+    # What would only be met when much is computed.
+    judged = comparing.measured_rows(config, plan, sets, answers, effort.probe_rows)
+    proxies.drawn(config, plan, effort.proxies, max_epochs=effort.max_epochs)
+    regression.models(seed=0)
+    # All that decides the result, but for the configuration, which the base run is told apart by.
+    described = {
+        "plan": plan.hash,
+        "probes": sets.fingerprint,
+        "judged": {
+            name: hashlib.sha256(rows.tobytes()).hexdigest() for name, rows in judged.items()
+        },
+        "effort": dataclasses.asdict(effort),
+        "settings": dataclasses.asdict(settings),
+    }
+    folders.claim(out, described, SETTINGS)
     length = length_of(config)
     run = flops_per_token(ModelConfig.from_dict(config.model), config.row_length) * length.tokens
 
@@ -208,8 +229,9 @@ def pipeline(
         probe_rows=effort.probe_rows,
         group=effort.group,
     )
-    (out / "report.html").write_text(_report(plan, table, left_out, found, left, compared))
-    print(out / "report.html", flush=True)
+    with replaced(out / PAGE) as unfinished:
+        unfinished.write_text(_report(plan, table, left_out, found, left, compared))
+    print(out / PAGE, flush=True)
     return compared
 
 

@@ -66,11 +66,8 @@ def train_proxies(
       UserError: bad input, or the folder is of other runs.
     """
     out = folders.holding(out, ("runs", "plans", MIXTURES, LOSSES))
-    prior, length = sizes(plan), length_of(config)
-    bounds = None if max_epochs is None else bounds_of(prior, max_epochs, length.tokens)
-    mixtures = proxies(
-        prior, count, seed, bounds=bounds, temperature=temperature, strengths=STRENGTHS
-    )
+    length = length_of(config)
+    mixtures = drawn(config, plan, count, seed=seed, max_epochs=max_epochs, temperature=temperature)
     members = [
         experiments.member_of(
             f"run_{run}", plan, dict(zip(mixtures.names, row.tolist(), strict=True)), config, 0, BY
@@ -97,6 +94,26 @@ def train_proxies(
         (out / name).unlink(missing_ok=True)  # of these very runs, from a run of this before
         table.save(out / name)
     return mixtures, losses
+
+
+def drawn(
+    config: ConfigDict,
+    plan: Plan,
+    count: int,
+    *,
+    seed: int = 0,
+    max_epochs: float | None = None,
+    temperature: float = TEMPERATURE,
+) -> RunTable:
+    """The mixtures that `train_proxies` trains on.
+
+    Raises:
+      UserError: the plan does not know its sizes, caps on epochs are impossible, or there are not that
+        many different mixtures.
+    """
+    prior, tokens = sizes(plan), length_of(config).tokens
+    bounds = None if max_epochs is None else bounds_of(prior, max_epochs, tokens)
+    return proxies(prior, count, seed, bounds=bounds, temperature=temperature, strengths=STRENGTHS)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import math
 import mixing
 import numpy as np
 import pytest
+import runs
 import tiny
 
 from data_mixing import compare as comparing
@@ -86,8 +87,6 @@ def compared(made):
 @pytest.mark.slow
 def test_bits_per_byte_are_those_of_training_alone(made, compared):
     """A run of `train` on the same plan and seed, and the losses of its checkpoint."""
-    import runs
-
     folder, _, sets, config = made
     found, plans, out = compared
     config = config.copy_and_resolve_references()
@@ -187,3 +186,29 @@ def test_the_whole_pipeline_and_again(made, tmp_path):
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.npz")}
     assert quietly(pipeline, *arguments) == first
     assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.npz")}
+    before = runs.files(tmp_path / "out")
+    for field, value in (("max_epochs", 49), ("seeds", 3), ("rows", 13)):
+        other = dataclasses.replace(effort, **{field: value})
+        with pytest.raises(UserError, match=rf"other settings .*\(effort.{field}: .* here\)"):
+            quietly(pipeline, config, plan, sets, tmp_path / "out", other, *arguments[5:])
+    with pytest.raises(
+        UserError, match=r"other settings .*judged.answers/sums: .* there, None here"
+    ):
+        quietly(pipeline, *arguments[:-1])
+    assert runs.files(tmp_path / "out") == before
+
+
+def test_what_a_pipeline_would_only_meet_at_its_end_is_met_before_it_begins(made, tmp_path):
+    folder, plan, sets, config = made
+    scoring = {
+        name: tuple(p for p in of if p.half == "score") for name, of in sets.documents.items()
+    }
+    (tmp_path / "none").mkdir()
+    for said, probes, effort, answers in (
+        ("no .jsonl or .jsonl.gz in", sets, Effort(), tmp_path / "none"),
+        ("no probe in the half", dataclasses.replace(sets, documents=scoring), Effort(), None),
+        ("the caps on epochs allow", sets, Effort(max_epochs=0.01), None),
+    ):
+        with pytest.raises(UserError, match=said):
+            quietly(pipeline, config, plan, probes, tmp_path / "out", effort, Settings(), answers)
+        assert not list((tmp_path / "out").iterdir())
