@@ -37,6 +37,8 @@ from mobilellm_jax.training.length import Length, length_of
 from mobilellm_jax.training.workdir import check_past, read_config
 
 SHOWN = 400  # characters of a row's text in a table
+# What may be asked, and which flags say more of it; --usage may be that at a --step.
+OPTIONS = {"usage": ("source",), "document": (), "skip": ("reason",), "step": ("source", "text")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +101,7 @@ def step_table(run: Run, step: int, source: str = "") -> Iterator[dict[str, Any]
     Raises:
       UserError: the run has no such step or source, or the documents cannot be looked up.
     """
-    if source and source not in run.plan.names:
-        raise UserError(f"the plan has no source {source!r}, only {', '.join(run.plan.names)}.")
+    _check_source(run, source)
     tokenizer = Tokenizer.load(run.plan.resolve(run.plan.tokenizer_path))
     for row in accounting.seen_rows(run.mixture, *run.rows_of(step)):
         if source in ("", row.source):
@@ -152,24 +153,35 @@ def document_table(run: Run, document: str) -> list[dict[str, Any]]:
     ]
 
 
-def usage_table(run: Run, step: int | None = None) -> list[dict[str, Any]]:
-    """A record for each source: how much of it is used after a step (by default, now; and at the end)."""
+def usage_table(run: Run, step: int | None = None, source: str = "") -> list[dict[str, Any]]:
+    """A record for each source, or for one: how much of it is used after a step, by default now.
+
+    Raises:
+      UserError: the run has no such step or source.
+    """
+    _check_source(run, source)
     rows = run.consumed if step is None else run.rows_of(step)[1]
     given, end = run.mixture.given(rows), run.mixture.given(run.whole)
     length = run.config["row_length"]
     return [
         {
             "source": name,
-            "rows": len(source),
-            "tokens": len(source) * length,
+            "rows": len(of),
+            "tokens": len(of) * length,
             "read": int(given[s]),
             "share": float(given[s] / max(given.sum(), 1)),
-            "epochs": float(given[s] / len(source)),
-            "used": min(float(given[s] / len(source)), 1.0),
-            "epochs_at_end": float(end[s] / len(source)),
+            "epochs": float(given[s] / len(of)),
+            "used": min(float(given[s] / len(of)), 1.0),
+            "epochs_at_end": float(end[s] / len(of)),
         }
-        for s, (name, source) in enumerate(zip(run.plan.names, run.mixture.sources, strict=True))
+        for s, (name, of) in enumerate(zip(run.plan.names, run.mixture.sources, strict=True))
+        if source in ("", name)
     ]
+
+
+def _check_source(run: Run, source: str) -> None:
+    if source and source not in run.plan.names:
+        raise UserError(f"the plan has no source {source!r}, only {', '.join(run.plan.names)}.")
 
 
 def skip(run: Run, first: int, last: int, reason: str) -> str:
@@ -260,14 +272,18 @@ def _cell(value: Any) -> str:
 def main(workdir: str) -> None:
     """The command line."""
     args = flags.FLAGS
-    asked = [args.usage, args.document is not None, args.skip is not None]
-    if sum(asked) + (args.step is not None and not args.usage) != 1:
+    asked = [name for name in OPTIONS if getattr(args, name) not in (None, False)]
+    if len(asked) != 1 and asked != ["usage", "step"]:
         raise UserError("ask for one thing: --step=N, --document=ID, --usage or --skip=FIRST:LAST.")
+    for name in ("source", "text", "reason"):
+        if getattr(args, name) and name not in OPTIONS[asked[0]]:
+            goes = " and ".join(f"--{other}" for other in OPTIONS if name in OPTIONS[other])
+            raise UserError(f"--{name} goes with {goes}, not with --{asked[0]}: leave it out.")
     if args.document == "":  # the id of all that have none
         raise UserError("--document= names no document: give its id, or FILE:PLACE.")
     run = open_run(workdir)
     if args.usage:
-        _print(usage_table(run, args.step), args.json)
+        _print(usage_table(run, args.step, args.source), args.json)
     elif args.document is not None:
         _print(document_table(run, args.document), args.json)
     elif args.skip is not None:
@@ -289,7 +305,7 @@ def main(workdir: str) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_integer("step", None, "Show the rows and documents of this step.", 1)
-    flags.DEFINE_string("source", "", "Of --step, the rows of this source alone.")
+    flags.DEFINE_string("source", "", "Of --step and --usage, this source alone.")
     flags.DEFINE_bool("text", False, "With --step, the begin of each row's text too.")
     flags.DEFINE_string("document", None, "Show where this document comes: its id, or FILE:PLACE.")
     flags.DEFINE_bool("usage", False, "Show how much of each source is used, at --step or now.")

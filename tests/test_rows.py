@@ -292,6 +292,15 @@ def test_what_cannot_be_skipped_or_replayed(prepared, trained):
         list(step_table(run, 1, "poems"))
 
 
+def test_that_data_do_not_tell_their_documents_is_said_before_a_step_is_replayed(tmp_path, capsys):
+    config = tiny.config(tiny.corpus(tmp_path / "data"), 4)
+    runs.run(config, tmp_path / "run")
+    capsys.readouterr()
+    with pytest.raises(UserError, match="does not say which documents .*: prepare it again"):
+        replay(config, tmp_path / "run", 4, tiny.one_device())
+    assert not capsys.readouterr().out and not (tmp_path / "run" / "replay").exists()
+
+
 @pytest.mark.parametrize(
     "text, wrong",
     [
@@ -325,6 +334,21 @@ def test_the_program_answers(prepared, trained):
     assert found.status == 0 and " 3 " in found.out
     usage = runs.program("mobilellm_jax.rows", workdir, "--usage")
     assert usage.status == 0 and "epochs" in usage.out and "words" in usage.out
-    for flags in ((), ("--usage", "--document=x"), ("--document=",), ("--skip=5",)):
+    usage = runs.program("mobilellm_jax.rows", workdir, "--usage", "--step=3", "--source=sums")
+    assert usage.status == 0 and [line.split()[0] for line in usage.out.splitlines()] == [
+        *("source", "sums")
+    ]
+    for flags, said in (
+        ((), "ask for one thing"),
+        (("--usage", "--document=x"), "ask for one thing"),
+        (("--step=3", "--document=x"), "ask for one thing"),
+        (("--document=",), "names no document"),
+        (("--skip=5",), "is not of the form FIRST:LAST"),
+        (("--usage", "--text"), "--text goes with --step, not with --usage: leave it out"),
+        (("--usage", "--source=poems"), "no source 'poems', only words, sums"),
+        (("--document=x", "--source=sums"), "--source goes with --usage and --step, not with"),
+        (("--step=3", "--reason=no"), "--reason goes with --skip, not with --step"),
+    ):
         ended = runs.program("mobilellm_jax.rows", workdir, *flags)
         assert ended.status == 1 and ended.err.startswith("error: "), flags
+        assert said in ended.err, ended.err

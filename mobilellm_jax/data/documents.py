@@ -222,7 +222,10 @@ def _shards(path: epath.PathLike, split: str) -> Iterator[_Shard]:
     first = 0
     for name, shard in shards_of(read_metadata(path), path, split).items():
         if "sidecar_size" not in shard:
-            raise UserError(f"{path} does not say which documents its rows hold.")
+            raise UserError(
+                f"{path} does not say which documents its rows hold: prepare it again "
+                "(`python -m mobilellm_jax.prepare`)."
+            )
         file = epath.Path(path) / (name + SUFFIX)
         yield _Shard(file, first, shard["rows"], shard["before"])
         first += shard["rows"]

@@ -82,7 +82,8 @@ def replay(
       devices: to run on; all there are if None.
 
     Raises:
-      UserError: the configuration is another run's, or the step cannot be reached.
+      UserError: the configuration is another run's, the step cannot be reached, or the data do not say
+        which documents their rows hold.
     """
     run, workdir = set_up(config, devices or jax.devices()), epath.Path(workdir)
     if not 1 <= step <= run.length.steps:
@@ -97,15 +98,20 @@ def replay(
                 "later step, or set config.checkpoint.keep_every in the next run."
             )
         begun_at = 0 if meta is None else int(meta["step"])
+        if meta is not None:
+            check_same_run(meta, config, run.plan, checkpoints.directory)
+        # Before anything is computed, for data need not say which documents their rows hold.
+        part = jax.process_index(), jax.process_count()
+        count = run.length.batch(step) // part[1]
+        first = run.length.rows(step - 1) + part[0] * count
+        seen = list(seen_rows(run.mixture, first, first + count))
         print(f"replaying {step - begun_at:,} step(s) from step {begun_at:,} ...", flush=True)
         if meta is None:
             state = run.fresh()
         else:
-            check_same_run(meta, config, run.plan, checkpoints.directory)
             run = run.at(meta)
             state = checkpoints.restore(run.abstract, begun_at)
         checkpoints.close()
-        part = jax.process_index(), jax.process_count()
         parts = stream(run.mixture, run.length, begun_at, *part, prefetch=config.prefetch)
         for done in range(begun_at + 1, step):
             rows = put_rows(next(parts), run.mesh)
@@ -116,8 +122,6 @@ def replay(
         _, metrics = run.step(state, put_rows(batch, run.mesh))
         metrics = jax.device_get(metrics)
 
-    first = run.length.rows(step - 1) + part[0] * len(batch["tokens"])
-    seen = seen_rows(run.mixture, first, first + len(batch["tokens"]))
     found = [
         ReplayedRow(
             row.index,
