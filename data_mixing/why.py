@@ -7,6 +7,9 @@ ranks documents that the run has read by what reading them once did to the likel
 after the prompt, and shows of each its source, its id, file and place, every step at which the run
 saw it, and which of its tokens did it. Positive means that it made the answer likelier.
 
+Of a fork that goes on with the state of another run (`config.init_state=all`) these are also the rows
+and steps before it; of a run that began with weights alone they are its own.
+
 A run that has read more rows than --rows is not scored whole: half of the rows are those most alike
 to prompt and answer by n-grams, of --scan that are looked through, and half are drawn by --seed.
 """
@@ -38,6 +41,7 @@ from mobilellm_jax.files import new_file
 from mobilellm_jax.parallel.mesh import local_mesh
 from mobilellm_jax.rows import Run, open_run
 from mobilellm_jax.tables import aligned
+from mobilellm_jax.training.checkpoint import FOLDER
 
 METRICS = ("tracin", "dot", "datainf")
 ANSWER = "answer"  # the capability that is probed
@@ -310,8 +314,9 @@ def _shown(findings: Sequence[Finding]) -> list[dict[str, Any]]:
 def main() -> None:
     """The command line around `why`."""
     args = flags.FLAGS
-    workdir = args.checkpoint.partition("@")[0]
     checkpoints = influence.open_checkpoints([args.checkpoint], args.steps, [ANSWER])
+    path = checkpoints[-1].path
+    workdir = path.parent.parent if path.parent.name == FOLDER else path
     with new_file(args.out) as path:
         helped, hurt, scored = why(
             checkpoints,

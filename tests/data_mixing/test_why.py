@@ -2,6 +2,7 @@
 
 import html.parser
 import types
+import zlib
 
 import mixing
 import numpy as np
@@ -81,6 +82,42 @@ def test_steps_are_those_at_which_the_run_read_it(workdir):
         assert list(found.steps) == expected and expected
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["all", "weights"])
+def test_steps_of_a_run_that_begins_at_another_are_those_at_which_rows_were_read(
+    workdir, tmp_path, state
+):
+    """By what both runs recorded: a fork goes on with the steps before it, a run from weights does not."""
+    config = tiny.config(open_run(workdir).config["plan"], 50)
+    config.init_from, config.init_state = f"{workdir}@20", state
+    config.checkpoint.every, config.schedule.floor = 10, 0.0
+    if state == "all":  # another batch from there on
+        config.batch_ramp, config.global_batch = ((16, 20 * 16 * tiny.ROW),), 8
+    else:
+        config.first_row = 20 * 16
+    runs.run(config, tmp_path / "a@5")
+    run, read = open_run(tmp_path / "a@5"), {}
+    parts = [(tmp_path / "a@5", range(1, 41))]
+    if state == "all":
+        parts = [(workdir, range(1, 21)), (tmp_path / "a@5", range(21, 41))]
+    for of, steps in parts:
+        recorded = runs.lines(of)
+        for step in steps:
+            last, first = (recorded[s]["rows"] if s in recorded else 0 for s in (step, step - 1))
+            first = first or (config.first_row if step == 1 else 20 * 16 if step == 21 else 0)
+            index = np.arange(first, last)
+            tokens = run.mixture.read(index)["tokens"]
+            assert zlib.crc32(tokens.data) == recorded[step]["batch_crc32"]
+            at = run.mixture.locate(index)
+            for pair in zip(at.source.tolist(), at.row.tolist(), strict=True):
+                read.setdefault(pair, []).append(step)
+    helped, hurt, scored = ask(tmp_path / "a@5", FACTS[0], "@40", shown=10_000)
+    assert scored == len(read) and len({len(steps) for steps in read.values()}) > 1
+    for found in (*helped, *hurt):
+        key = run.plan.names.index(found.source), found.row
+        assert list(found.steps) == read[key], found
+
+
 def test_a_benefit_is_the_sum_of_what_its_tokens_do(workdir):
     helped, hurt, _ = ask(workdir, FACTS[1], steps=2)
     for found in (*helped, *hurt):
@@ -147,6 +184,19 @@ def test_the_program(workdir, tmp_path):
     assert "facts-" in ended.out.splitlines()[1] and (tmp_path / "why.html").exists()
     ended = runs.program("data_mixing.why", *flags)
     assert ended.status == 1 and "exists: name a new file" in ended.err
+
+
+@pytest.mark.parametrize("named", ["a@5", "a@5@40", "a@5/checkpoints/40"])
+def test_a_checkpoint_may_be_named_in_every_way(workdir, tmp_path, named):
+    (tmp_path / "a@5").symlink_to(workdir)
+    flags = [
+        f"--checkpoint={tmp_path / named}",
+        "--prompt=code k is",
+        "--answer= zuvo.",
+        "--rows=8",
+    ]
+    ended = runs.program("data_mixing.why", *flags, f"--out={tmp_path / 'why.html'}")
+    assert ended.status == 0, ended.err
 
 
 def test_bad_input(workdir):
