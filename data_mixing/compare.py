@@ -186,7 +186,8 @@ def answer_rows(
     which is told.
 
     Raises:
-      UserError: there is no such folder, no file in it, or a line is not as it should be.
+      UserError: there is no such folder, no file in it, one cannot be read, or a line is not as it
+        should be.
     """
     files = sorted(p for p in folder.glob("*.jsonl*") if p.name.endswith((".jsonl", ".jsonl.gz")))
     if not files:
@@ -214,7 +215,14 @@ def _question(line: str, file: Path, number: int) -> tuple[str, str]:
     try:
         record: dict[str, Any] = json.loads(line)
         if "choices" in record:
-            return record["query"], " " + record["choices"][record["gold"]]
+            query, choices, gold = record["query"], record["choices"], record["gold"]
+            if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+                raise TypeError("the choices are no list of texts")
+            if not isinstance(query, str):
+                raise TypeError("the query is no text")
+            if type(gold) is not int or not 0 <= gold < len(choices):
+                raise TypeError(f"gold is {gold!r}, not the number of a choice, from 0 on")
+            return query, f" {choices[gold]}"
         prompt = record["question"] if "question" in record else record["context"]
         thought = record.get("chain_of_thought")
         answer = record["answer"]

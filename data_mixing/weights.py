@@ -23,6 +23,7 @@ data_mixing/methods.py says what each computes, measurements.py and run_tables.p
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -352,6 +353,8 @@ def main() -> None:
     out = epath.Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty: name a new folder.")
+    if args.tokens == math.inf:
+        raise UserError("--tokens=inf is no length of a run: give the tokens it will read.")
     requests = [parse(text) for text in args.method]
     found = mixtures_of(
         Plan.load(args.plan),

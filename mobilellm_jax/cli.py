@@ -3,6 +3,7 @@
 import functools
 import io
 import logging as std_logging
+import math
 import os
 import re
 import select
@@ -78,6 +79,9 @@ def _parse(argv: list[str], positional: str) -> list[str]:
         _exit(str(error), 1)
     except Exception as error:  # whatever a configuration file may raise while it runs
         _exit(_unusable(error), 2)
+    for name, value in flags.FLAGS.flag_values_dict().items():
+        if isinstance(value, float) and math.isnan(value):  # which no bound keeps out
+            _exit(f"flag --{name}=nan: that is no number.", 2)
     expected = 2 if positional else 1
     if len(rest) > expected:
         unexpected = rest[expected]

@@ -83,6 +83,14 @@ def test_without_what_it_needs_a_program_says_so_and_fails(name):
     assert "Traceback" not in ended.err
 
 
+def test_a_flag_that_is_no_number_is_refused():
+    """It would be within every bound, and a cap of it none."""
+    inputs = "--config=configs/mixing.py", "--probes=x", "--out=x"
+    ended = program("data_mixing.proxies", *inputs, "--max_epochs=nan")
+    assert ended.status == 2
+    assert ended.err == "error: flag --max_epochs=nan: that is no number.\n"
+
+
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_a_program_ends_without_a_word_where_nobody_reads_on(lines, tmp_path):
     """Like `... | head`, while it prints or at its end."""

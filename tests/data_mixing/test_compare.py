@@ -138,6 +138,28 @@ def test_bad_input(made, compared, tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps({"question": "1 + 2", "answer": {"a": 3}}))
     with pytest.raises(UserError, match="line 1, is no question .* neither text nor number"):
         answer_rows(tmp_path, tiny.tokenizer(), tiny.ROW, 4)
+    for wrong, said in (
+        ({"query": 5}, "the query is no text"),
+        ({"choices": "34"}, "the choices are no list of texts"),
+        ({"gold": -1}, "gold is -1, not the number of a choice"),
+        ({"gold": 2}, "gold is 2, not the number of a choice"),
+        ({"gold": "0"}, "gold is '0', not the number of a choice"),
+    ):
+        (tmp_path / "x.jsonl").write_text(json.dumps(QUESTIONS[0] | wrong))
+        with pytest.raises(UserError, match=f"line 1, is no question .*{said}"):
+            answer_rows(tmp_path, tiny.tokenizer(), tiny.ROW, 4)
+    zipped = gzip.compress(b"{}" * 100)
+    for name, content in (
+        ("y.jsonl", b"\xff\xfe"),
+        ("y.jsonl.gz", b"none"),
+        ("y.jsonl.gz", zipped[:-9]),
+        ("y.jsonl.gz", zipped[:12] + b"\xff" * 9 + zipped[21:]),
+    ):
+        (tmp_path / "broken").mkdir(exist_ok=True)
+        (tmp_path / "broken" / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name} cannot be read"):
+            answer_rows(tmp_path / "broken", tiny.tokenizer(), tiny.ROW, 4)
+        (tmp_path / "broken" / name).unlink()
     rows = []
     for answer in (3, "3"):
         (tmp_path / "x.jsonl").write_text(json.dumps({"question": "1 + 2", "answer": answer}))

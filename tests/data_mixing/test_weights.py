@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import runs
 import tiny
 
 from data_mixing import measurements, regression, weights
@@ -398,3 +399,10 @@ def test_the_program_from_another_folder_with_relative_paths(folder):
     assert open_mixture(plan, tiny.ROW, tiny.VOCAB).read(np.arange(5))["tokens"].any()
     again = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     assert again.returncode == 1 and "exists and is not empty" in again.stderr
+
+
+def test_a_run_without_end_has_no_weights(folder):
+    flags = f"--plan={folder}/data/plan.json", "--method=uniform", f"--out={folder}/endless"
+    ended = runs.program("data_mixing.weights", *flags, "--tokens=inf")
+    assert ended.status == 1 and "--tokens=inf is no length of a run" in ended.err
+    assert not (folder / "endless").exists()
