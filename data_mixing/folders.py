@@ -18,6 +18,9 @@ _HALF = r"\.(unfinished|partial-[0-9a-f]{8})$"
 def claim(folder: epath.PathLike, settings: Mapping[str, Any], name: str = "settings.json") -> None:
     """Makes a folder for what these settings make, or checks that the one that is there is it.
 
+    One that holds nothing but settings is of whoever comes: what it was claimed for was refused, or
+    killed, before it made anything.
+
     Args:
       folder: of results.
       settings: plain values that decide what is in it.
@@ -30,10 +33,11 @@ def claim(folder: epath.PathLike, settings: Mapping[str, Any], name: str = "sett
     path = folder / name
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: name a directory as --out.")
-    made = path.exists() or not folder.exists()
-    if not made and any(file.name != f"{name}.unfinished" for file in folder.iterdir()):
-        raise UserError(f"{folder} holds no {name}, so it holds something else: name a new --out.")
     folder.mkdir(parents=True, exist_ok=True)
+    if all(file.name in (name, f"{name}.unfinished") for file in folder.iterdir()):
+        path.unlink(missing_ok=True)
+    elif not path.exists():
+        raise UserError(f"{folder} holds no {name}, so it holds something else: name a new --out.")
     agree(path, settings)
 
 

@@ -135,6 +135,7 @@ def influence(
     folders.claim(out, described)
     if (out / FILE).exists():
         done = load_table(out / FILE)
+        (out / "parts").rmtree(missing_ok=True)  # if it was killed at the very end
         print(f"{out / FILE}: complete, kept as it is.", flush=True)
         return done
 
@@ -388,7 +389,6 @@ def _score(
         for scorer in scorers:
             bar.set_description(scorer.name)
             folder = out / "parts" / scorer.name
-            folder.mkdir(parents=True, exist_ok=True)
             cost_file = folder / "cost.json"
             if cost_file.exists():
                 bar.update(scorer.rows_before + sum(map(len, scored)))
@@ -401,6 +401,7 @@ def _score(
                     flush=True,
                 )
             values, before, each = scorer.open(bar.update)
+            folder.mkdir(parents=True, exist_ok=True)
             for number, (sample, part) in enumerate(parts):
                 path = folder / f"{number:05d}.parquet"
                 if not path.exists():

@@ -11,8 +11,19 @@ def test_a_folder_is_claimed_once_and_again_with_the_same_settings(tmp_path):
     for _ in range(2):
         folders.claim(tmp_path / "out", settings)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["settings.json"]
+    (tmp_path / "out" / "made").write_text("")
     with pytest.raises(UserError, match=r"other settings or other data \(rows: 4 there, 5 here\)"):
         folders.claim(tmp_path / "out", {**settings, "rows": 5})
+
+
+def test_one_in_which_nothing_was_made_is_of_whoever_comes(tmp_path):
+    """Settings that were refused hold no folder."""
+    folders.claim(tmp_path / "out", {"rows": -4})
+    folders.claim(tmp_path / "out", {"rows": 5})
+    (tmp_path / "out" / "made").write_text("")
+    folders.claim(tmp_path / "out", {"rows": 5})
+    with pytest.raises(UserError, match=r"\(rows: 5 there, -4 here\)"):
+        folders.claim(tmp_path / "out", {"rows": -4})
 
 
 def test_what_is_not_ours_is_refused(tmp_path):

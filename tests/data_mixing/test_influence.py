@@ -145,6 +145,7 @@ def test_killed_and_started_again_it_writes_the_same(made, scored, tmp_path, mon
         else:
             assert again[name].to_pylist() == first[name].to_pylist()
     assert calls[0] > 12
+    (tmp_path / "again" / "parts").mkdir()  # as if killed at the very end
     kept = score(made, tmp_path / "again")  # complete: nothing is computed
     assert kept.equals(again) and not (tmp_path / "again" / "parts").exists()
     with pytest.raises(UserError, match="other settings or other data"):
@@ -188,6 +189,10 @@ def test_bad_input(made, tmp_path):
     assert not (tmp_path / "b").exists()  # before anything is computed
     with pytest.raises(UserError, match="--metrics names none"):
         score(made, tmp_path / "b", metrics=[])
+    one = {"checkpoints": [f"{workdir}@60"], "metrics": ["dot"], "rows": 4}
+    with pytest.raises(UserError, match="'head' is not embedding, output"):
+        score(made, tmp_path / "l", **one, settings=Settings("head", batch_rows=16))
+    assert len(score(made, tmp_path / "l", **one))  # its folder is free for what is right
     (tmp_path / "lr=0.01").symlink_to(workdir)
     (point,) = open_checkpoints([f"{tmp_path}/lr=0.01"], 1, list(CAPABILITIES))
     assert point.step == 60 and point.capabilities == (*CAPABILITIES,)
