@@ -56,6 +56,7 @@ from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.parallel.compiled import keep_compiled
 from mobilellm_jax.training.config import FREE, check
 from mobilellm_jax.training.length import length_of
+from mobilellm_jax.training.setup import programs
 from mobilellm_jax.training.start import open_weights
 
 
@@ -167,7 +168,8 @@ def _opened(name: str, probes: ProbeSets) -> Checkpoint:
 def _check(given: Given, point: Checkpoint) -> dict[str, int]:
     """Meets what would only be met when the scores are there; the rows of each source."""
     config, plan, metric = given.config, given.plan, given.choices.metric
-    check(config, len(given.devices or jax.devices()))
+    devices = given.devices or jax.devices()
+    check(config, len(devices))
     if metric not in METRICS:
         raise UserError(f"--metric={metric} is none of {', '.join(METRICS)}.")
     if config.init_state != "weights" or config.first_row:
@@ -176,6 +178,7 @@ def _check(given: Given, point: Checkpoint) -> dict[str, int]:
             "set config.init_state=weights and config.first_row=0."
         )
     tokenizer = Tokenizer.load(plan.resolve(plan.tokenizer_path))
+    programs(config, devices, tokenizer.bos_id, tokenizer.eos_id, len(plan.sources))
     open_weights(point.path, ModelConfig.from_dict(config.model), tokenizer)
     paths = {source.name: plan.resolve(source.path) for source in plan.sources}
     totals = {n: len(Contexts(open_rows(path), config.row_length)) for n, path in paths.items()}
