@@ -159,7 +159,7 @@ def _train_group(runs: Runs, number: int, progress: "_Progress", signals: Signal
     progress.begin(number, step)
 
     def save(how: Callable[..., None]) -> None:
-        meta = {"step": step, "config": runs.config.to_dict(), **origin}
+        meta = {"step": step, "rows": length.rows(step), "config": runs.config.to_dict(), **origin}
         how(state, meta, runs.tokenizer)
 
     measure = _measurement(runs)
