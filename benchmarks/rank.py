@@ -14,9 +14,10 @@ import tempfile
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from configs import smoke
+from mobilellm_jax import cli
 from mobilellm_jax.train import train
 
 
@@ -34,7 +35,7 @@ def measured(plan: str, steps: int, peak: float, seed: int) -> dict[str, float]:
     return {name: found[-1][name] for name in ("rank_me", "bits_per_byte")}
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """See the module."""
     args = flags.FLAGS
     print("peak learning rate  seed  RankMe  held-out bits per byte")
@@ -50,4 +51,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("peaks", ["0.0004", "0.001", "0.002", "0.004", "0.008"], "Learning rates.")
     flags.DEFINE_integer("steps", 300, "Of each run.")
     flags.DEFINE_integer("seeds", 2, "Runs of each learning rate.")
-    app.run(main)
+    cli.run(main)
