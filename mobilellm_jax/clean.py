@@ -131,7 +131,7 @@ def _complete(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _take_up(growing: Path, settings: Mapping[str, Any]) -> None:
     path = cleaning.work_folder(growing) / "settings.json"
     if not path.exists():
-        if any(file.is_file() and file.suffix != ".half" for file in growing.rglob("*")):
+        if any(file.is_file() and file.suffix != ".unfinished" for file in growing.rglob("*")):
             raise UserError(f"{growing} exists and is not ours: delete it, or name another folder.")
         path.parent.mkdir(parents=True, exist_ok=True)
         cleaning.write_json(path, settings)

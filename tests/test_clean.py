@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -61,6 +62,10 @@ def test_a_difference_of_one_character_is_no_exact_copy(tmp_path):
     assert report["documents"]["kept"] == 4
 
 
+def test_different_texts_are_no_exact_copies_however_many():
+    assert len({cleaning.text_hash(str(number)) for number in range(300_000)}) == 300_000
+
+
 def test_each_record_tells_where_it_is_from(tmp_path):
     texts = [text_of(random.Random(i), 10) for i in range(50)]
     source = corpus(tmp_path, texts, part_size=900)
@@ -75,9 +80,10 @@ def test_each_record_tells_where_it_is_from(tmp_path):
 
 def test_prepare_can_read_what_is_left(tmp_path):
     texts = ["naïve 😀", "a\nb\u2028c", *map(str, range(20))]
-    clean(corpus(tmp_path, texts), tmp_path / "out", dedup=["exact"], workers=1)
+    report = clean(corpus(tmp_path, texts), tmp_path / "out", dedup=["exact"], workers=1)
     again = FileCorpus("web", f"{tmp_path}/out/*.jsonl.zst", heldout=0)
     assert [document.text for document in documents(again)] == texts
+    assert report["bytes"]["kept"] == sum(len(text.encode()) for text in texts)
 
 
 # Near copies.
@@ -143,9 +149,25 @@ def test_documents_linked_over_others_are_copies_of_the_first(tmp_path):
 
 @needs_datatrove
 def test_texts_of_a_few_words_are_no_near_copies(tmp_path):
-    source = corpus(tmp_path, ["two words", "Two words!", "?", "one two three four", *"abc"])
-    report = clean(source, tmp_path / "out", dedup=["near"], workers=1)
-    assert report["documents"]["near"] == 0
+    texts = ["two words", "Two words!", "?", "one two three four", "One two three four", *"abc"]
+    texts += ["one two three four five", "One two three four five."]  # the fewest that can be
+    report = clean(corpus(tmp_path, texts), tmp_path / "out", dedup=["near"], workers=1)
+    assert [record["place"] for record in left(tmp_path / "out")] == [*range(1, len(texts))]
+    assert report["documents"]["near"] == 1
+
+
+@needs_datatrove
+def test_parts_may_be_more_than_the_files_that_are_open_at_first(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for part in range(30):
+        cleaning.write_signatures([f"one two three four five {part % 29}"], tmp_path / "s", part)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        for bucket in range(cleaning.BUCKETS):
+            cleaning.write_matches(tmp_path / "s", bucket, tmp_path / "matches")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [29, 0] in cleaning.near_copies(tmp_path / "matches", range(30)).tolist()
 
 
 @needs_datatrove

@@ -19,6 +19,7 @@ from mobilellm_jax.data import decontamination
 from mobilellm_jax.data.corpora import Part
 from mobilellm_jax.data.decontamination import EvalSets
 from mobilellm_jax.data.ngrams import SHINGLE, ngram_hashes, words
+from mobilellm_jax.files import replaced
 
 BUCKETS, PER_BUCKET = 14, 8  # MinHash: two documents are near if all 8 hashes of any of 14 agree
 
@@ -126,8 +127,6 @@ def near_copies(folder: Path, starts: Sequence[int]) -> np.ndarray:
     matches = np.concatenate(
         [np.fromfile(file, "<u4").reshape(-1, 4) for file in sorted(folder.glob("*.dups"))]
     )
-    if not len(matches):
-        return np.zeros((0, 2), np.int64)
     first_of = np.array(starts, np.int64)
     ends = np.stack([first_of[matches[:, i]] + matches[:, i + 1] for i in (0, 2)], axis=1)
     nodes, links = np.unique(ends, return_inverse=True)
@@ -237,6 +236,5 @@ def write(job: PartJob) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a file that is there whole or not at all."""
-    half = path.with_name(f"{path.name}.half")
-    half.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    half.replace(path)
+    with replaced(path) as unfinished:
+        unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
