@@ -91,12 +91,16 @@ def test_stock_tfds_reads_it(source):
         assert len(data) == len(expected)
         assert data[0]["tokens"].dtype == np.uint16
         assert all((data[i]["tokens"] == expected[i]).all() for i in range(0, len(expected), 17))
+        files = map(readers.array_record_module.ArrayRecordReader, map(str, shards(source, split)))
+        records_ = [file.read(range(file.num_records())) for file in files]
+        assert builder.info.splits[split].num_bytes == sum(map(len, sum(records_, [])))
 
 
 def test_pickles_and_threads_share_it(source):
     stored = open_rows(source)
     stored.read(np.arange(5))
     copy = pickle.loads(pickle.dumps(stored))
+    assert copy.retries == stored.retries == 0
     wanted = [RNG.integers(0, 1000, 100) for _ in range(50)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for indices, read in zip(wanted, pool.map(copy.read, wanted), strict=True):
@@ -145,12 +149,17 @@ def test_damage_within_a_shard_is_told_at_reading(source, monkeypatch):
 
 def test_a_read_that_fails_for_a_moment_is_tried_again_and_counted(source, monkeypatch):
     class Failing(readers.array_record_module.ArrayRecordReader):
-        left = 3
+        """Of the files that are opened the first four stay bad, each in a way of its own."""
+
+        errors = [OSError, RuntimeError, ValueError, IndexError]
+
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.error = Failing.errors.pop() if Failing.errors else None
 
         def read(self, positions):
-            if Failing.left:
-                Failing.left -= 1
-                raise [OSError, RuntimeError][Failing.left % 2]("the network is away")
+            if self.error:
+                raise self.error("the network is away")
             return super().read(positions)
 
     monkeypatch.setattr(readers.array_record_module, "ArrayRecordReader", Failing)
@@ -158,7 +167,20 @@ def test_a_read_that_fails_for_a_moment_is_tried_again_and_counted(source, monke
     stored = open_rows(source)
     assert stored.retries == 0
     assert (stored.read(np.arange(1000)) == TRAIN).all()
-    assert stored.retries == 3
+    assert stored.retries == 4
+
+
+def test_rows_that_can_only_be_read_one_by_one_come_in_their_order(source, monkeypatch):
+    class Single(readers.array_record_module.ArrayRecordReader):
+        def read(self, positions):
+            if len(positions) > 1:
+                raise OSError("too much at once")
+            return super().read(positions)
+
+    monkeypatch.setattr(readers.array_record_module, "ArrayRecordReader", Single)
+    monkeypatch.setattr(records, "_PAUSES", (0.001,))
+    order = RNG.integers(0, 1000, 50)
+    assert (open_rows(source).read(order) == TRAIN[order]).all()
 
 
 @pytest.mark.parametrize("most", [1, 2, 100])
@@ -283,18 +305,26 @@ def test_a_failed_writer_leaves_no_source_and_the_next_one_succeeds(tmp_path):
     assert (open_rows(path).read(np.arange(1000)) == TRAIN).all()
 
 
-def test_parts_stay_only_if_they_are_whole_and_of_the_same_settings(tmp_path):
+def test_parts_stay_only_if_they_are_whole_and_of_the_same_settings(tmp_path, monkeypatch):
     writer = SourceWriter(str(tmp_path / "code"), INFO, {"a": 1})
     writer.begin()
     for number, batches_ in enumerate(parts()):
         writer.write_part(number, batches_, {})
     (shard,) = (tmp_path / "code.incomplete").glob("code-heldout*-00001")
     shard.write_bytes(shard.read_bytes()[:-1])
+    scratch = tmp_path / "code.incomplete" / "scratch-of-one-that-was-killed"
+    scratch.mkdir()
     writer.begin()
+    assert not scratch.exists()
     assert [writer.is_written(i) for i in range(5)] == [True, False, True, True, False]
+    shard.unlink()
+    assert not writer.is_written(1)
     other = SourceWriter(str(tmp_path / "code"), INFO, {"a": 2})
     with pytest.raises(UserError, match="interrupted, of other input or with other options"):
         other.begin()
+    with monkeypatch.context() as later, pytest.raises(UserError, match="interrupted, of other"):
+        later.setattr(store, "VERSION", 99)
+        writer.begin()
     assert [writer.is_written(i) for i in range(5)] == [True, False, True, True, False]
     for mark in (tmp_path / "code.incomplete" / "parts").glob("0*.json"):
         mark.unlink()
@@ -328,6 +358,9 @@ def test_nothing_is_overwritten(source):
     with pytest.raises(UserError, match="exists already"):
         write_source(source, INFO, {}, batches())
     assert len(open_rows(source)) == 1000
+    (source.parent / "mine").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        write_source(source.parent / "mine", INFO, {}, batches())
 
 
 def test_a_source_without_training_rows_is_refused(tmp_path):
