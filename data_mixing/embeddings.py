@@ -174,7 +174,7 @@ class Whitening:
             )
         centred_ND = sample_ND.astype(np.float64) - sample_ND.mean(0, dtype=np.float64)
         variance_D, axes_DD = np.linalg.eigh(centred_ND.T @ centred_ND / len(sample_ND))
-        variance_D = np.maximum(variance_D, 0) + cls.RIDGE * variance_D.max()
+        variance_D = variance_D + cls.RIDGE * variance_D.max()
         scale_D = 1 / np.sqrt(np.where(variance_D > 0, variance_D, 1))  # 0: all vectors are equal
         return cls(sample_ND.mean(0, dtype=np.float64), axes_DD * scale_D)
 

@@ -1,5 +1,8 @@
 """Vectors of texts and their neighbours: what a plain computation gives, whatever is computed together."""
 
+import json
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,7 @@ from weights import random_leaves
 
 from data_mixing import embeddings
 from data_mixing.embeddings import Kept, Whitening, embed, unit
+from mobilellm_jax.data.sentencepiece_tokenizer import train_tokenizer
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.leaves import nested
 from mobilellm_jax.model import transformer
@@ -38,7 +42,11 @@ def plain(loaded, text, length):
 
 def test_a_vector_is_the_mean_of_the_states_of_the_texts_own_tokens(loaded, monkeypatch):
     monkeypatch.setattr(embeddings, "AT_ONCE", 512)  # several batches
-    for length in (20, 10_000):  # also beyond the context of 128
+    for length in (
+        16,
+        20,
+        10_000,
+    ):  # as many as fill a batch's width, and beyond the context of 128
         expected = [plain(loaded, text, min(length, 127)) for text in TEXTS]
         found = embed(TEXTS, loaded, length=length)
         assert found.dtype == np.float32
@@ -51,6 +59,25 @@ def test_neither_order_nor_neighbours_nor_devices_matter(loaded):
     np.testing.assert_allclose(embed([TEXTS[n] for n in order], loaded), whole[order], atol=2e-5)
     np.testing.assert_allclose(embed(TEXTS[3:5], loaded), whole[3:5], atol=2e-5)
     np.testing.assert_allclose(embed(TEXTS, loaded, mesh=local_mesh()), whole, atol=2e-5)
+
+
+def test_a_stored_network_is_known_by_all_that_its_vectors_depend_on(loaded, monkeypatch):
+    def stored(weights="a", tokenizer=loaded.tokenizer, **how):
+        opened = types.SimpleNamespace(identity={"weights": weights}, needed_tokenizer=tokenizer)
+        monkeypatch.setattr(embeddings, "open_model", lambda directory: opened)
+        return embeddings.network("somewhere", **how)
+
+    monkeypatch.setattr(embeddings, "load_model", lambda directory: loaded)
+    found = stored(length=9, dtype="bfloat16")
+    np.testing.assert_allclose(
+        found.of(TEXTS), embed(TEXTS, loaded, length=9, dtype="bfloat16"), atol=2e-5
+    )
+    other = train_tokenizer(tiny.documents("words", 100), tiny.VOCAB)
+    changed = ({"length": 8}, {"dtype": "bfloat16"}, {"weights": "b"}, {"tokenizer": other})
+    identities = [stored(**how).identity for how in ({}, *changed)]
+    assert len({json.dumps(identity, sort_keys=True) for identity in identities}) == 5
+    with pytest.raises(UserError, match="--embedding_tokens=0"):
+        stored(length=0)
 
 
 def test_a_text_without_a_token_is_refused(loaded):
@@ -108,7 +135,9 @@ def test_whitening_makes_unrelated_vectors_unlike_and_leaves_near_copies_alike()
 def test_a_sample_smaller_than_the_width_can_whiten_and_one_too_small_cannot():
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(70, 300)) + 5
-    assert np.isfinite(Whitening.fitted(vectors)(vectors)).all()
+    assert np.isfinite(Whitening.fitted(vectors[:64])(vectors)).all()
+    stretched = np.linalg.svd(Whitening.fitted(vectors).turn_DD, compute_uv=False)
+    assert stretched.max() < 32 * stretched.min()  # the root of 1,001
     assert (Whitening.fitted(np.ones((70, 3)))(np.ones((2, 3))) == 0).all()
     with pytest.raises(UserError, match="63 documents are too few .*--nowhiten"):
         Whitening.fitted(vectors[:63])

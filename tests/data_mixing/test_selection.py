@@ -34,6 +34,7 @@ def test_of_equal_texts_the_first_stays():
 
 def test_quality_has_to_be_above_the_threshold():
     found = not_above({3: 4.1, 5: 4.0, 9: 2.125}, 4.0)
+    assert not_above({1: float("nan")}, 4.0).keys() == {1}
     assert found == {5: "quality 4, not above 4", 9: "quality 2.125, not above 4"}
 
 
@@ -107,7 +108,9 @@ def test_the_greedy_choice_is_that_of_brute_force(chunk, scored):
         asked.update(some)
         return np.array([vectors[c] for c in some])
 
-    found = chosen(ordered, rules, of, chunk=chunk)
+    told = collections.Counter()
+    found = chosen(ordered, rules, of, lambda count: told.update(documents=count), chunk)
+    assert told["documents"] == len(candidates)
     expected = brute_force(ordered, vectors, rules)
     assert set(found) == set(candidates)
     assert {KEPT, MOST, ALIKE} <= {v.stage for v in found.values()}
@@ -147,12 +150,42 @@ def test_a_better_document_wins_over_one_like_it():
     assert found[worse].reason == "like b:1 (1.00)" and found[worse].nearest == "b:1"
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_what_is_kept_tells_the_nearest_before_it_and_of_equally_near_ones_the_first(chunk):
+    directions = unit(np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
+    some = [Candidate("web", n, bytes([n]), 1.0 - n / 8) for n in (1, 2, 3)]
+    vectors = dict(zip(some, directions, strict=True))
+    found = chosen(some, Rules(), lambda c: np.array([vectors[x] for x in c]), chunk=chunk)
+    assert [found[c].stage for c in some] == [KEPT] * 3
+    assert found[some[2]].nearest == "web:1"
+    assert found[some[2]].similarity == pytest.approx(0.5**0.5)
+
+
+def test_as_alike_as_the_rule_says_is_dropped():
+    some = [Candidate("web", n, bytes([n])) for n in (1, 2)]
+    found = chosen(
+        some, Rules(alike=1.0), lambda c: np.eye(1, 2, dtype=np.float32).repeat(len(c), 0)
+    )
+    assert [found[c].stage for c in some] == [KEPT, ALIKE]
+
+
+def test_equal_texts_with_equal_scores_have_one_order():
+    some = [Candidate(name, n, b"same", 0.5) for name in ("web", "code") for n in (2, 1)]
+    assert ranked(some, 0) == ranked(some[::-1], 0)
+
+
 def test_without_vectors_only_equal_texts_are_alike():
     candidates, _ = many(scored=False)
     found = chosen(ranked(candidates, 0), Rules(most=1000))
     kept = [c for c, v in found.items() if v.stage == KEPT]
     assert len(kept) == len({c.key for c in candidates})
     assert {c.key for c in kept} == {c.key for c in candidates}
+    names = {c.key: c.name for c in kept}
+    assert all(
+        (found[c].similarity, found[c].nearest) == (1, names[c.key])
+        for c in candidates
+        if found[c].stage != KEPT
+    )
 
 
 def test_another_seed_draws_other_documents_where_there_are_no_scores():
@@ -174,6 +207,7 @@ def test_another_seed_draws_other_documents_where_there_are_no_scores():
         ({"fraction": 0.0}, "--fraction=0.0 is not above 0 and at most 1"),
         ({"fraction": 10}, "--fraction=10"),
         ({"alike": 1.5}, "--alike=1.5"),
+        ({"alike": 0.0}, "--alike=0.0"),
         ({"most": 0}, "--per_source=0"),
         ({"quality_above": float("nan")}, "--quality_threshold=nan"),
     ],
@@ -181,3 +215,7 @@ def test_another_seed_draws_other_documents_where_there_are_no_scores():
 def test_a_rule_that_cannot_be_kept_is_refused(rule, said):
     with pytest.raises(UserError, match=said):
         Rules(**rule)
+
+
+def test_rules_may_go_to_their_ends():
+    Rules(fraction=1.0, alike=1.0, most=1)
