@@ -70,6 +70,28 @@ def test_a_decay_that_does_not_fit(settings, word):
         optimizer.warmup_stable_decay(1000, 1.0, 100, 0.0, **settings)
 
 
+SCHEDULES = optimizer.warmup_cosine, optimizer.warmup_linear, optimizer.warmup_stable_decay
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_warm_up_ends_before_the_run_and_no_rate_is_negative(schedule):
+    assert float(schedule(1000, 0.0, 0, 0.0)(500)) == 0
+    assert float(schedule(1000, 1.0, 999, 0.0, **_level(schedule))(999)) == pytest.approx(1)
+    for peak, warmup, word in (
+        (-1e-3, 100, "peak=-0.001"),
+        (float("nan"), 100, "peak=nan"),
+        (1.0, 1000, "warmup_steps=1000 does not lie within the 1000 steps"),
+        (1.0, -1, "warmup_steps=-1"),
+    ):
+        with pytest.raises(UserError, match=word):
+            schedule(1000, peak, warmup, 0.0, **_level(schedule))
+
+
+def _level(schedule):
+    """By itself the fall of the last would not fit behind so long a rise."""
+    return {"decay_steps": 0} if schedule is optimizer.warmup_stable_decay else {}
+
+
 # --- A cooldown forked off a checkpoint -----------------------------------------------------------
 
 

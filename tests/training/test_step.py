@@ -222,15 +222,20 @@ def test_decay_acts_on_matrices_and_embedding_only():
     assert not updates["final_norm"]["scale"].any()
 
 
-def test_schedules():
-    cosine = optimizer.warmup_cosine(1000, peak=2e-3, warmup_steps=100, floor=0.1)
+@pytest.mark.parametrize(
+    ("schedule", "shape"),
+    [
+        (optimizer.warmup_cosine, lambda p: (1 + np.cos(np.pi * p)) / 2),
+        (optimizer.warmup_linear, lambda p: 1 - p),
+    ],
+)
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_schedules(schedule, shape, floor):
+    rate = schedule(1000, peak=2e-3, warmup_steps=100, floor=floor)
     for at in (0, 1, 50, 100, 101, 550, 999, 1000, 1100):
-        progress = min((at - 100) / 900, 1.0)
-        exact = 2e-3 * (at / 100 if at < 100 else 0.1 + 0.45 * (1 + np.cos(np.pi * progress)))
-        assert float(cosine(at)) == pytest.approx(exact, rel=1e-5, abs=1e-9)
-    linear = optimizer.warmup_linear(1000, peak=2e-3, warmup_steps=100, floor=0.0)
-    for at, exact in ((0, 0), (50, 1e-3), (100, 2e-3), (550, 1e-3), (1000, 0)):
-        assert float(linear(at)) == pytest.approx(exact, abs=1e-9)
+        left = floor + (1 - floor) * shape(min((at - 100) / 900, 1.0))
+        exact = 2e-3 * (at / 100 if at < 100 else left)
+        assert float(rate(at)) == pytest.approx(exact, rel=1e-5, abs=1e-9)
 
 
 def test_adamw_equals_its_definition():
