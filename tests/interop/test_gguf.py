@@ -205,6 +205,9 @@ def test_rows_that_k_quants_cannot_take_are_told_of(tmp_path: pathlib.Path) -> N
     for name, told in (("MobileLLM", True), ("untied, narrow heads", True)):
         notes = export(leaves_of(NETWORKS[name]), NETWORKS[name], tiny.tokenizer(), tmp_path / name)
         assert any("K-quants" in note for note in notes) == told
+    model = network(Stack(1, 4, 4, 512), width=128, head_dim=32)
+    (note,) = export(leaves_of(model), model, tiny.tokenizer(), tmp_path / "half.gguf")
+    assert "rows of 128 numbers" in note
     model = network(Stack(1, 4, 4, 512), width=256)
     assert export(leaves_of(model), model, tiny.tokenizer(), tmp_path / "out.gguf") == []
 
@@ -280,6 +283,40 @@ def test_a_weight_that_is_not_finite_is_refused(
     with pytest.raises(UserError, match=tensor):
         export(leaves, model, tiny.tokenizer(), tmp_path / "out.gguf", quantization)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("quantization", "largest"),
+    [
+        ("f32", np.finfo(np.float32).max),
+        ("bf16", float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)),
+        ("f16", np.finfo(np.float16).max),
+        ("q8_0", 127 * float(np.finfo(np.float16).max)),
+        ("q4_0", 8 * float(np.finfo(np.float16).max)),
+    ],
+)
+def test_the_largest_number_of_a_type_is_written_and_none_beyond(
+    quantization: str, largest: float, sign: int, tmp_path: pathlib.Path
+) -> None:
+    model = network(Stack(1, 2, 1, 32), width=64, head_dim=32)
+    leaves = leaves_of(model)
+    leaves["stack_0/mlp/up"][0, 2] = sign * largest
+    export(leaves, model, tiny.tokenizer(), tmp_path / "out.gguf", quantization)
+    stored = stored_tensors(tmp_path / "out.gguf")["blk.0.ffn_up.weight"]
+    assert np.isfinite(stored).all() and np.abs(stored).max() == pytest.approx(largest, rel=1e-6)
+    with np.errstate(over="ignore"):
+        leaves["stack_0/mlp/up"][0, 2] *= np.float32(1.0001)
+    with pytest.raises(UserError, match="is not finite in"):
+        export(leaves, model, tiny.tokenizer(), tmp_path / "beyond.gguf", quantization)
+
+
+def test_a_network_is_called_as_its_file_unless_it_has_a_name(tmp_path: pathlib.Path) -> None:
+    model = network(Stack(1, 2, 1, 32), width=64, head_dim=32)
+    for meta, name in (({"author": "us"}, "little"), ({"name": "Ours"}, "Ours")):
+        export(leaves_of(model), model, tiny.tokenizer(), tmp_path / "little.gguf", meta=meta)
+        assert inspect(tmp_path / "little.gguf").keys["general.name"] == name
+        (tmp_path / "little.gguf").unlink()
 
 
 def test_nothing_is_overwritten(tmp_path: pathlib.Path) -> None:
