@@ -20,11 +20,12 @@ from mobilellm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.decoding import decoder as program
 from mobilellm_jax.decoding import text as texts
-from mobilellm_jax.decoding.decoder import bucket, row_seeds, stream, to_draw
+from mobilellm_jax.decoding.decoder import bucket, row_seeds, stream, to_draw, to_read
 from mobilellm_jax.decoding.sampling import GREEDY, Sampling
 from mobilellm_jax.decoding.text import Text, generate, pieces
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.generate import batch, chat, read_prompts, shown
+from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.parallel.mesh import make_mesh
@@ -292,9 +293,10 @@ def test_seeds_are_of_sequences():
 
 
 def test_bfloat16_halves_what_is_read():
-    half = to_draw(parameters(SHARED), SHARED, "bfloat16")
-    dtypes = {leaf.dtype for leaf in jax.tree.leaves(half.params) if leaf.ndim > 2}
-    assert dtypes == {jnp.dtype("bfloat16")}
+    """Of all weights but the scales of norms."""
+    half, read = (of(parameters(SHARED), SHARED, "bfloat16") for of in (to_draw, to_read))
+    for path, leaf in (*flat(half.params).items(), *flat(read.params).items()):
+        assert leaf.dtype == jnp.dtype("float32" if path.endswith("scale") else "bfloat16")
     # A block that is applied twice is there once.
     buffers = {id(leaf): leaf.size for leaf in jax.tree.leaves(half.params)}
     assert sum(buffers.values()) == sum(x.size for x in jax.tree.leaves(parameters(SHARED)))
