@@ -235,6 +235,19 @@ def test_the_record_says_where_everything_was():
     assert next(blocks, None) is None
 
 
+def test_what_is_known_of_groups_goes_with_them():
+    """The scores of groups are those that their weights have in the smaller network."""
+    config, params, live = pruned(networks.TWO)
+    compact = compacted(config, live)
+    smaller = networks.smaller(params, compact)
+    before, after = (
+        networks.measures(c, p).scores("magnitude")
+        for c, p in ((config, params), (compact.config, smaller))
+    )
+    equal = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+    jax.tree.map(equal, compact.groups(before), after)
+
+
 def test_one_program_serves_all_cuts():
     one_shot.cut.clear_cache()  # of what other tests have cut
     for seed in range(3):
