@@ -15,7 +15,7 @@ from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import parameter_count
 from mobilellm_jax.pruning import groups, one_shot
-from mobilellm_jax.pruning.compaction import compacted, taken
+from mobilellm_jax.pruning.compaction import compacted, taken, uncut
 from mobilellm_jax.training import optimizer
 from mobilellm_jax.training.objectives import next_token
 from mobilellm_jax.training.step import init_state, train_step
@@ -173,9 +173,10 @@ def test_the_smaller_network_is_the_same_one(name, layout):
     in_turns = layout_of(config) == "padded"
     same_outputs(*pruned(config, heads=not in_turns), layout)
     config, params, live = pruned(config, heads=False)
-    multiple = 8 if layout == "padded" else 1
+    multiple = 10 if layout == "padded" else 1  # of 16 channels 4 more stay, which are dead
     compact = compacted(config, live, layout=layout, multiple=multiple)
-    assert compact.config.dead_channels == (layout == "padded" and config.width * 2 // 3 % 8 != 0)
+    assert compact.config.width == (20 if layout == "padded" else 16)
+    assert compact.config.dead_channels == (layout == "padded")
     smaller = networks.smaller(params, compact)
     state, small = begun(params, ADAMW), begun(smaller, ADAMW)
     step, small_step = jax.jit(stepped(config)), jax.jit(stepped(compact.config))
@@ -212,6 +213,14 @@ def test_widths_are_rounded_up_with_zeros():
     number = groups.parameters(config, groups.counts(live))
     zeros = sum(int((leaf == 0).sum()) for leaf in jax.tree.leaves(smaller))
     assert zeros == parameter_count(compact.config) - number > 0
+
+
+def test_a_network_that_is_uncut_is_itself():
+    for dead_channels in (False, True):
+        config = dataclasses.replace(networks.TWO, dead_channels=dead_channels)
+        params, compact = networks.parameters(config), uncut(config)
+        assert compact.config == config
+        jax.tree.map(np.testing.assert_array_equal, networks.smaller(params, compact), params)
 
 
 def test_the_record_says_where_everything_was():
