@@ -136,8 +136,6 @@ def layerwise(
         return parameters(view.config, layout.counts(sparsity(base)))
 
     low, high = 0.0, 2.0  # of bases: too many parameters, few enough
-    if parameters_at(low) <= target:
-        high = low
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if parameters_at(middle) > target else (low, middle)

@@ -108,19 +108,18 @@ def test_the_same_seed_cuts_the_same(name):
 
 
 def test_sparsity_of_layers_is_that_of_the_paper():
-    """Base minus amplitude times importance, of mean zero; widths follow from what is due in all."""
-    found = layerwise(
-        view(DEEP),
-        int(COUNT * 0.9),
-        score="taylor",
-        importance="cosine",
-        amplitude=0.05,
-        attention="none",
-    )
-    importance, sparsity = found.measured["importance"], np.array(found.measured["sparsity"])
-    assert abs(np.mean(importance)) < 1e-12 and np.abs(importance).max() == 1
-    base = sparsity + 0.05 * np.array(importance)
-    np.testing.assert_allclose(base, base[0], atol=1e-9)
+    """Base minus amplitude times importance, of mean zero, on top of what it was; widths follow."""
+    settings = {"importance": "cosine", "amplitude": 0.05, "attention": "none"}
+    before, live, memory = np.zeros(10), None, None
+    for seed, share in enumerate((0.9, 0.7)):
+        seen = view(DEEP, networks.measures(DEEP, seed=seed), live, memory)
+        found = layerwise(seen, int(COUNT * share), score="taylor", **settings)
+        importance = np.array(found.measured["importance"])
+        sparsity = np.array(found.measured["sparsity"])
+        assert abs(np.mean(importance)) < 1e-12 and np.abs(importance).max() == 1
+        base = sparsity - before + 0.05 * importance
+        np.testing.assert_allclose(base, base[0], atol=1e-9)
+        before, live, memory = sparsity, found.live, found.memory
     number = groups.counts(found.live)
     left = np.concatenate([s.mlp_LF for s in number.stacks])
     first = np.array([40] * 8 + [24] * 2)
@@ -128,6 +127,17 @@ def test_sparsity_of_layers_is_that_of_the_paper():
     assert all(
         (s.kv_heads_LK == f.kv_heads).all() for s, f in zip(number.stacks, DEEP.stacks, strict=True)
     )
+
+
+def test_by_itself_amplitude_is_the_mean_sparsity_that_is_due():
+    """Of what may go at all: here the channels of MLPs."""
+    target = int(COUNT * 0.9)
+    found = layerwise(
+        view(DEEP), target, score="magnitude", importance="cosine", attention="none"
+    ).measured
+    may_go = sum(3 * DEEP.width * s.mlp_width * s.layers for s in DEEP.stacks)
+    amplitude = -np.polyfit(found["importance"], found["sparsity"], 1)[0]
+    assert amplitude == pytest.approx((COUNT - target) / may_go, rel=0.05)
 
 
 def test_no_layer_grows_back_and_amplitude_is_at_most_what_the_mean_allows():
