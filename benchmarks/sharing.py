@@ -43,7 +43,7 @@ def main(_: list[str]) -> None:
     for _round in range(args.rounds):
         for name in NETWORKS:
             sizes = args.rows, args.row_length, args.steps
-            found = fitting(Job(name, "ours", *sizes, args.loss_chunks, "none", "auto"))
+            found = fitting(Job(name, "ours", *sizes, args.loss_chunks, "none", "auto", "auto"))
             training[name].append(found["seconds"] / found["rows"])
             decoding[name].append(seconds_of_a_token(name))
     print(f"{found['device']}, rows of {args.row_length} tokens, medians of {args.rounds} rounds")

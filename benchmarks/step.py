@@ -10,9 +10,9 @@ that mask, which is what the peers compute:
   compiled  the same network in transformers, `torch.compile`, fused attention (SDPA) and fused AdamW
   eager     the same without `torch.compile`
 
-All compute in bfloat16 with float32 weights on a GPU, in float32 on a CPU. Each runs in a process of
-its own, in turns, at the largest batch that fits (`--rows` halved until it does). The utilisation is that of
-`flops_per_token`: 6 FLOPs per matrix weight and token, attention's causal half, nothing recomputed.
+All compute in bfloat16 with float32 weights on a GPU, in float32 on a CPU, unless `--dtype` says
+another. Each runs in a process of its own, in turns, at the largest batch that fits (`--rows`
+halved until it does). The utilisation is that of `flops_per_token`: 6 FLOPs per matrix weight and token, attention's causal half, nothing recomputed.
 
 Needs jax, flax, optax, numpy; the peers torch and transformers, and are left out without them.
 """
@@ -66,6 +66,7 @@ class Job:
     loss_chunks: int
     remat: str
     attention: str
+    dtype: str
 
 
 def network(name: str) -> ModelConfig:
@@ -205,7 +206,9 @@ def main(_: list[str]) -> None:
                 rounds = found.setdefault((name, way), [])
                 rows = rounds[-1]["rows"] if rounds else args.rows
                 sizes = rows, args.row_length, args.steps
-                job = Job(name, way, *sizes, args.loss_chunks, args.remat, args.attention)
+                job = Job(
+                    name, way, *sizes, args.loss_chunks, args.remat, args.attention, args.dtype
+                )
                 rounds.append(fitting(job))
         print(f"{rounds[-1]['device']}, rows of {args.row_length} tokens", flush=True)
         print(table(found, 1e12 * args.peak), flush=True)  # so far: a call may be cut short
@@ -228,6 +231,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("loss_chunks", 8, "Of ours: parts of a row whose logits exist at once.")
     flags.DEFINE_string("remat", "none", "Of ours: what the backward pass computes again.")
     flags.DEFINE_string("attention", "auto", "Of ours: how attention is computed.")
+    flags.DEFINE_enum(
+        "dtype", "auto", ["auto", "float32", "bfloat16"], "Of activations and products."
+    )
     flags.DEFINE_float("peak", 0.0, "Of the device, in TFLOP/s (H100 and H200: 989); 0: not known.")
     flags.DEFINE_string("out", "", "File for all measurements, lines of JSON.")
     flags.DEFINE_string("job", "", "For the processes that this program starts.")

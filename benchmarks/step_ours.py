@@ -35,7 +35,9 @@ def prepared(
 ) -> tuple[Callable[[], Any], Callable[[Any], Any], str, Callable[[], int]]:
     """A step to call again and again, how to wait for it, the device, and its peak bytes in use."""
     device = jax.devices()[0]
-    dtype = "float32" if device.platform == "cpu" else "bfloat16"
+    dtype = job.dtype
+    if dtype == "auto":
+        dtype = "float32" if device.platform == "cpu" else "bfloat16"
     kernel = choose(job.attention, device.platform, model, dtype, job.row_length)
     execution = transformer.Execution(dtype, job.remat, attention=kernel)
     network = Network(model, execution, 1, 2, job.loss_chunks)

@@ -48,7 +48,8 @@ def prepared(
     )
     rows = torch.tensor(tokens, dtype=torch.long, device=device)
     inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-    lower = torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
+    low = job.dtype == "bfloat16" or (job.dtype == "auto" and cuda)
+    lower = torch.autocast(device.type, torch.bfloat16) if low else contextlib.nullcontext()
 
     def loss_of(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = llama(inputs).logits
