@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from mobilellm_jax.data.encoding import Ids
 from mobilellm_jax.data.inputs import text_lines
 from mobilellm_jax.data.packing import INSIDE, UNTRAINED, token_ids
 from mobilellm_jax.data.tokenizers import Tokenizer
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.errors import UserError, in_a_line
 
 Message = Mapping[str, Any]  # "role", "content", and whatever else a template reads
 Tool = Mapping[str, Any]  # a function that the assistant may call, as OpenAI's API describes it
@@ -62,7 +63,7 @@ def read_template(name: str) -> str:
       UserError: there is none.
     """
     shipped = shipped_templates()
-    file = SHIPPED / f"{name}.jinja" if name in shipped else Path(name).expanduser()
+    file = SHIPPED / f"{name}.jinja" if name in shipped else Path(os.path.expanduser(name))
     try:
         return "".join(text_lines(file))
     except UserError:
@@ -101,8 +102,10 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
-                f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
+                f"the chat template is not valid Jinja: line {error.lineno}: {error.message}."
             ) from None
+        except (SyntaxError, RecursionError) as error:  # of the Python that Jinja makes of it
+            raise UserError(f"the chat template is not valid Jinja: {in_a_line(error)}.") from None
         self.tagged = _TAG.search(source) is not None  # whether it has generation tags
         # What a conversation may have that not every template writes, by name.
         self._unwritten = {
@@ -199,10 +202,10 @@ class ChatTemplate:
                 add_generation_prompt=prompt,
                 **self._named_tokens,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except Exception as error:  # whatever the program that a template is may raise
+            reason = in_a_line(error).rstrip(".") or type(error).__name__
             raise UserError(
-                f"the chat template refuses a conversation{_which(messages)}: "
-                f"{' '.join(str(error).split())[:200].rstrip('.')}."
+                f"the chat template refuses a conversation{_which(messages)}: {reason}."
             ) from None
         text, spans, begin = "", [], 0
         for part in re.split(f"([{_BEGIN}{_END}])", raw):

@@ -62,7 +62,7 @@ class ChatReading(Reading):
         if isinstance(found, str) and found.strip():
             try:
                 found = json.loads(found)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{where()}: {self.tools_key!r} is not JSON ({error}).") from None
         tools = _set(found or [])
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -101,6 +101,10 @@ class ChatReading(Reading):
             raise UserError(
                 f"{where()}: the content of message {number} is not a text but "
                 f"{type(content).__name__}."
+            )
+        if (weight := given.get("weight")) not in (None, 0, 1):
+            raise UserError(
+                f"{where()}: the weight of message {number} is {weight!r}: 1 is trained on, 0 is not."
             )
         others = {key: value for key, value in given.items() if key not in names}
         return {"role": role, "content": content, **_set(others)}

@@ -149,7 +149,7 @@ def text_lines(path: epath.PathLike) -> Iterator[str]:
         with epath.Path(path).open("rb") as raw:
             content: Any = gzip.GzipFile(fileobj=raw) if str(path).endswith(".gz") else raw
             yield from io.TextIOWrapper(content, encoding="utf-8-sig")
-    except (EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
+    except (EOFError, OSError, ValueError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}).") from None
 
 

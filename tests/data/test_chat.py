@@ -229,6 +229,9 @@ def test_shipped_templates_are_read_by_name_and_others_by_path(tmp_path):
     assert read_template(str(tmp_path / "mine.jinja")) == "mine"
     with pytest.raises(UserError, match="neither a file of text nor one of chatml, llama3"):
         read_template("alpaca")
+    for none in ("~nobody/mine.jinja", "a\0b", "\ud800"):
+        with pytest.raises(UserError, match="neither a file of text nor one of"):
+            read_template(none)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +239,12 @@ def test_shipped_templates_are_read_by_name_and_others_by_path(tmp_path):
     [
         ("{% for m in messages %}{{ m.content }}", "not valid Jinja: line 1"),
         ("{{ raise_exception('no such talk') }}", "refuses a conversation that asks 'q1': no such"),
+        ("{% break %}", "not valid Jinja: 'break' outside loop"),
+        (f"{{{{ {'(' * 5000}1{')' * 5000} }}}}", "not valid Jinja: maximum recursion depth"),
+        ("{{ 1 / 0 }}", "refuses a conversation that asks 'q1': division by zero"),
+        ("{{ range(10**9) }}", "refuses a conversation that asks 'q1': Range too big"),
+        ("{{ 'a' * 10**15 }}", "refuses a conversation that asks 'q1': MemoryError"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "'q1': maximum recursion depth"),
         ("{{ messages[0].content.nothing.more }}", "refuses a conversation that asks 'q1'"),
         ("{{ messages.append(1) }}", "refuses a conversation that asks 'q1'"),  # sandboxed
         ("{{ messages | length }}{{ messages[-1].content }}", "beginning of a conversation"),

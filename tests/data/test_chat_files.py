@@ -91,9 +91,12 @@ def test_the_system_prompt_is_for_conversations_that_have_none(tmp_path):
         ({"messages": [{"role": "user", "content": [1]}]}, "message 1 is not a text but list"),
         ({"messages": [{"from": "human"}]}, "the content of message 1 is not a text"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
+        ({"messages": [{**TALK[1], "weight": "0"}]}, "the weight of message 1 is '0': 1 is"),
+        ({"messages": [{**TALK[1], "weight": 0.5}]}, "the weight of message 1 is 0.5: 1 is"),
         ({"messages": TALK, "tools": 3}, "line 2: 'tools' is not a list of functions: name"),
         ({"messages": TALK, "tools": ["f"]}, "line 2: 'tools' is not a list of functions"),
         ({"messages": TALK, "tools": "[f]"}, "line 2: 'tools' is not JSON"),
+        ({"messages": TALK, "tools": "[" * 100_000}, "line 2: 'tools' is not JSON"),
     ],
 )
 def test_bad_records_are_told_with_their_line(tmp_path, record, message):
