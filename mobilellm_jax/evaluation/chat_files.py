@@ -180,7 +180,7 @@ def _records(path: epath.PathLike, what: str, check: Callable[[Record], None]) -
         for number, record in enumerate(records, start=1):
             where = f"record {number}"
             check(record)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path}: {where} is no {what} ({type(error).__name__}: {error})."
         ) from None
@@ -200,8 +200,8 @@ def _once(path: epath.PathLike, keys: Sequence[Any]) -> None:
 def _name(path: epath.PathLike, records: Sequence[Record], *keys: str) -> str:
     """The one name that all records give under one of the keys, or else that of the file."""
     for key in keys:
-        names = {record.get(key) for record in records}
-        if len(names) == 1 and isinstance(name := names.pop(), str) and name:
+        name, *others = (record.get(key) for record in records)
+        if isinstance(name, str) and name and all(other == name for other in others):
             return name
     return epath.Path(path).stem
 
@@ -216,6 +216,7 @@ def _answers(record: Record) -> list[str]:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{str(value)[:60]!r} is no text")
+    value.encode()  # half of a surrogate pair, which JSON can spell, is none either
     return value
 
 

@@ -22,7 +22,7 @@ Message = Mapping[str, str]  # role and content
 
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # what a server says that may answer later
 _LONGEST_WAIT = 60.0
-_BEGIN = '{"key": "'  # of a line of a cache
+_BEGIN = b'{"key": "'  # of a line of a cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,13 +171,15 @@ class Cache:
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().split("\n") if path.exists() else []
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
         for number, line in enumerate(lines, 1):
             try:
                 if line:
                     record = json.loads(line)
-                    self.known[record["key"]] = Completion(record["text"], record["finish"])
-            except (ValueError, LookupError, TypeError):
+                    answer = Completion(record["text"], record["finish"])
+                    "".join((record["key"], answer.text, answer.finish))  # they are texts
+                    self.known[record["key"]] = answer
+            except (ValueError, LookupError, TypeError, RecursionError):
                 if line[: len(_BEGIN)] == _BEGIN[: len(line)]:
                     continue  # what a killed run has left of a line
                 raise UserError(

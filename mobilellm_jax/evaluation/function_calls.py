@@ -9,7 +9,7 @@ where tools, answers and arguments may also be texts of JSON, as both are often 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -29,31 +29,7 @@ def read_function_calls(path: epath.PathLike) -> Iterator[dict[str, Any]]:
     Raises:
       UserError: there is no such file, or a record has neither shape; says which.
     """
-    for number, record in enumerate(_records(epath.Path(path)), 1):
-        where = f"{path}, record {number}"
-        try:
-            if "query" in record and "answers" in record:
-                messages = [
-                    {"role": "user", "content": record["query"]},
-                    _called(_json(record["answers"])),
-                ]
-            elif "messages" in record:
-                messages = [m for message in record["messages"] for m in _messages(message)]
-            else:
-                raise UserError(
-                    f"{where} has neither messages nor query and answers but "
-                    f"{', '.join(record) or 'nothing'}."
-                )
-            signatures = [_signature(tool) for tool in _json(record.get("tools") or [])]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{where} is not of the shape that it begins with ({type(error).__name__}: {error})."
-            ) from None
-        system = "\n".join([SYSTEM, *signatures])
-        if messages and messages[0]["role"] == "system":
-            system += f"\n{messages.pop(0)['content']}"
-        messages.insert(0, {"role": "system", "content": system})
-        yield {"id": str(record.get("id", number)), "messages": messages}
+    return _dialogues(epath.Path(path), _messages_of)
 
 
 def dialogues(path: epath.PathLike) -> Iterator[dict[str, Any]]:
@@ -63,11 +39,47 @@ def dialogues(path: epath.PathLike) -> Iterator[dict[str, Any]]:
       UserError: see `read_function_calls`.
     """
     first: Mapping[str, Any] = next(_records(epath.Path(path)), {})
-    said = [str(m.get("content")) for m in first.get("messages") or [] if isinstance(m, Mapping)]
-    if any(text.startswith((PARSER, AGENT)) for text in said):
-        yield from map(dict, _records(epath.Path(path)))
+    messages = first.get("messages")
+    listed = messages if isinstance(messages, list) else []
+    said = [m.get("content") for m in listed if isinstance(m, Mapping)]
+    made = any(str(text).startswith((PARSER, AGENT)) for text in said)
+    read = (lambda record: record["messages"]) if made else _messages_of
+    return _dialogues(epath.Path(path), read)
+
+
+def _dialogues(
+    path: epath.Path, read: Callable[[Mapping[str, Any]], list[Message]]
+) -> Iterator[dict[str, Any]]:
+    for number, record in enumerate(_records(path), 1):
+        where = f"{path}, record {number}"
+        if "messages" not in record and not {"query", "answers"} <= set(record):
+            raise UserError(
+                f"{where} has neither messages nor query and answers but "
+                f"{', '.join(record) or 'nothing'}."
+            )
+        try:
+            messages = read(record)
+            for message in messages:
+                " ".join((message["role"], message["content"])).encode()  # both are text
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{where} is not of the shape that it begins with ({type(error).__name__}: {error})."
+            ) from None
+        yield {"id": str(record.get("id", number)), "messages": messages}
+
+
+def _messages_of(record: Mapping[str, Any]) -> list[Message]:
+    """A record's dialogue behind a system message that names the functions."""
+    if "query" in record and "answers" in record:
+        asked = {"role": "user", "content": record["query"]}
+        messages = [asked, _called(_json(record["answers"]))]
     else:
-        yield from read_function_calls(path)
+        messages = [m for message in record["messages"] for m in _messages(message)]
+    signatures = [_signature(tool) for tool in _json(record.get("tools") or [])]
+    system = "\n".join([SYSTEM, *signatures])
+    if messages and messages[0]["role"] == "system":
+        system += f"\n{messages.pop(0)['content']}"
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _records(path: epath.Path) -> Iterator[Mapping[str, Any]]:
@@ -77,7 +89,7 @@ def _records(path: epath.Path) -> Iterator[Mapping[str, Any]]:
             records = json.loads(text)
         else:
             records = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is neither JSON lines nor an array of JSON: {error}.") from None
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
@@ -105,7 +117,7 @@ def _messages(message: Mapping[str, Any]) -> Iterator[Message]:
 def _called(calls: list[Mapping[str, Any]]) -> Message:
     lines = []
     for given in calls:
-        call = Call(given["name"], _json(given["arguments"]))
+        call = Call(given["name"], dict(_json(given["arguments"])))
         lines.append(write_call(call))
         if read_call(lines[-1]) != call:
             raise ValueError(f"{given['name']!r} and its arguments cannot be written as a call")

@@ -25,6 +25,7 @@ from mobilellm_jax.data.inputs import text_lines
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluation.answered import dialogue_file, problem_file
 
+_ASKED = ("question", "problem", "context")  # names of what a problem asks
 _SUFFIXES = {".jsonl": "json", ".jsonl.gz": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -53,15 +54,13 @@ def _kind_of(path: Path) -> Callable[[str, str], dict[str, Any]] | None:
         kind = _kind(first := json.loads(next(lines, "null")))
         if kind in (None, dialogue_file):  # whose reader looks at every line
             return kind
-        if kind == _question_file:
-            _check_question(first)
+        _check(first)
         for number, line in enumerate(lines, start=2):  # noqa: B007 (told below)
             record = json.loads(line)
             if _kind(record) != kind:
                 raise ValueError(f"it has {', '.join(record) or 'nothing'}")
-            if kind == _question_file:
-                _check_question(record)
-    except json.JSONDecodeError as error:
+            _check(record)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not JSON in every line ({error}).") from None
     except (TypeError, ValueError) as error:
         raise UserError(
@@ -77,15 +76,26 @@ def _kind(record: Any) -> Callable[[str, str], dict[str, Any]] | None:
         return _question_file
     if "messages" in keys or keys >= {"query", "answers"}:
         return dialogue_file
-    if "answer" in keys and keys & {"question", "problem", "context"}:
+    if "answer" in keys and keys.intersection(_ASKED):
         return problem_file
     return None
 
 
-def _check_question(record: dict[str, Any]) -> None:
-    if not 0 <= record["gold"] < len(record["choices"]):
-        raise ValueError(f"gold={record['gold']} names none of its choices")
-    if not all(isinstance(choice, str) and choice.strip() for choice in record["choices"]):
+def _check(record: dict[str, Any]) -> None:
+    """Raises `ValueError` where a question or a problem has another kind of value than it needs."""
+    asked = next(record[key] for key in ("query", *_ASKED) if key in record)
+    if not isinstance(asked, str):
+        raise ValueError("what it asks is no text")
+    if "gold" not in record:
+        if not isinstance(record["answer"], str | int | float):
+            raise ValueError("its answer is neither text nor number")
+        return
+    choices, gold = record["choices"], record["gold"]
+    if not isinstance(choices, list):
+        raise ValueError("its choices are no list")
+    if type(gold) is not int or not 0 <= gold < len(choices):  # true is no number of a choice
+        raise ValueError(f"gold={gold!r} names none of its choices")
+    if not all(isinstance(choice, str) and choice.strip() for choice in choices):
         raise ValueError("one of its choices is no text, or empty")
 
 

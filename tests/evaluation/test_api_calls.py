@@ -20,7 +20,7 @@ from mobilellm_jax.evaluation.api_calls import (
     write_call,
 )
 from mobilellm_jax.evaluation.api_dialogues import TEST, dialogue
-from mobilellm_jax.evaluation.function_calls import read_function_calls
+from mobilellm_jax.evaluation.function_calls import dialogues, read_function_calls
 
 needs_rouge = pytest.mark.skipif(
     importlib.util.find_spec("rouge_score") is None, reason="needs rouge-score"
@@ -280,11 +280,30 @@ def test_function_calling_files_become_dialogues(tmp_path, form):
         ('{"query": "x", "answers": [{"name": "a b", "arguments": {}}]}', "cannot be written"),
         ("[1]", "record 1 is no object but int"),
         ("{", "neither JSON lines nor an array"),
+        ("[" * 100_000, "neither JSON lines nor an array"),
+        ('{"query": 1, "answers": []}', "record 1 is not of the shape .*expected str"),
+        ('{"query": "x", "answers": [{"name": "f", "arguments": null}]}', "not of the shape"),
+        ('{"messages": 1}', "record 1 is not of the shape"),
+        ('{"messages": [{"role": false}]}', "record 1 is not of the shape"),
+        (r'{"messages": [{"role": "user", "content": "\ud800"}]}', "surrogates not allowed"),
     ],
 )
 def test_files_of_another_shape(tmp_path, text, says):
     (tmp_path / "f.json").write_text(text)
-    with pytest.raises(UserError, match=says):
-        list(read_function_calls(tmp_path / "f.json"))
+    for read in (read_function_calls, dialogues):
+        with pytest.raises(UserError, match=says):
+            list(read(tmp_path / "f.json"))
     with pytest.raises(UserError, match="cannot be read"):
         list(read_function_calls(tmp_path / "other.json"))
+
+
+def test_dialogues_that_are_made_already_come_as_they_are_or_are_told(tmp_path):
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": f"{AGENT}a"}]
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps({"id": "7", "messages": said}))
+    assert list(dialogues(path)) == [{"id": "7", "messages": said}]
+    for damaged in (None, 1, [{"role": "user"}], [{**said[0], "content": None}]):
+        second = json.dumps({"id": "8", "messages": damaged})
+        path.write_text(f"{json.dumps({'id': '7', 'messages': said})}\n{second}")
+        with pytest.raises(UserError, match="record 2 is not of the shape"):
+            list(dialogues(path))

@@ -165,8 +165,9 @@ def test_ctrl_c_waits_for_no_server(tmp_path):
         late.set()
 
 
-def test_another_file_is_no_cache(tmp_path):
-    (tmp_path / "notes").write_text(json.dumps({"a": 1}))
+@pytest.mark.parametrize("content", [b'{"a": 1}', b"\xff\xfe", b"[" * 100_000, b"[]\n{}"])
+def test_another_file_is_no_cache(tmp_path, content):
+    (tmp_path / "notes").write_bytes(content)
     with pytest.raises(UserError, match="line 1 is no cached answer"):
         complete_all(Endpoint("http://localhost:1", "m"), asking(1), cache=tmp_path / "notes")
-    assert (tmp_path / "notes").read_text() == '{"a": 1}'
+    assert (tmp_path / "notes").read_bytes() == content

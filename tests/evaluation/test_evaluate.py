@@ -288,6 +288,13 @@ def test_a_data_set_that_is_nowhere_is_told_with_where_to_put_it(loaded, data, m
             "names none",
         ),
         ('{"query": "1 + 1", "choices": [1, 2], "gold": 1}\n', "line 1, .*is no text, or empty"),
+        ('{"query": "a", "choices": "bc", "gold": 1}\n', "line 1, .*its choices are no list"),
+        ('{"query": "a", "choices": ["b", "c"], "gold": 0.5}\n', "line 1, .*gold=0.5 names none"),
+        ('{"query": "a", "choices": ["b", "c"], "gold": true}\n', "line 1, .*gold=True names none"),
+        ('{"query": ["a"], "choices": ["b"], "gold": 0}\n', "line 1, .*what it asks is no text"),
+        ('{"question": {"a": 1}, "answer": 1}\n', "line 1, .*what it asks is no text"),
+        ('{"question": "a", "answer": [1]}\n', "line 1, .*neither text nor number"),
+        ("[" * 100_000, "not JSON"),
     ],
 )
 def test_damaged_questions_are_told(tmp_path, text, said):
@@ -299,6 +306,9 @@ def test_damaged_questions_are_told(tmp_path, text, said):
 def test_a_cut_archive_is_told(tmp_path):
     whole = gzip.compress(b'{"query": "a", "choices": ["b"], "gold": 0}\n' * 1000)
     (tmp_path / "mine.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"mine.jsonl.gz cannot be read"):
+        local_tasks(tmp_path)
+    (tmp_path / "mine.jsonl.gz").write_bytes(whole[:10] + b"\xff" + whole[11:])  # no such block
     with pytest.raises(UserError, match=r"mine.jsonl.gz cannot be read"):
         local_tasks(tmp_path)
     with pytest.raises(UserError, match="is not a folder"):

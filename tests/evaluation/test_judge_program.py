@@ -300,6 +300,11 @@ def test_keys_come_from_the_environment(files, monkeypatch):
         ),
         ('\n{"instruction', "line 2 is no .*JSONDecodeError"),
         ("[1,", "it is no .*JSONDecodeError"),
+        ("[" * 100_000, "it is no .*RecursionError"),
+        (
+            r'{"instruction": "\ud800", "output": "", "question_id": 1, "turns": ["\ud800"]}',
+            "record 1 is no .*surrogates not allowed",
+        ),
     ],
 )
 def test_files_that_are_something_else_are_told(tmp_path, read, text, said):
@@ -307,6 +312,12 @@ def test_files_that_are_something_else_are_told(tmp_path, read, text, said):
     path.write_text(text)
     with pytest.raises(UserError, match=said):
         read(path)
+
+
+def test_answers_whose_generator_is_no_name_are_called_by_their_file(tmp_path):
+    record = {"instruction": "i", "output": "o", "generator": ["a"]}
+    (tmp_path / "mine.json").write_text(json.dumps(record))
+    assert read_outputs(tmp_path / "mine.json").name == "mine"
 
 
 def test_files_that_cannot_be_read_are_told(tmp_path):
