@@ -154,6 +154,9 @@ def test_inspection_of_what_cannot_be_used(workdir, tmp_path):
     seen = convert("--inspect", out)
     assert seen.status == 0 and "cannot be used here" in seen.out and "gpt_neox" in seen.out
     assert "model.layers.*.mlp.up_proj.weight" in seen.out
+    (out / "config.json").write_text(json.dumps(config | {"architectures": [1]}))
+    seen = convert("--inspect", out)
+    assert seen.status == 0 and "Hugging Face folder, 1 (model_type" in seen.out
 
 
 def official_folder(path: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:

@@ -15,6 +15,8 @@ from mobilellm_jax.errors import UserError
 # The format's numbers for types, to those of `struct` and to the names of tensor types.
 _SCALARS = {**dict(enumerate("BbHhIif?")), 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+# Keys that are read here.
+_READ = {"general.architecture": str, "tokenizer.ggml.model": str, "tokenizer.ggml.tokens": list}
 TENSOR_TYPES = {
     **dict(enumerate("F32 F16 Q4_0 Q4_1".split())),
     **dict(enumerate("Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K".split(), 6)),
@@ -74,8 +76,10 @@ def inspect(path: epath.PathLike) -> Contents:
                 raise UserError(f"{path} is GGUF version {version}, but 2 and 3 are what is known.")
             tensors, keys = header.numbers("QQ")
             values = {header.string(): header.value() for _ in range(keys)}
+            if not all(isinstance(values.get(key, kind()), kind) for key, kind in _READ.items()):
+                raise TypeError
             return Contents(values, tuple(header.tensor() for _ in range(tensors)))
-        except (struct.error, UnicodeDecodeError, KeyError):
+        except (struct.error, UnicodeDecodeError, KeyError, TypeError):
             raise UserError(f"{path} is damaged: its header ends early or is garbled.") from None
 
 

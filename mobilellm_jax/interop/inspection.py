@@ -50,7 +50,8 @@ def _checkpoint(path: epath.Path) -> tuple[dict[str, str], list[Tensor]]:
 def _folder(path: epath.Path) -> tuple[dict[str, str], list[Tensor]]:
     raw = json.loads((path / "config.json").read_text())
     tensors = weight_files.open_weights(path, prefer_bin="share_embedding" in raw)
-    names = ", ".join(raw.get("architectures") or ["?"])
+    architectures = raw.get("architectures")
+    names = ", ".join(map(str, architectures)) if isinstance(architectures, list) else "?"
     facts = {"format": f"Hugging Face folder, {names} (model_type {raw.get('model_type')})"}
     try:
         found = stored.open_model(path)
@@ -120,5 +121,5 @@ def _table(tensors: Iterable[Tensor]) -> str:
 
 
 def _share(kind: str, total: Mapping[str, int]) -> str:
-    share = total[kind] / sum(total.values())
+    share = total[kind] / max(sum(total.values()), 1)
     return kind if len(total) == 1 else f"{kind} {share:.1%}"

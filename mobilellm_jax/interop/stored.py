@@ -60,10 +60,13 @@ class StoredModel:
         metrics = self.directory.parent.parent / "metrics.jsonl"
         found: dict[str, Any] = {}
         if self.family == CHECKPOINT and metrics.exists():
-            for line in metrics.read_text().splitlines():
-                if '"heldout"' in line and line.endswith("}"):  # a killed run may leave half a line
-                    record = json.loads(line)
-                    found = record if record["step"] <= self.step else found
+            for line in metrics.read_bytes().splitlines():
+                if b'"heldout"' in line:
+                    try:
+                        record = json.loads(line)
+                        found = record if record["step"] <= self.step else found
+                    except (ValueError, LookupError, TypeError):
+                        continue  # a killed run may leave half a line
         return {**self.meta, "heldout": found}
 
     def params(self, shardings: Any = None, dtype: Any = None) -> Params:
@@ -132,7 +135,7 @@ def is_folder(directory: epath.PathLike) -> bool:
     """Whether it looks like a Hugging Face folder; a workdir has a config.json as well, of another kind."""
     try:
         raw = json.loads((epath.Path(directory) / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(raw, dict) and ("model_type" in raw or "architectures" in raw)
 

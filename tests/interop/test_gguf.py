@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -21,6 +22,7 @@ from gguf_networks import (
 )
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.interop import inspection
 from mobilellm_jax.interop.gguf import QUANTIZATIONS, export
 from mobilellm_jax.interop.gguf_reader import TENSOR_TYPES, inspect
 from mobilellm_jax.leaves import flat
@@ -368,3 +370,29 @@ def test_a_damaged_file_is_named(tmp_path: pathlib.Path) -> None:
             assert "damaged" in str(error)
     with pytest.raises(UserError, match="there is no file"):
         inspect(tmp_path / "absent.gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "found"),
+    [
+        ("general.architecture", b"\x04\0\0\0" + bytes(4)),  # a number
+        ("tokenizer.ggml.model", b"\x09\0\0\0\x04\0\0\0" + bytes(8)),  # a list
+        ("tokenizer.ggml.tokens", b"\x08\0\0\0" + bytes(8)),  # a text
+    ],
+)
+def test_a_key_of_another_kind_is_damage(key: str, found: bytes, tmp_path: pathlib.Path) -> None:
+    head = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(key))
+    (tmp_path / "odd.gguf").write_bytes(head + key.encode() + found)
+    with pytest.raises(UserError, match=r"odd\.gguf is damaged"):
+        inspect(tmp_path / "odd.gguf")
+
+
+def test_tensors_without_numbers_are_shown(tmp_path: pathlib.Path) -> None:
+    shape = struct.pack("<IQ", 1, 0)
+    table = [
+        struct.pack("<Q", 1) + name + shape + struct.pack("<IQ", kind, 0)
+        for kind, name in enumerate((b"a", b"b"))
+    ]
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(table), 0)
+    (tmp_path / "empty.gguf").write_bytes(head + b"".join(table))
+    assert "F32 0.0%, F16 0.0%" in inspection.inspect(tmp_path / "empty.gguf")

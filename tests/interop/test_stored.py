@@ -214,6 +214,19 @@ def test_what_was_measured_up_to_a_step_is_found(workdir):
         assert found["step"] == step and found["bits_per_byte"] == heldout[step]["bits_per_byte"]
 
 
+def test_what_a_kill_left_of_a_measurement_is_passed_over(workdir, tmp_path):
+    run = shutil.copytree(workdir, tmp_path / "run")
+    with (run / "metrics.jsonl").open("ab") as file:
+        for torn in (
+            b'{"kind": "heldout", "st',
+            b'{"kind": "heldout"}',
+            b'"heldout"\xff',
+            b'["heldout"]',
+        ):
+            file.write(torn + b"\n")
+    assert open_model(run).description["heldout"]["step"] == 5
+
+
 def test_a_model_card_of_a_run(workdir, tmp_path):
     stored = open_model(workdir)
     huggingface.export(
