@@ -105,7 +105,7 @@ def _text(value: float | None, form: str) -> str:
 
 def _plan_of(history: History, config: dict[str, Any]) -> Plan:
     plan = Plan.load(config["plan"])
-    trained = history.starts[-1]["plan"] if history.starts else plan.hash
+    trained = history.starts[-1].get("plan", plan.hash) if history.starts else plan.hash
     if trained != plan.hash:
         raise UserError(
             f"{config['plan']} now holds another plan ({plan.hash[:12]}) than this run was trained "

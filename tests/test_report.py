@@ -209,6 +209,28 @@ def test_torn_lines_are_left_out_and_told(tmp_path):
     assert "4 torn lines" in report(tmp_path / "run").read_text()
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"kind": ["start"]},
+        {"step": 1 << 70},
+        {"step": -1},
+        {"step": None},
+        *({key: "x" if key != "plan" else {}} for key in ("devices", "packages", "plan", "time")),
+        {"parameters": None},
+    ],
+)
+def test_a_start_of_other_kinds_is_no_record(tmp_path, damage):
+    start = {"kind": "start", "step": 0, "plan": "0" * 64, **ORIGIN}
+    line = train_line(1, np.random.default_rng(2))
+    history = read_history(write_run(tmp_path / "whole", [start, line]))
+    assert history.starts == [start] and not history.torn
+    workdir = write_run(tmp_path / "run", [start | damage, b"[" * 100_000, line])
+    history = read_history(workdir)
+    assert history.starts == [] and history.torn == 2
+    assert "2 torn lines" in report(workdir).read_text()
+
+
 def test_realised_mixture_equals_a_count_of_the_lines_that_count(tmp_path):
     rng = np.random.default_rng(3)
     lines = [train_line(step, rng) for step in [*range(1, 30), *range(20, 50)]]
@@ -437,6 +459,11 @@ def test_baselines_are_computed_once_per_plan(tmp_path, prepared, monkeypatch):
     report(workdir)
     report(workdir)
     assert len(calls) == 2  # one for each source
+    whole = (workdir / "baselines.json").read_text()
+    for damaged in (whole.replace('"zlib": ', '"zlib": -'), "[" * 100_000):
+        (workdir / "baselines.json").write_text(damaged)
+        report(workdir)
+        assert (workdir / "baselines.json").read_text() == whole and len(calls.pop() + calls.pop())
     (workdir / "baselines.json").write_text("{")
     monkeypatch.setattr(sources, "COUNTED_TOKENS", 64)
     text = Tags(report(workdir).read_text()).text

@@ -306,7 +306,10 @@ def test_that_data_do_not_tell_their_documents_is_said_before_a_step_is_replayed
     [
         (None, "missing or torn"),
         ("{", "missing or torn"),
+        ("[" * 100_000, "missing or torn"),
         ('{"model_type": "llama"}', "not of a run of ours"),  # of a Hugging Face folder
+        ('{"plan": "p", "model": {}, "eval": {}, "row_length": "x"}', "not of a run of ours"),
+        ('{"plan": "p", "model": {}, "row_length": 32}', "not of a run of ours"),
     ],
 )
 def test_only_the_workdir_of_a_run_has_rows(tmp_path, text, wrong):

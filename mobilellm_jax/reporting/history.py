@@ -12,6 +12,17 @@ from etils import epath
 
 from mobilellm_jax.errors import UserError
 
+# What is read of a program's start, as far as its line has it: early runs wrote less.
+_START = {
+    "time": int | float,
+    "parameters": int,
+    "flops_per_token": int,
+    "steps": int,
+    "plan": str,
+    "devices": dict,
+    "packages": dict,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Series:
@@ -49,7 +60,7 @@ class History:
     heldout: Series
     tasks: Series
     cuts: Series
-    torn: int  # lines that are no JSON object: a process was killed while it wrote them
+    torn: int  # lines that are no record: a process was killed while it wrote them
 
     @property
     def resumes(self) -> list[int]:
@@ -104,9 +115,12 @@ def read_history(workdir: epath.PathLike) -> History:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+        whole = isinstance(record["kind"], str) and isinstance(record["step"], int)
+        whole = whole and 0 <= record["step"] < 1 << 63
+        if whole and record["kind"] == "start":
+            whole = all(isinstance(record[key], _START[key]) for key in record.keys() & _START)
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
-    whole = isinstance(record, dict) and "kind" in record and isinstance(record.get("step"), int)
     return record if whole else None
 
 

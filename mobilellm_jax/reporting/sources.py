@@ -191,9 +191,13 @@ def measure(
 def _read_cache(cache: epath.Path, key: Mapping[str, Any]) -> dict[str, Baselines]:
     try:
         raw = json.loads(cache.read_text())
-        return {n: Baselines(**b) for n, b in raw["sources"].items()} if raw["key"] == key else {}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return {}  # a cache that is missing or of another version is made anew
+        if raw["key"] != key:
+            return {}
+        found = {name: Baselines(**values) for name, values in raw["sources"].items()}
+        damaged = any(v <= 0 for values in found.values() for v in dataclasses.astuple(values))
+        return {} if damaged else found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}  # a cache that is missing, damaged or of another version is made anew
 
 
 def _write_cache(cache: epath.Path, key: Mapping[str, Any], known: Mapping[str, Baselines]) -> None:

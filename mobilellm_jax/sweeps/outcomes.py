@@ -52,13 +52,16 @@ def read_outcome(cell: Cell, directory: epath.Path) -> Outcome | None:
     if not all(key.split(".")[0] in FREE for key in changed):
         return None
     history = read_history(directory)
-    start = history.starts[-1]
-    if start["plan"] != Plan.load(cell.config.plan).hash or steps not in history.heldout.steps_N:
+    start = history.starts[-1] if history.starts else {}
+    if (
+        start.get("plan") != Plan.load(cell.config.plan).hash
+        or steps not in history.heldout.steps_N
+    ):
         return None
     if "eval.rows" in changed:
         there, here = changed["eval.rows"]
         raise UserError(
-            f"{directory} was measured on {there:,} held-out rows of each source, and config.eval.rows is "
+            f"{directory} was measured on {there} held-out rows of each source, and config.eval.rows is "
             f"{here:,} now, so its cells would not compare: set it back, or choose another --workdir."
         )
     bits = float(history.heldout.column("bits_per_byte")[-1])  # of the last step, a number or not
@@ -94,6 +97,8 @@ def _changed(cell: Cell, directory: epath.Path) -> dict[str, tuple[Any, Any]] | 
     """In what the configuration of the run there differs from the cell's; None: there is no run."""
     try:
         old = json.loads((directory / "config.json").read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
+    if not isinstance(old, dict) or not isinstance(old.get("eval"), dict):
+        return None  # training tells of it
     return differences(complete(old), complete(cell.config.to_dict()))

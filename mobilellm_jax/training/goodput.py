@@ -7,6 +7,7 @@ them: when it fetches the metrics of the step before.
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -44,10 +45,10 @@ class Goodput:
         self._written = 0.0
         self._seconds = dict.fromkeys(KINDS, 0.0)
         earlier = _read(self._path)
-        self._earlier = {kind: float(earlier["seconds"].get(kind, 0.0)) for kind in KINDS}
-        self._first = float(earlier["began"] or began)
-        self._starts = int(earlier["starts"]) + 1
-        self._seen = int(earlier["step"])  # steps done by the starts before
+        self._earlier = earlier["seconds"]
+        self._first = earlier["began"] or began
+        self._starts = earlier["starts"] + 1
+        self._seen = earlier["step"]  # steps done by the starts before
 
     def lap(self, kind: str) -> None:
         """The seconds since the last lap went to `kind`, one of `KINDS`."""
@@ -117,11 +118,13 @@ def program_start() -> float:
 
 def _read(path: epath.Path) -> Mapping[str, Any]:
     """The record of the starts before; none, or a damaged one, counts as none: nothing depends on it."""
-    nothing = {"began": 0.0, "starts": 0, "seconds": {}, "step": 0}
-    try:
-        return nothing | json.loads(path.read_text())
-    except (OSError, ValueError, TypeError):
-        return nothing
+    with contextlib.suppress(Exception):  # whatever a damaged one may raise
+        found = json.loads(path.read_text())
+        seconds = {kind: float(found["seconds"].get(kind, 0.0)) for kind in KINDS}
+        began, starts, step = float(found["began"]), int(found["starts"]), int(found["step"])
+        if all(math.isfinite(number) for number in (began, *seconds.values())):
+            return {"began": began, "starts": starts, "seconds": seconds, "step": step}
+    return {"began": 0.0, "starts": 0, "seconds": dict.fromkeys(KINDS, 0.0), "step": 0}
 
 
 def _rest(values: Mapping[str, float], prefix: str) -> str:

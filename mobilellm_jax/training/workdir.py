@@ -111,11 +111,18 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
     path = workdir / "config.json"
     try:
         config = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         config, wrong = {}, "missing or torn"
     else:
         wrong = "not of a run of ours"
-    if not isinstance(config, dict) or "plan" not in config:  # every run has that key
+    kinds = {
+        "plan": str,
+        "model": dict,
+        "row_length": int,
+        "eval": dict,
+    }  # every run has these keys
+    whole = isinstance(config, dict) and all(isinstance(config.get(k), v) for k, v in kinds.items())
+    if not whole:
         raise UserError(
             f"{path} is {wrong}, so {workdir} is not the workdir of a run: "
             "name the directory that was given to training as --workdir."

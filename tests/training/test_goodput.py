@@ -125,10 +125,22 @@ def test_a_clock_that_is_set_is_no_work(tmp_path, clock, hours):
     assert values["run/goodput"] == 70 / 80 and values["run/seconds/down"] == 0
 
 
-@pytest.mark.parametrize("text", ['{"began": 1', "[]"])
+_WHOLE = {"began": 1.0, "starts": 3, "seconds": {"train": 2.0}, "step": 7}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"began": 1', "[]", "[" * 100_000]
+    + [json.dumps({**_WHOLE, key: "x"}) for key in _WHOLE]
+    + [json.dumps({**_WHOLE, key: float("nan")}) for key in _WHOLE]
+    + [json.dumps({**_WHOLE, "seconds": {"train": [1]}})],
+)
 def test_a_damaged_record_stops_nothing(tmp_path, clock, text):
+    (tmp_path / goodput.FILE).write_text(json.dumps(_WHOLE))
+    assert Goodput(epath.Path(tmp_path), began=1000.0).values()["run/starts"] == 4
     (tmp_path / goodput.FILE).write_text(text)
-    assert Goodput(epath.Path(tmp_path), began=1000.0).values()["run/starts"] == 1
+    counted = Goodput(epath.Path(tmp_path), began=1000.0)
+    assert counted.values()["run/starts"] == 1 and "goodput" in counted.summary()
 
 
 def test_a_run_records_it(tmp_path, capsys):
