@@ -222,14 +222,16 @@ def _question(line: str, file: Path, number: int) -> tuple[str, str]:
                 raise TypeError("the query is no text")
             if type(gold) is not int or not 0 <= gold < len(choices):
                 raise TypeError(f"gold is {gold!r}, not the number of a choice, from 0 on")
-            return query, f" {choices[gold]}"
-        prompt = record["question"] if "question" in record else record["context"]
-        thought = record.get("chain_of_thought")
-        answer = record["answer"]
-        if not isinstance(answer, str | int | float):
-            raise TypeError("the answer is neither text nor number")
-        return f"{prompt}\n", f"{thought}\n{answer}" if thought else f"{answer}"
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+            prompt, answer = query, f" {choices[gold]}"
+        else:
+            prompt = (record["question"] if "question" in record else record["context"]) + "\n"
+            answer, thought = record["answer"], record.get("chain_of_thought")
+            if not isinstance(answer, str | int | float):
+                raise TypeError("the answer is neither text nor number")
+            answer = f"{thought}\n{answer}" if thought else f"{answer}"
+        (prompt + answer).encode()  # half of a surrogate pair is no text
+        return prompt, answer
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{file}, line {number}, is no question ({type(error).__name__}: {error}): it needs query, "
             "choices and gold, or question (context) and answer."

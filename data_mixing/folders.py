@@ -45,13 +45,18 @@ def agree(path: epath.Path, settings: Mapping[str, Any]) -> None:
     """Writes the settings into a file, or checks that they are the ones there.
 
     Raises:
-      UserError: they are others.
+      UserError: they are others, or damaged.
     """
     settings = json.loads(json.dumps(settings))
     if not path.exists():
         with replaced(path) as unfinished:
             unfinished.write_text(json.dumps(settings, indent=2) + "\n")
-    elif found := differences(json.loads(path.read_text()), settings):
+        return
+    try:
+        there = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is damaged: put it back, or name a new --out.") from None
+    if found := differences(there, settings):
         listed = "; ".join(f"{k}: {a!r} there, {b!r} here" for k, (a, b) in found.items())
         raise UserError(
             f"{path.parent} was made with other settings or other data ({listed}): name a new --out."

@@ -84,14 +84,14 @@ def family(
       The members, the largest first.
 
     Raises:
-      UserError: a run has no checkpoint, its plan is gone, or a format cannot express a member.
+      UserError: a run has no checkpoint, its plan is gone, or a format cannot express a member; a
+        line of members.jsonl is damaged.
     """
     if unknown := {*to} - {*FORMATS}:
         raise UserError(f"--to={', '.join(sorted(unknown))}: choose of {', '.join(FORMATS)}.")
     folder = epath.Path(out)
     kept = folder / "members.jsonl"
-    lines = kept.read_text().splitlines() if kept.exists() else []
-    there = {record["name"]: Member(**record) for record in map(json.loads, lines)}
+    there = {member.name: member for member in _members(kept)}
     wanted = [(name, found) for run in runs for name, found in _checkpoints(epath.Path(run))]
     for name, step in wanted:
         known = there.get(name)
@@ -119,6 +119,23 @@ def family(
     (folder / "table.md").write_text(table(members) + "\n")
     (folder / "frontier.svg").write_text(drawing(members))
     return members
+
+
+def _members(kept: epath.Path) -> Iterator[Member]:
+    """Those that are measured already."""
+    lines = kept.read_bytes().splitlines() if kept.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            member = Member(**json.loads(line))
+            for field in dataclasses.fields(Member):
+                known = str if field.type is str else int | float
+                if not isinstance(getattr(member, field.name), known):
+                    raise TypeError
+        except (ValueError, TypeError, RecursionError):
+            raise UserError(
+                f"{kept}, line {number}, is no member: remove that line, and it is measured again."
+            ) from None
+        yield member
 
 
 def _target(folder: epath.Path, name: str, kind: str) -> epath.Path:

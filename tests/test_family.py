@@ -1,6 +1,7 @@
 """One run, a family: every size exported, measured and drawn once."""
 
 import dataclasses
+import json
 import math
 import shutil
 
@@ -102,6 +103,15 @@ def test_the_frontier_is_what_nothing_beats():
     assert drawing(members[:1]).count("<circle") == 2
     one = dataclasses.replace(members[0], accuracy=0.5)
     assert "50.0%" in table([one])
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", "[" * 100_000, '{"name": 1}', None])
+def test_a_damaged_member_is_told(tmp_path, line):
+    whole = dataclasses.asdict(Member("a", 1, 1.0, 1.0, 1.0, 1.0))
+    damaged = json.dumps(whole | {"megabytes": "1"}) if line is None else line
+    (tmp_path / "members.jsonl").write_text(f"{json.dumps(whole)}\n{damaged}\n")
+    with pytest.raises(UserError, match=r"members.jsonl, line 2, is no member: remove that line"):
+        family([], tmp_path)
 
 
 @pytest.mark.parametrize(

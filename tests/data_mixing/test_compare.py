@@ -141,6 +141,8 @@ def test_bad_input(made, compared, tmp_path):
     for wrong, said in (
         ({"query": 5}, "the query is no text"),
         ({"choices": "34"}, "the choices are no list of texts"),
+        ({"choices": [1]}, "the choices are no list of texts"),
+        ({"gold": 0.5}, "gold is 0.5, not the number of a choice"),
         ({"gold": -1}, "gold is -1, not the number of a choice"),
         ({"gold": 2}, "gold is 2, not the number of a choice"),
         ({"gold": "0"}, "gold is '0', not the number of a choice"),
@@ -160,6 +162,11 @@ def test_bad_input(made, compared, tmp_path):
         with pytest.raises(UserError, match=f"{name} cannot be read"):
             answer_rows(tmp_path / "broken", tiny.tokenizer(), tiny.ROW, 4)
         (tmp_path / "broken" / name).unlink()
+    half = json.dumps(QUESTIONS[0] | {"query": "\ud800"}).encode()
+    for damage in (half, b"[]", b"[" * 100_000):
+        (tmp_path / "x.jsonl").write_bytes(damage)
+        with pytest.raises(UserError, match="line 1, is no question"):
+            answer_rows(tmp_path, tiny.tokenizer(), tiny.ROW, 4)
     rows = []
     for answer in (3, "3"):
         (tmp_path / "x.jsonl").write_text(json.dumps({"question": "1 + 2", "answer": answer}))

@@ -37,6 +37,13 @@ def test_what_is_not_ours_is_refused(tmp_path):
     assert folders.holding(tmp_path / "new", ("runs",)).is_dir()
 
 
+@pytest.mark.parametrize("damaged", [b"{", b"\xff", b"[" * 100_000])
+def test_damaged_settings_are_told(tmp_path, damaged):
+    (tmp_path / "settings.json").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"settings.json is damaged: put it back, or name a new"):
+        folders.claim(tmp_path, {"rows": 1})
+
+
 def test_what_a_killed_program_half_wrote_is_cleared(tmp_path):
     (tmp_path / "table.md").write_text("whole")
     (tmp_path / "table.md.unfinished").write_text("ha")
