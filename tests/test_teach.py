@@ -4,6 +4,7 @@ import functools
 import json
 import pickle
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -181,6 +182,56 @@ def test_bad_input(plan, teacher, write, written, tmp_path):
     with pytest.raises(UserError, match="written for row_length=32, the run has 64"):
         refused(long)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("info",), None),
+        (("info", "top_k"), "8"),
+        (("info", "top_k"), 1000),
+        (("info", "rows"), 7),
+        (("info", "vocab_size"), {}),
+        (("shards",), []),
+        (("shards", "taught-000000000000.array_record"), 5),
+        (("shards", "taught-000000000000.array_record", "rows"), -1),
+        (("shards", "taught-000000000000.array_record", "size"), None),
+        ((), "[" * 100_000),
+        ((), "{"),
+    ],
+)
+def test_a_damaged_description_is_told(plan, written, tmp_path, keys, value):
+    data = shutil.copytree(plan.parent, tmp_path / "data")
+    mark = data / "words" / "taught" / written / MARK
+    raw = place = json.loads(mark.read_text())
+    for key in keys[:-1]:
+        place = place[key]
+    if keys:
+        place[keys[-1]] = value
+    mark.write_text(json.dumps(raw) if keys else value)
+    with pytest.raises(
+        UserError, match=r"taught.json is damaged .*put it back, or delete it and run"
+    ):
+        open_mixture(Plan.load(data / "mixture.json"), tiny.ROW, tiny.VOCAB, written)
+
+
+def test_records_of_another_shape_and_damaged_settings_are_told(plan, write, written, tmp_path):
+    data = shutil.copytree(plan.parent, tmp_path / "data")
+    for folder in (data / source / "taught" / written for source in ("words", "sums")):
+        raw = json.loads((folder / MARK).read_text())
+        raw["info"]["top_k"] -= 1
+        (folder / MARK).write_text(json.dumps(raw))
+    mixture = open_mixture(Plan.load(data / "mixture.json"), tiny.ROW, tiny.VOCAB, written)
+    with pytest.raises(
+        UserError, match="is not what taught.json there describes, 7 tokens of each"
+    ):
+        mixture.read(np.arange(4))
+    folder = folders(plan, "spoilt")[0]
+    folder.mkdir(parents=True)
+    for damaged in ("{", "7", "[" * 100_000):
+        (folder / "settings.json").write_text(damaged)
+        with pytest.raises(UserError, match="settings.json is damaged: give another --name"):
+            write("spoilt")
 
 
 def test_damage_is_told(plan, write, tmp_path):

@@ -20,7 +20,7 @@ from etils import epath
 from mobilellm_jax.data.contexts import Contexts
 from mobilellm_jax.data.readers import Readers
 from mobilellm_jax.data.records import Records, check_sizes
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.errors import UserError, in_a_line
 from mobilellm_jax.files import replaced, written_records
 
 # Of a batch: int [B, T, k], and float [B, T, k].
@@ -84,13 +84,18 @@ class Writer:
         """Makes the folder.
 
         Raises:
-          UserError: it holds something that another teacher or other settings wrote.
+          UserError: it holds something that another teacher or other settings wrote, or damaged ones.
         """
         self._folder, self._info, self._shard_rows = folder, info, shard_rows
         settings = json.loads(json.dumps({**dataclasses.asdict(info), "shard_rows": shard_rows}))
         path = folder / SETTINGS
         if path.exists():
-            there = json.loads(path.read_text())
+            try:
+                there = dict(json.loads(path.read_text()))
+            except (ValueError, TypeError, RecursionError):
+                raise UserError(
+                    f"{path} is damaged: give another --name, or delete {folder}."
+                ) from None
             if differ := [key for key, value in settings.items() if there.get(key) != value]:
                 raise UserError(
                     f"{folder} was written with another {', '.join(differ)}: give another --name, or delete "
@@ -148,9 +153,9 @@ class Writer:
 class Taught:
     """What was written of a source's training rows, by row number. Picklable; threads may share it."""
 
-    def __init__(self, info: TaughtInfo, records: Records) -> None:
-        """Takes a record for each row; use `open_taught`."""
-        self.info, self._records = info, records
+    def __init__(self, info: TaughtInfo, records: Records, where: str) -> None:
+        """Takes a record for each row, and in which folder they are; use `open_taught`."""
+        self.info, self._records, self._where = info, records, where
 
     @property
     def retries(self) -> int:
@@ -161,13 +166,19 @@ class Taught:
         """Rows by number: ids int32 [n, T, k] and log probabilities float16 [n, T, k].
 
         Raises:
-          UserError: a shard cannot be read.
+          UserError: a shard cannot be read, or holds other rows than are described.
         """
         shape = len(indices), self.info.row_length, self.info.top_k
         ids_NTK, log_probs_NTK = np.empty(shape, np.int32), np.empty(shape, np.float16)
         width = shape[1] * shape[2] * self.info.id_dtype.itemsize
+        size = width + shape[1] * shape[2] * log_probs_NTK.itemsize
         for where, records in self._records.read(np.asarray(indices, np.int64)):
-            bytes_MZ = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), -1)
+            if {len(record) for record in records} != {size}:
+                raise UserError(
+                    f"what a teacher wrote into {self._where} is not what {MARK} there describes, "
+                    f"{self.info.top_k} tokens of each target: write it again."
+                )
+            bytes_MZ = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), size)
             ids_M, log_probs_M = bytes_MZ[:, :width], bytes_MZ[:, width:]
             ids_NTK[where] = ids_M.view(self.info.id_dtype).reshape(-1, *shape[1:])
             log_probs_NTK[where] = log_probs_M.view(np.float16).reshape(-1, *shape[1:])
@@ -197,7 +208,7 @@ def open_taught(rows: Contexts, name: str, temperature: float, readers: Readers)
     again = f"delete it and {MARK} beside it, and run `python -m mobilellm_jax.teach` again"
     check_sizes(folder, {name: shard["size"] for name, shard in shards.items()}, again)
     files = {str(folder / name): shard["rows"] for name, shard in shards.items()}
-    return Taught(info, Records(files, again, readers))
+    return Taught(info, Records(files, again, readers), str(folder))
 
 
 def read_info(source: epath.PathLike, name: str) -> TaughtInfo:
@@ -210,11 +221,33 @@ def read_info(source: epath.PathLike, name: str) -> TaughtInfo:
 
 
 def _read(folder: epath.Path) -> tuple[TaughtInfo, dict[str, Any]]:
-    try:
-        raw = json.loads((folder / MARK).read_text())
-        return TaughtInfo(**raw["info"]), raw["shards"]
-    except (OSError, ValueError, KeyError, TypeError):
+    path = folder / MARK
+    if not path.exists():
         raise UserError(
             f"config.teacher.stored: no teacher has written {folder} to its end: run `python -m "
             "mobilellm_jax.teach` (again), it takes up what an interrupted run has left."
+        )
+    try:
+        raw = json.loads(path.read_text())
+        info, shards = TaughtInfo(**raw["info"]), dict(raw["shards"])
+        for key in ("row_length", "top_k", "vocab_size"):
+            _count(key, getattr(info, key))
+        if info.top_k > info.vocab_size:
+            raise ValueError(f"top_k is {info.top_k}, of {info.vocab_size} pieces")
+        for name, shard in shards.items():
+            _count(f"size of {name}", shard["size"])
+        rows = sum(_count(f"rows of {name}", shard["rows"]) for name, shard in shards.items())
+        if rows != info.rows:
+            raise ValueError(f"the shards have {rows} rows, not {info.rows}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {in_a_line(error)}): put it back, or delete it and "
+            "run `python -m mobilellm_jax.teach` again."
         ) from None
+    return info, shards
+
+
+def _count(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 40:
+        raise ValueError(f"{name} is {value!r}")
+    return value
