@@ -12,7 +12,8 @@ that mask, which is what the peers compute:
 
 All compute in bfloat16 with float32 weights on a GPU, in float32 on a CPU, unless `--dtype` says
 another. Each runs in a process of its own, in turns, at the largest batch that fits (`--rows`
-halved until it does). The utilisation is that of `flops_per_token`: 6 FLOPs per matrix weight and token, attention's causal half, nothing recomputed.
+halved until it does). The utilisation is that of `flops_per_token`: 6 FLOPs per matrix weight and
+token, attention's causal half, nothing recomputed.
 
 Needs jax, flax, optax, numpy; the peers torch and transformers, and are left out without them.
 """
