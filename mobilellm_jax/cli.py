@@ -81,7 +81,7 @@ def _parse(argv: list[str], positional: str) -> list[str]:
         _exit(_unusable(error), 2)
     for name, value in flags.FLAGS.flag_values_dict().items():
         if isinstance(value, float) and math.isnan(value):  # which no bound keeps out
-            _exit(f"flag --{name}=nan: that is no number.", 2)
+            _exit(f"flag --{name}=nan: that is not a number.", 2)
     expected = 2 if positional else 1
     if len(rest) > expected:
         unexpected = rest[expected]

@@ -88,7 +88,7 @@ def test_a_flag_that_is_no_number_is_refused():
     inputs = "--config=configs/mixing.py", "--probes=x", "--out=x"
     ended = program("data_mixing.proxies", *inputs, "--max_epochs=nan")
     assert ended.status == 2
-    assert ended.err == "error: flag --max_epochs=nan: that is no number.\n"
+    assert ended.err == "error: flag --max_epochs=nan: that is not a number.\n"
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])

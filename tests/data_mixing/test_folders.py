@@ -40,6 +40,7 @@ def test_what_is_not_ours_is_refused(tmp_path):
 @pytest.mark.parametrize("damaged", [b"{", b"\xff", b"[" * 100_000])
 def test_damaged_settings_are_told(tmp_path, damaged):
     (tmp_path / "settings.json").write_bytes(damaged)
+    (tmp_path / "table.md").write_text("made by them")
     with pytest.raises(UserError, match=r"settings.json is damaged: put it back, or name a new"):
         folders.claim(tmp_path, {"rows": 1})
 

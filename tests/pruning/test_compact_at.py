@@ -54,7 +54,7 @@ def stopped(plan, tmp_path_factory):
     asked = []
 
     def judge(config, run):
-        def judged(params):
+        def judged(params, between):
             assert jax.tree.map(np.shape, params) == jax.tree.map(
                 lambda x: x.shape, transformer.shapes(run.model)
             )
