@@ -167,7 +167,7 @@ def read_left_out(
             for r in raw["records"]
         }
         repeated = len(raw["records"]) - len(known)
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is not usable ({type(error).__name__}: {error}).") from None
     if not known or not capabilities or repeated:
         what = f"{repeated} records twice" if repeated else "no record"

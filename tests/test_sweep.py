@@ -412,6 +412,16 @@ def test_descriptions_that_do_not_hang_together():
     ):
         with pytest.raises(UserError, match=said):
             Sweep({"a": Tuned(config, key, values, start)}, ())
+    for row in (None, {}, config.to_dict()):
+        with pytest.raises(UserError, match="the row 'a' of the sweep is a .*give a ConfigDict or"):
+            Sweep({"a": row}, ())
+    for seeds in (("a",), (0.5, 1), (None,)):
+        with pytest.raises(UserError, match="whole numbers"):
+            Sweep({"a": config}, (), seeds=seeds)
+    line = Line("a", "A")
+    for table in (line, "t", Table(1, (line,)), Table("t", [line]), Table("t", (Line("a", 1),))):
+        with pytest.raises(UserError, match="each a Table of a title and a tuple of Lines"):
+            Sweep({"a": config}, (table,))
     with pytest.raises(UserError, match="'t' speaks of the row 'z'.*it has a"):
         Sweep({"a": config}, (Table("t", (Line("a", "A", "z"),)),))
 

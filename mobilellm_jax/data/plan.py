@@ -42,10 +42,13 @@ import numpy as np
 from etils import epath
 
 from mobilellm_jax.data.apportion import water_fill
-from mobilellm_jax.errors import UserError
+from mobilellm_jax.errors import UserError, in_a_line
 from mobilellm_jax.files import replaced
 
 VERSION = 2
+_MOST = (
+    1 << 50
+)  # rows or tokens: 250 times those of MobileLLM-R1; products of them fit into 64 bits
 _KEYS = ("version", "seed", "tokenizer", "sources", "stages", "skips", "provenance")
 TOLERANCE = 1e-3  # a sum this near to 1 is a rounding, anything further a mistake
 
@@ -160,7 +163,7 @@ class Plan:
         try:
             return epath.Path(tfds.builder(path.removeprefix("tfds:")).data_path)
         except (ValueError, tfds.core.registered.DatasetNotFoundError) as error:
-            raise UserError(f"{path} is no data set of TFDS here ({error}).") from None
+            raise UserError(f"{path} is no data set of TFDS here ({in_a_line(error)}).") from None
 
     def absolute(self) -> "Plan":
         """The same plan for a file anywhere: with whole paths, where they were counted from its folder."""
@@ -243,7 +246,7 @@ class Plan:
             weights are negative or do not sum to 1, or its caps are impossible.
         """
         path = epath.Path(path)
-        if not path.exists():
+        if not path.is_file():
             raise UserError(
                 f"there is no plan at {path}: write one with `python -m mobilellm_jax.prepare`, "
                 "or point config.plan at an existing mixture.json."
@@ -361,14 +364,21 @@ def _whole(value: Any) -> int:
     return int(value)
 
 
+def _count(value: Any) -> int:
+    found = _whole(value)
+    if found > _MOST:
+        raise ValueError(f"{value!r} is more than {_MOST:,}")
+    return found
+
+
 def _source(raw: Mapping[str, Any]) -> PlanSource:
     _known_keys(raw, "source", _fields(PlanSource))
     rows, tokens, epochs = (raw.get(key) for key in ("rows", "tokens", "max_epochs"))
     return PlanSource(
         str(raw["name"]),
         str(raw["path"]),
-        None if rows is None else _whole(rows),
-        None if tokens is None else _whole(tokens),
+        None if rows is None else _count(rows),
+        None if tokens is None else _count(tokens),
         None if epochs is None else float(epochs),
     )
 
@@ -380,7 +390,7 @@ def _stage(raw: Mapping[str, Any]) -> Stage:
         raise ValueError(f"fixed is {fixed!r}, neither true nor false")
     return Stage(
         str(raw["name"]),
-        None if tokens is None else _whole(tokens),
+        None if tokens is None else _count(tokens),
         {str(k): float(v) for k, v in raw["weights"].items()},
         None if end is None else {str(k): float(v) for k, v in end.items()},
         fixed,
@@ -389,7 +399,7 @@ def _stage(raw: Mapping[str, Any]) -> Stage:
 
 def _skip(raw: Mapping[str, Any]) -> Skip:
     _known_keys(raw, "skip", _fields(Skip))
-    at_row, rows, row_length = (_whole(raw[key]) for key in ("at_row", "rows", "row_length"))
+    at_row, rows, row_length = (_count(raw[key]) for key in ("at_row", "rows", "row_length"))
     return Skip(at_row, rows, row_length, str(raw.get("reason", "")))
 
 

@@ -212,7 +212,7 @@ def read_metadata(path: epath.PathLike) -> dict[str, Any]:
     try:
         metadata = json.loads((path / "metadata.json").read_text())
         version = metadata["version"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} was not written by `python -m mobilellm_jax.prepare`.") from None
     if version != VERSION:
         raise UserError(

@@ -94,6 +94,8 @@ class Sweep:
                 )
         if not self.rows or not self.seeds or len({*self.seeds}) < len(self.seeds):
             raise UserError("a sweep needs at least one row, and seeds that differ.")
+        if not all(isinstance(seed, int) for seed in (*self.seeds, self.tuning_seed)):
+            raise UserError(f"the seeds of a sweep are whole numbers, not {self.seeds}.")
         if self.tuning_seed in self.seeds:
             raise UserError(
                 f"tuning_seed={self.tuning_seed} is one of the seeds of the tables: choose another."
@@ -101,7 +103,12 @@ class Sweep:
         for name, row in self.rows.items():
             if isinstance(row, Tuned):
                 _check_tuned(name, row)
+            elif not isinstance(row, ConfigDict):
+                raise UserError(
+                    f"the row {name!r} of the sweep is a {type(row).__name__}: give a ConfigDict or a Tuned."
+                )
         for table in self.tables:
+            _check_table(table)
             for line in table.lines:
                 for row in filter(None, (line.row, line.against)):
                     if row not in self.rows:
@@ -152,6 +159,16 @@ class Sweep:
         return found
 
 
+def _check_table(table: Table) -> None:
+    try:
+        hash(table)  # of tuples
+        "".join((table.title, *(line.label for line in table.lines))).encode()  # of texts
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"a sweep's tables are each a Table of a title and a tuple of Lines ({in_a_line(error)})."
+        ) from None
+
+
 def _check_tuned(name: str, row: Tuned) -> None:
     if sorted({*row.values}) != [*row.values] or row.start not in row.values:
         raise UserError(
@@ -168,8 +185,9 @@ def _check_tuned(name: str, row: Tuned) -> None:
         for value in row.values:
             row.at(value)
     except (KeyError, TypeError, ValueError) as error:
+        reason = in_a_line(error)
         raise UserError(
-            f"the row {name!r} is tuned by {row.key!r}, which its configuration cannot take: {error}."
+            f"the row {name!r} is tuned by {row.key!r}, which its configuration cannot take: {reason}."
         ) from None
 
 

@@ -87,6 +87,12 @@ def test_a_plan_comes_back_as_it_was(tmp_path, stages):
         (lambda raw: raw.update(skips=[{"at_row": "7", "rows": 2, "row_length": 8}]), "'7' is no"),
         (lambda raw: raw["stages"][0]["weights"].update(d=0.1), "gives d a weight.*are a, b, c"),
         (lambda raw: raw["stages"][0]["weights"].update(a=0.6), "'one' in here sum to 1.1, not"),
+        (lambda raw: raw["stages"][0].update(tokens=10**16), "is more than 1,125,899,906,842,624"),
+        (lambda raw: raw["sources"][0].update(rows=1e300), "1e.300 is more than"),
+        (
+            lambda raw: raw.update(skips=[{"at_row": 1 << 60, "rows": 2, "row_length": 8}]),
+            "1152921504606846976 is more than",
+        ),
         (lambda raw: raw["stages"][0]["weights"].update(a=-0.5), "a has -0.5, but a weight is"),
         (lambda raw: raw["stages"][0]["weights"].pop("a"), "sum to 0.5, not to 1"),
         (
@@ -108,6 +114,18 @@ def test_a_plan_comes_back_as_it_was(tmp_path, stages):
 def test_what_is_wrong_with_a_plan_is_said_where_it_is_read(change, said):
     with pytest.raises(UserError, match=said):
         spoilt(change)
+
+
+def test_a_folder_is_no_plan(tmp_path):
+    with pytest.raises(UserError, match="there is no plan at"):
+        Plan.load(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["tfds:", "tfds:no_such_data_set", "tfds:../x"])
+def test_a_name_that_tfds_does_not_know_is_one_sentence(path):
+    with pytest.raises(UserError, match="is no data set of TFDS here") as error:
+        Plan.load(PUBLISHED / "mobilellm_r1_midtrain.json").resolve(path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["pretrain", "pretrain_capped", "midtrain"])

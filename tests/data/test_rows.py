@@ -225,6 +225,9 @@ def test_what_is_no_source_is_refused(source, tmp_path):
         (source / "metadata.json").write_text(json.dumps({**metadata, "version": version}))
         with pytest.raises(UserError, match=f"version {version}, .* reads 2: prepare it again"):
             read_info(source)
+    (source / "metadata.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not written by"):
+        read_info(source)
     (source / "metadata.json").unlink()
     with pytest.raises(UserError, match="not written by"):
         read_info(source)

@@ -373,6 +373,9 @@ def test_what_is_wrong_with_leave_one_out_runs_is_said(folder, tmp_path, change,
     path = left_out_file(tmp_path / "loo.json", change)
     with pytest.raises(UserError, match=said):
         ask(folder, f"leave_one_out={path}{options}")
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is not usable .RecursionError"):
+        ask(folder, f"leave_one_out={path}{options}")
 
 
 def test_proxies_must_have_the_sources_of_the_plan(folder, tmp_path):
