@@ -41,7 +41,7 @@ from mobilellm_jax.data.encoding import Workers
 from mobilellm_jax.data.ngrams import jaccard
 from mobilellm_jax.data.source_flags import corpus_of
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import alone
+from mobilellm_jax.files import alone, record_of
 from mobilellm_jax.tables import aligned
 
 VERSION = 1  # of what is written; another one is begun anew
@@ -119,7 +119,7 @@ def _check(dedup: Sequence[str], evals: EvalSets | None) -> None:
 
 def _complete(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     path = out / "report.json"
-    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    report = record_of(path) if path.exists() else {}
     if report.get("settings") != settings:
         made = "was made from other input or with other options" if report else "is not empty"
         raise UserError(f"{out} exists and {made}: delete it, or name another folder.")
@@ -135,7 +135,7 @@ def _take_up(growing: Path, settings: Mapping[str, Any]) -> None:
             raise UserError(f"{growing} exists and is not ours: delete it, or name another folder.")
         path.parent.mkdir(parents=True, exist_ok=True)
         cleaning.write_json(path, settings)
-    elif json.loads(path.read_text(encoding="utf-8")) != settings:
+    elif record_of(path) != settings:
         raise UserError(
             f"{growing} was begun from other input or with other options: delete it, or give the same ones."
         )

@@ -2,9 +2,11 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 
@@ -121,6 +123,15 @@ def written_records() -> Iterator[None]:
     except RuntimeError as error:
         reason = in_a_line(error)
         raise UserError(f"a shard cannot be written ({reason}): mend it and run again.") from None
+
+
+def record_of(path: epath.PathLike) -> dict[str, Any]:
+    """What a JSON object of ours says; empty if it is damaged, and so equal to nothing that was written."""
+    try:
+        record = json.loads(epath.Path(path).read_text())
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _beside(out: epath.Path) -> epath.Path:

@@ -55,6 +55,7 @@ from mobilellm_jax.data.source_flags import (
 )
 from mobilellm_jax.data.tokenizers import Tokenizer, file_of
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import record_of
 from mobilellm_jax.tables import aligned
 
 SAMPLE = 64 << 20  # bytes of text that a tokenizer is trained on
@@ -238,7 +239,7 @@ def _tokenizer(
         tokenizer = Tokenizer.load(there)
         if given == tokenizer:
             return tokenizer
-        if not settings_path.exists() or json.loads(settings_path.read_text()) != settings:
+        if not settings_path.exists() or record_of(settings_path) != settings:
             raise UserError(
                 f"{there} was made with other settings or from other text: to use it as it is, "
                 f"give --tokenizer={there}; else prepare into another directory."

@@ -220,6 +220,10 @@ def test_again_it_keeps_what_is_complete_and_refuses_what_is_not_the_same(tmp_pa
     with pytest.raises(UserError, match="out exists and was made from other input"):
         clean(source, out, dedup=["exact"], workers=1)
     assert contents(out) == before and not (tmp_path / "out.incomplete").exists()
+    for damaged in ("[]", "{", "[" * 100_000):
+        (out / "report.json").write_text(damaged)
+        with pytest.raises(UserError, match="out exists and is not empty: delete it"):
+            clean(source, out, dedup=["exact"], workers=1)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
     with pytest.raises(UserError, match="mine exists and is not empty"):

@@ -104,6 +104,11 @@ def test_what_was_made_with_other_settings_is_refused(corpora, out, tmp_path):
     (tmp_path / "t.model").write_bytes(other.model_bytes)
     with pytest.raises(UserError, match="other settings or from other text"):
         run(corpora, out, tokenizer=tmp_path / "t.model")
+    settings = (out / "tokenizer.settings.json").read_bytes()
+    (out / "tokenizer.settings.json").write_text("{")
+    with pytest.raises(UserError, match="other settings or from other text"):
+        run(corpora, out)
+    (out / "tokenizer.settings.json").write_bytes(settings)
     write_corpus(tmp_path / "a.jsonl", 5)
     with pytest.raises(UserError, match="other settings or from other text"):
         run(corpora, out)

@@ -82,6 +82,8 @@ def test_killed_at_any_moment_it_leaves_nothing_half_and_goes_on(tmp_path, momen
     assert len(done) == {"add 80": 1, "plan": 2}.get(moment, 0)
     marks = list(out.glob("?.incomplete/parts/0*.json"))
     assert len(marks) > 5 or moment not in ("_publish 27", "commit")
+    if moment == "commit":
+        marks.pop().write_bytes(b"")  # as where power fails: that part is done again
     written = []
     usual = SourceWriter.write_part
 

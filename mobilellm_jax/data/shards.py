@@ -35,7 +35,7 @@ from mobilellm_jax.data.rows import (
     read_info,
 )
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import alone, written_records
+from mobilellm_jax.files import alone, record_of, written_records
 
 _WRITE = "group_size:1,zstd:1"  # a row per group: any row is one read
 _SCRATCH = "scratch-"  # folders of parts that are being written
@@ -130,9 +130,10 @@ class SourceWriter:
     def is_written(self, number: int) -> bool:
         """Whether a part is complete: its mark is there and its files are as long as it says."""
         mark = self._parts / _mark(number)
-        return mark.exists() and all(
+        said = record_of(mark) if mark.exists() else {}
+        return bool(said) and all(
             (self._growing / name).exists() and (self._growing / name).stat().length == size
-            for shard in json.loads(mark.read_text())["shards"]
+            for shard in said["shards"]
             for name, size in _files(shard).items()
         )
 
@@ -197,7 +198,7 @@ class SourceWriter:
     def _begun(self) -> Any:
         """What the parts that are there were made with."""
         file = self._parts / "settings.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        return record_of(file) if file.exists() else None
 
     def _clear(self, everything: bool) -> None:
         """Removes what interrupted writers have left, or all that they have made, and nothing else."""
