@@ -46,9 +46,8 @@ from mobilellm_jax.errors import UserError, in_a_line
 from mobilellm_jax.files import replaced
 
 VERSION = 2
-_MOST = (
-    1 << 50
-)  # rows or tokens: 250 times those of MobileLLM-R1; products of them fit into 64 bits
+# Rows or tokens: 250 times those of MobileLLM-R1; products of them fit into 64 bits.
+_MOST = 1 << 50
 _KEYS = ("version", "seed", "tokenizer", "sources", "stages", "skips", "provenance")
 TOLERANCE = 1e-3  # a sum this near to 1 is a rounding, anything further a mistake
 
