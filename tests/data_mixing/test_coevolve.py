@@ -5,20 +5,16 @@ import dataclasses
 import html.parser
 import io
 import json
-import signal
-import time
 
 import chats
-import mixing
 import numpy as np
 import pyarrow.parquet
 import pytest
 import runs
 import tiny
+from coevolving import BASE, CAPABILITIES, STEPS, coevolving
 
 from data_mixing import coevolve, influence, probe_sets, samples, stages
-from data_mixing.scorers import Settings
-from data_mixing.stages import Choices, Given
 from mobilellm_jax.data.chat_corpus import ChatCorpus
 from mobilellm_jax.data.documents import documents_of
 from mobilellm_jax.data.plan import Plan, PlanSource, Stage
@@ -32,40 +28,10 @@ from mobilellm_jax.prepare import prepare
 from mobilellm_jax.training.objectives import Network, next_token
 from mobilellm_jax.training.step import row_sums
 
-CAPABILITIES = {"math": ("sums",), "language": ("words",)}
-BASE, STEPS = 90, 12  # steps of the run to begin with, and of a stage
-
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    """(what is given, workdir of the run to begin with): two sources that help, and one of noise."""
-    folder = tmp_path_factory.mktemp("coevolve")
-    sums, words = (tiny.documents(kind, 250) for kind in ("sums", "words"))
-    noise = mixing.shuffled((sums + words)[::2], 0)
-    plan = mixing.sources(folder, {"sums": sums, "words": words, "noise": noise})
-    config = tiny.config("", STEPS)
-    config.eval.every = config.checkpoint.every = STEPS
-    known = Plan.from_dict(
-        {
-            **plan.to_dict(),
-            "sources": [dataclasses.asdict(s) for s in plan.sources[:2]],
-            "stages": [{"name": "a", "tokens": None, "weights": {"sums": 0.5, "words": 0.5}}],
-        },
-        "",
-    )
-    known.save(folder / "data" / "known.json")
-    base = tiny.config(folder / "data" / "known.json", BASE)
-    base.eval.every = base.checkpoint.every = BASE
-    runs.run(base, folder / "base")
-    found = Given(
-        config,
-        plan,
-        mixing.probes(folder, CAPABILITIES),
-        Choices(rows=60, train_rows=16),
-        Settings("output", batch_rows=16, own_gradients=2),
-        tiny.one_device(),
-    )
-    return found, folder / "base"
+    return coevolving(tmp_path_factory.mktemp("coevolve"))
 
 
 def run(given, out, rounds=2, base=None, **changes):
@@ -458,60 +424,3 @@ def test_the_program(given, tmp_path):
     told = json.loads((tmp_path / "out" / "rounds.json").read_text())
     assert told["settings"]["choices"]["metric"] == "dot"
     assert "16 of 291" in ended.out and "no document outside of them is kept" in ended.out
-
-
-@pytest.mark.slow
-def test_the_program_stopped_in_every_part_ends_as_if_it_never_was(given, tmp_path):
-    """Killed, interrupted and terminated while it scores, stores what is kept, trains and goes on."""
-    found, base = given
-    (tmp_path / "probes").mkdir()
-    probe_sets.write(found.probes, {}, tmp_path / "probes")
-    changes = {"steps": STEPS, "checkpoint__every": 2, "eval__every": STEPS}
-    config = runs.config_file(tmp_path, "", **changes)
-    plan = f"{found.plan.directory}/mixture.json"
-
-    def start(out):
-        return runs.start(
-            *("-m", "data_mixing.coevolve", f"--config={config}", f"--plan={plan}"),
-            *(f"--probes={tmp_path / 'probes'}", f"--init_from={base}", f"--out={out}"),
-            *("--rows=300", "--train_rows=16", "--layers=output", "--batch_rows=16"),
-        )
-
-    whole, out = tmp_path / "whole", tmp_path / "stopped"
-    ended = runs.finish(start(whole))
-    assert ended.status == 0 and "no more were asked for" in ended.out, ended.err
-    for reached, sent in (
-        ("round-1/scores/parts/*/00000.parquet", signal.SIGINT),
-        ("round-1/scores/parts/*/00001.parquet", signal.SIGKILL),
-        ("round-1/data*/*", signal.SIGKILL),
-        ("round-1/train/metrics.jsonl", signal.SIGKILL),
-        ("round-1/train/checkpoints/*", signal.SIGINT),
-        ("round-1/heldout.json", signal.SIGTERM),
-        ("round-2/decided.json", signal.SIGKILL),
-    ):
-        process = start(out)
-        while process.poll() is None and not [*out.glob(reached)]:
-            time.sleep(0.002)
-        process.send_signal(sent)
-        ended = runs.finish(process)
-        assert "Traceback" not in ended.err and ended.status in (0, 130, 143, -sent), ended
-    assert runs.finish(start(out)).status == 0
-
-    def made(folder):
-        """What does not tell of times and places."""
-        paths = [
-            *folder.glob("*.json"),
-            *folder.glob("round-*/*.*"),
-            *folder.glob("round-*/data/**/*"),
-        ]
-        here = str(folder).encode()
-        files = {
-            p.relative_to(folder): p.read_bytes().replace(here, b"") for p in paths if p.is_file()
-        }
-        workdirs = [folder / f"round-{number}" / "train" for number in (1, 2)]
-        return files, [runs.bits(load_model(w).params) for w in workdirs], [
-            [(step, r["loss"], r["batch_crc32"]) for step, r in runs.lines(w).items()]
-            for w in workdirs
-        ]  # fmt: skip
-
-    assert made(out) == made(whole)
