@@ -43,6 +43,7 @@ from mobilellm_jax.data.cleaning import work_folder, write_json
 from mobilellm_jax.data.corpora import Corpus
 from mobilellm_jax.data.source_flags import check_names, define_sources, named_corpora
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import record_of
 from mobilellm_jax.parallel.compiled import keep_compiled
 
 SAMPLE = 4096  # documents that vectors are whitened by
@@ -190,7 +191,7 @@ def _begun(growing: Path, looked: Mapping[str, Any]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, looked)
         return growing
-    begun = json.loads(path.read_text(encoding="utf-8"))
+    begun = record_of(path)
     if other := [name for name in looked if looked[name] != begun.get(name)]:
         raise UserError(
             f"{growing} was begun with another {', '.join(other)}: delete it, or give the same options."

@@ -117,7 +117,8 @@ def evaluate(
     lines, results = ask(tasks, lm, limit, cache, seed, log)
     if text:
         lines.append(window_perplexity(*own, text, dtype, mesh))
-    lines += store_lines(*own, sources, limit, dtype, mesh)
+    if sources:
+        lines += store_lines(*own, sources, limit, dtype, mesh)
     if RANK_ME in measures:
         rank = rank_me(subject.params, subject.model)
         lines.append(Line("output embedding", 0, "RankMe", rank, math.nan))

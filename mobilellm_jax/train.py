@@ -40,7 +40,7 @@ from mobilellm_jax.training.saving import Checkpoints
 from mobilellm_jax.training.setup import Setup, set_up
 from mobilellm_jax.training.signals import Signals, Stopped
 from mobilellm_jax.training.start import begin, open_start
-from mobilellm_jax.training.step import TrainState, finite
+from mobilellm_jax.training.step import TrainState, all_finite
 from mobilellm_jax.training.workdir import check_same_run, claimed
 
 
@@ -164,7 +164,7 @@ def train(
 
         def check_finite() -> None:
             """What is not finite in spite of finite gradients is neither measured nor saved."""
-            if not finite(state):
+            if not all_finite(state):
                 raise UserError(
                     f"stopped at step {step}: weights or moments are not finite, though the loss and the "
                     "gradient of every step that changed them were: config.optimizer made them so (its eps, "

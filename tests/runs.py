@@ -153,3 +153,12 @@ def wait_for_lines(process, workdir, more, timeout=120):
     while count() < goal and process.poll() is None:
         assert time.monotonic() < deadline, "the run does not go on"
         time.sleep(0.002)
+
+
+def alive(pid):
+    """Whether there is such a process, and it has not ended."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"

@@ -27,6 +27,7 @@ from cleaned import (
     text_of,
     write_lines,
 )
+from runs import alive
 
 from mobilellm_jax.clean import clean
 from mobilellm_jax.data import cleaning
@@ -315,24 +316,11 @@ def test_after_kill_9_it_goes_on_and_its_processes_are_gone(tmp_path):
         )
         process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "out").exists() and tasks
-    while any(map(_alive, tasks.split())):
+    while any(map(alive, tasks.split())):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     subprocess.run([*command, "--workers=1"], env=environment, check=True, **quiet)
     assert len(left(tmp_path / "out")) == len(list(documents(source)))
-
-
-def _alive(pid):
-    try:
-        return (
-            pathlib.Path(f"/proc/{pid}/stat")
-            .read_text(encoding="utf-8")
-            .rpartition(")")[2]
-            .split()[0]
-            != "Z"
-        )
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 # Bad input.

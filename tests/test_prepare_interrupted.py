@@ -14,6 +14,7 @@ import time
 
 import pytest
 from prepared import ENVIRONMENT, contents, run, stream, two_corpora, write_corpus
+from runs import alive
 
 from mobilellm_jax.data.corpora import FileCorpus
 from mobilellm_jax.data.encoding import Workers
@@ -143,7 +144,7 @@ def test_kill_9_ends_the_processes_that_tokenize_too(tmp_path):
     assert children
     with pytest.raises(UserError, match="no complete source"):
         open_rows(tmp_path / "out" / "a")
-    while any(map(_alive, children)):
+    while any(map(alive, children)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -176,7 +177,7 @@ def test_ctrl_c_reaches_processes_that_work_by_the_one_that_waits_for_them():
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
         _, errors = process.communicate(timeout=50)
     assert errors.count("Traceback") == errors.count("KeyboardInterrupt") == 1  # its own
-    assert len(children) == 2 and not any(map(_alive, children))
+    assert len(children) == 2 and not any(map(alive, children))
 
 
 def _children(pid):
@@ -190,19 +191,6 @@ def _children(pid):
 
 def _command(pid):
     return pathlib.Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")
-
-
-def _alive(pid):
-    try:
-        return (
-            pathlib.Path(f"/proc/{pid}/stat")
-            .read_text(encoding="utf-8")
-            .rpartition(")")[2]
-            .split()[0]
-            != "Z"
-        )
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 # Memory.

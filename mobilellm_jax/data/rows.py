@@ -72,6 +72,12 @@ class SourceInfo:
         loss_mask, segment_ids = np.dtype(np.uint8), np.dtype(np.int32)
         return {"loss_mask": loss_mask, "segment_ids": segment_ids, "tokens": tokens}
 
+    @property
+    def heads(self) -> dict[str, bytes]:
+        """What stands in a record before the bytes of each feature, in their order."""
+        count = self.row_length + 1
+        return {name: _head(name, count * dtype.itemsize) for name, dtype in self.features.items()}
+
 
 class Rows:
     """One split of one source by row number. Picklable; threads may share it."""
@@ -80,6 +86,11 @@ class Rows:
         """Takes the records of a split; use `open_rows`."""
         self.info, self.split = info, split
         self._records = records
+        self._places, self._size = {}, 0  # of each feature in a record; of a record
+        for name, head in info.heads.items():
+            begin = self._size + len(head)
+            self._size = begin + (info.row_length + 1) * info.features[name].itemsize
+            self._places[name] = slice(begin, self._size)
 
     @property
     def retries(self) -> int:
@@ -108,26 +119,20 @@ class Rows:
         return tokens
 
     def _decoded(self, records: Sequence[bytes]) -> np.ndarray:
-        places, end = {}, 0
-        for name, dtype in self.info.features.items():
-            length = (self.info.row_length + 1) * dtype.itemsize
-            begin = end + len(head(name, length))
-            end = begin + length
-            places[name] = slice(begin, end)
-        if sizes := {len(record) for record in records} - {end}:
+        if sizes := {len(record) for record in records} - {self._size}:
             raise UserError(
                 f"the rows of {self.info.path} are not those that its metadata.json describes: records of "
                 f"{min(sizes):,} bytes are not rows of {self.info.row_length:,} tokens; prepare it again."
             )
         bytes_NZ = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), -1)
         rows = {
-            name: bytes_NZ[:, places[name]].view(dtype)
+            name: bytes_NZ[:, self._places[name]].view(dtype)
             for name, dtype in self.info.features.items()
         }
         return marked(**rows, bos_id=self.info.bos_id) if len(rows) > 1 else rows["tokens"]
 
 
-def head(name: str, length: int) -> bytes:
+def _head(name: str, length: int) -> bytes:
     """What stands before the payload of a feature in a record, so many bytes.
 
     A record is a serialized TF example. Serialized messages that follow each other are one message
@@ -237,12 +242,12 @@ def _check(metadata: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} is {getattr(info, name)!r}")
     if info.kind not in ("text", "chat"):
         raise ValueError(f"kind is {info.kind!r}")
-    _count("row_length", info.row_length, 1, 1 << 24)
-    _count("bos_id", info.bos_id, 0, _count("vocab_size", info.vocab_size, 1) - 1)
+    count_of("row_length", info.row_length, 1, 1 << 24)
+    count_of("bos_id", info.bos_id, 0, count_of("vocab_size", info.vocab_size, 1) - 1)
     rows = dict.fromkeys(info.splits, 0)
     for name, shard in metadata["shards"].items():
-        _count(f"size of {name}", shard["size"], 1)
-        rows[shard["split"]] += _count(f"rows of {name}", shard["rows"], 1)
+        count_of(f"size of {name}", shard["size"], 1)
+        rows[shard["split"]] += count_of(f"rows of {name}", shard["rows"], 1)
     for split, counts in info.splits.items():
         if rows[split] != counts.rows:
             raise ValueError(f"the shards of {split} have {rows[split]} rows, not {counts.rows}")
@@ -252,7 +257,12 @@ def _check(metadata: Mapping[str, Any]) -> None:
         raise TypeError(f"settings is {metadata['settings']!r}")
 
 
-def _count(name: str, value: Any, least: int, most: int = 1 << 40) -> int:
+def count_of(name: str, value: Any, least: int, most: int = (1 << 40) - 1) -> int:
+    """A number that a file says, checked.
+
+    Raises:
+      ValueError: it is no whole number of that size.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise ValueError(f"{name} is {value!r}")
     return value

@@ -30,7 +30,6 @@ from mobilellm_jax.data.rows import (
     VERSION,
     SourceInfo,
     SplitInfo,
-    head,
     is_complete,
     read_info,
 )
@@ -323,10 +322,7 @@ class _Encoder:
 
     def __init__(self, info: SourceInfo) -> None:
         self._bos_id, self._dtypes = info.bos_id, info.features
-        self._heads = {
-            name: head(name, (info.row_length + 1) * dtype.itemsize)
-            for name, dtype in self._dtypes.items()
-        }
+        self._heads = info.heads
 
     def __call__(self, row: np.ndarray) -> bytes:
         parts = {"tokens": token_ids(row)}

@@ -20,6 +20,7 @@ from etils import epath
 from mobilellm_jax.data.contexts import Contexts
 from mobilellm_jax.data.readers import Readers
 from mobilellm_jax.data.records import Records, check_sizes
+from mobilellm_jax.data.rows import count_of
 from mobilellm_jax.errors import UserError, in_a_line
 from mobilellm_jax.files import replaced, written_records
 
@@ -231,12 +232,12 @@ def _read(folder: epath.Path) -> tuple[TaughtInfo, dict[str, Any]]:
         raw = json.loads(path.read_text())
         info, shards = TaughtInfo(**raw["info"]), dict(raw["shards"])
         for key in ("row_length", "top_k", "vocab_size"):
-            _count(key, getattr(info, key))
+            count_of(key, getattr(info, key), 1)
         if info.top_k > info.vocab_size:
             raise ValueError(f"top_k is {info.top_k}, of {info.vocab_size} pieces")
         for name, shard in shards.items():
-            _count(f"size of {name}", shard["size"])
-        rows = sum(_count(f"rows of {name}", shard["rows"]) for name, shard in shards.items())
+            count_of(f"size of {name}", shard["size"], 1)
+        rows = sum(count_of(f"rows of {name}", shard["rows"], 1) for name, shard in shards.items())
         if rows != info.rows:
             raise ValueError(f"the shards have {rows} rows, not {info.rows}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -245,9 +246,3 @@ def _read(folder: epath.Path) -> tuple[TaughtInfo, dict[str, Any]]:
             "run `python -m mobilellm_jax.teach` again."
         ) from None
     return info, shards
-
-
-def _count(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 40:
-        raise ValueError(f"{name} is {value!r}")
-    return value

@@ -94,7 +94,7 @@ def train_step(
 
     A step whose loss or gradient is not finite changes neither weights nor moments; it is counted, and it
     keeps its place in the schedule and in the data. What an optimizer makes of finite gradients is looked at
-    before it is saved (`finite`). A step that stands out of the state's window
+    before it is saved (`all_finite`). A step that stands out of the state's window
     (see `training.outliers`) is treated alike and counted apart.
 
     Args:
@@ -194,7 +194,7 @@ def train_step(
 
 
 @jax.jit
-def finite(state: TrainState) -> jax.Array:
+def all_finite(state: TrainState) -> jax.Array:
     """Whether all weights and moments are finite."""
     leaves = jax.tree.leaves((state.params, state.opt_state))
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()

@@ -115,12 +115,7 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
         config, wrong = {}, "missing or torn"
     else:
         wrong = "not of a run of ours"
-    kinds = {
-        "plan": str,
-        "model": dict,
-        "row_length": int,
-        "eval": dict,
-    }  # every run has these keys
+    kinds = {"plan": str, "model": dict, "row_length": int, "eval": dict}  # keys that every run has
     whole = isinstance(config, dict) and all(isinstance(config.get(k), v) for k, v in kinds.items())
     if not whole:
         raise UserError(

@@ -15,7 +15,7 @@ from mobilellm_jax.model import transformer
 from mobilellm_jax.model.transformer import Execution
 from mobilellm_jax.training import objectives, optimizer
 from mobilellm_jax.training.objectives import Losses, Network, split_rows
-from mobilellm_jax.training.step import finite, init_state, train_step
+from mobilellm_jax.training.step import all_finite, init_state, train_step
 
 BOS, EOS = 1, 2
 NETWORK = Network(tiny.MODEL, Execution(), BOS, EOS)
@@ -176,10 +176,10 @@ def test_a_step_of_finite_loss_is_skipped_for_its_norm():
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_one_number_makes_a_state_that_is_not_finite(where, value):
     state = start()
-    assert finite(state)
+    assert all_finite(state)
     leaves, structure = jax.tree.flatten(getattr(state, where))
     leaves[-1] = leaves[-1].at[(-1,) * leaves[-1].ndim].set(value)
-    assert not finite(dataclasses.replace(state, **{where: structure.unflatten(leaves)}))
+    assert not all_finite(dataclasses.replace(state, **{where: structure.unflatten(leaves)}))
 
 
 def test_a_batch_of_padding_alone_has_no_loss_and_no_gradient():
