@@ -52,6 +52,7 @@ from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.rows import open_rows
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import alone
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.parallel.compiled import keep_compiled
 from mobilellm_jax.training.config import FREE, check
@@ -248,7 +249,8 @@ def main() -> None:
     )
     plan, probes = Plan.load(args.plan), probe_sets.load(args.probes)
     given = Given(args.config, plan, probes, choices, scorers.named_settings())
-    coevolve(given, args.init_from, args.out, args.rounds)
+    with alone(args.out, "is at work"):
+        coevolve(given, args.init_from, args.out, args.rounds)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from mobilellm_jax.data.packing import counted, token_ids
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import replaced
+from mobilellm_jax.files import alone, replaced
 from mobilellm_jax.sweeps.statistics import Estimate, estimate, verdict
 from mobilellm_jax.tables import aligned, markdown_table
 from mobilellm_jax.training.length import length_of
@@ -317,17 +317,19 @@ def open_plans(named: str) -> dict[str, Plan]:
 def main() -> None:
     """The command line."""
     args = flags.FLAGS
-    compare(
-        args.config,
-        open_plans(args.plans),
-        probe_sets.load(args.probes),
-        args.out,
-        seeds=args.seeds,
-        answers=args.answers,
-        probe_rows=args.probe_rows,
-        group=args.group,
-        max_epochs=args.max_epochs,
-    )
+    plans, sets = open_plans(args.plans), probe_sets.load(args.probes)
+    with alone(args.out, "is training"):
+        compare(
+            args.config,
+            plans,
+            sets,
+            args.out,
+            seeds=args.seeds,
+            answers=args.answers,
+            probe_rows=args.probe_rows,
+            group=args.group,
+            max_epochs=args.max_epochs,
+        )
 
 
 if __name__ == "__main__":

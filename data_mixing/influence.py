@@ -44,7 +44,7 @@ from mobilellm_jax.data.opening import open_mixture
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import replaced
+from mobilellm_jax.files import alone, replaced
 from mobilellm_jax.interop.stored import open_model
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.parallel.mesh import local_mesh
@@ -438,19 +438,21 @@ def main() -> None:
     args = flags.FLAGS
     probes = probe_sets.load(args.probes)
     checkpoints = open_checkpoints(args.checkpoints, args.steps, list(probes.capabilities))
-    influence(
-        Plan.load(args.plan),
-        probes,
-        checkpoints,
-        args.out,
-        rows=args.rows,
-        train_rows=args.train_rows,
-        probe_rows=args.probe_rows,
-        row_length=args.row_length,
-        metrics=args.metrics,
-        standardise=args.standardise,
-        settings=scoring.named_settings(),
-    )
+    plan, settings = Plan.load(args.plan), scoring.named_settings()
+    with alone(args.out, "is scoring"):
+        influence(
+            plan,
+            probes,
+            checkpoints,
+            args.out,
+            rows=args.rows,
+            train_rows=args.train_rows,
+            probe_rows=args.probe_rows,
+            row_length=args.row_length,
+            metrics=args.metrics,
+            standardise=args.standardise,
+            settings=settings,
+        )
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from data_mixing.together import train_together
 from mobilellm_jax import cli
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.files import replaced
+from mobilellm_jax.files import alone, replaced
 from mobilellm_jax.sweeps.statistics import CONFIDENCE
 from mobilellm_jax.tables import aligned, markdown_table
 from mobilellm_jax.training.length import length_of
@@ -319,21 +319,23 @@ def _write(report: Report, out: epath.Path, drawings: Mapping[str, str]) -> None
 def main() -> None:
     """The command line."""
     args = flags.FLAGS
-    report = leave_one_out(
-        args.config,
-        experiments.open_plan(args.config, args.plan),
-        probe_sets.load(args.probes),
-        args.out,
-        leave_out=args.leave_out,
-        seeds=args.seeds,
-        measure_every=args.measure_every,
-        shares=args.shares,
-        max_epochs=args.max_epochs,
-        half=args.half,
-        probe_rows=args.probe_rows,
-        group=args.group,
-        keep=args.keep,
-    )
+    plan, sets = experiments.open_plan(args.config, args.plan), probe_sets.load(args.probes)
+    with alone(args.out, "is training"):
+        report = leave_one_out(
+            args.config,
+            plan,
+            sets,
+            args.out,
+            leave_out=args.leave_out,
+            seeds=args.seeds,
+            measure_every=args.measure_every,
+            shares=args.shares,
+            max_epochs=args.max_epochs,
+            half=args.half,
+            probe_rows=args.probe_rows,
+            group=args.group,
+            keep=args.keep,
+        )
     print(f"{report.said}\n\n{aligned(report.cells, '<' + '>' * (len(report.cells[0]) - 1))}")
     print(
         f"\n{epath.Path(args.out) / FILE}: written, with {TABLE}, {PAGE} and drawings.", flush=True

@@ -47,7 +47,7 @@ from data_mixing.together import train_together
 from data_mixing.weights import Request
 from mobilellm_jax import cli
 from mobilellm_jax.data.plan import Plan
-from mobilellm_jax.files import replaced
+from mobilellm_jax.files import alone, replaced
 from mobilellm_jax.model.config import ModelConfig, flops_per_token
 from mobilellm_jax.tables import aligned
 from mobilellm_jax.training.length import length_of
@@ -284,15 +284,10 @@ def main() -> None:
     """The command line."""
     args = flags.FLAGS
     names = [field.name for field in dataclasses.fields(Effort)]
-    pipeline(
-        args.config,
-        experiments.open_plan(args.config, args.plan),
-        probe_sets.load(args.probes),
-        args.out,
-        Effort(**{name: getattr(args, name) for name in names}),
-        scorers.named_settings(),
-        args.answers,
-    )
+    effort = Effort(**{name: getattr(args, name) for name in names})
+    plan, sets = experiments.open_plan(args.config, args.plan), probe_sets.load(args.probes)
+    with alone(args.out, "is at work"):
+        pipeline(args.config, plan, sets, args.out, effort, scorers.named_settings(), args.answers)
 
 
 if __name__ == "__main__":

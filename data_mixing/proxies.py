@@ -22,6 +22,7 @@ from data_mixing.run_tables import RunTable
 from data_mixing.together import train_together
 from mobilellm_jax import cli
 from mobilellm_jax.data.plan import Plan
+from mobilellm_jax.files import alone
 from mobilellm_jax.training.length import length_of
 
 MIXTURES, LOSSES = "mixtures.csv", "losses.csv"
@@ -119,20 +120,22 @@ def drawn(
 def main() -> None:
     """The command line."""
     args = flags.FLAGS
-    train_proxies(
-        args.config,
-        experiments.open_plan(args.config, args.plan),
-        probe_sets.load(args.probes),
-        args.out,
-        count=args.count,
-        seed=args.seed,
-        max_epochs=args.max_epochs,
-        temperature=args.temperature,
-        half=args.half,
-        probe_rows=args.probe_rows,
-        group=args.group,
-        keep=args.keep,
-    )
+    plan, sets = experiments.open_plan(args.config, args.plan), probe_sets.load(args.probes)
+    with alone(args.out, "is training"):
+        train_proxies(
+            args.config,
+            plan,
+            sets,
+            args.out,
+            count=args.count,
+            seed=args.seed,
+            max_epochs=args.max_epochs,
+            temperature=args.temperature,
+            half=args.half,
+            probe_rows=args.probe_rows,
+            group=args.group,
+            keep=args.keep,
+        )
     print(f"{args.out}/{MIXTURES}, {args.out}/{LOSSES}: written.", flush=True)
 
 

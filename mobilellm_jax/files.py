@@ -89,12 +89,14 @@ def alone(folder: epath.PathLike, doing: str) -> Iterator[None]:
       doing: what another program would be doing, `is training`.
 
     Raises:
-      UserError: another program is in there.
+      UserError: another program is in there, or `folder` is a file.
     """
     folder = epath.Path(folder)
     if "://" in str(folder):
         yield
         return
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: name a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)  # ends with the process, however that ends
     try:

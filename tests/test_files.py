@@ -98,3 +98,9 @@ def test_one_program_at_a_time_is_in_a_folder(tmp_path):
             subprocess.run(other, check=True)
             with alone(tmp_path / "run", "is training"):
                 pass
+
+
+def test_nobody_is_in_a_file(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(UserError, match="run is a file"), alone(tmp_path / "run", "is training"):
+        pass

@@ -22,6 +22,7 @@ from mobilellm_jax.data.sentencepiece_tokenizer import train_tokenizer
 from mobilellm_jax.data.shards import SourceWriter
 from mobilellm_jax.data.subset import key_of
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import alone
 from mobilellm_jax.interop.stored import load_model
 from mobilellm_jax.model.transformer import Execution
 from mobilellm_jax.prepare import prepare
@@ -407,18 +408,16 @@ def test_the_program(given, tmp_path):
     probe_sets.write(found.probes, {}, tmp_path / "probes")
     plan = f"{found.plan.directory}/mixture.json"
     config = runs.config_file(tmp_path, "", steps=STEPS)
-    ended = runs.program(
-        "data_mixing.coevolve",
-        *(f"--config={config}", f"--plan={plan}", f"--probes={tmp_path / 'probes'}"),
-        *(f"--init_from={base}", f"--out={tmp_path / 'out'}", "--rows=16", "--train_rows=16"),
-        *(
-            "--layers=output",
-            "--batch_rows=16",
-            "--own_gradients=2",
-            "--threshold=1e9",
-            "--metric=dot",
-        ),
+    command = (
+        *("data_mixing.coevolve", f"--config={config}", f"--plan={plan}"),
+        *(f"--probes={tmp_path / 'probes'}", f"--init_from={base}", f"--out={tmp_path / 'out'}"),
+        *("--rows=16", "--train_rows=16", "--layers=output", "--batch_rows=16"),
+        *("--own_gradients=2", "--threshold=1e9", "--metric=dot"),
     )
+    with alone(tmp_path / "out", "is at work"):
+        refused = runs.program(*command)
+    assert refused.status == 1 and "another program is at work in" in refused.err
+    ended = runs.program(*command)
     assert ended.status == 0, ended.err
     assert "stopped before the stage of round 1: none of the" in ended.out
     told = json.loads((tmp_path / "out" / "rounds.json").read_text())

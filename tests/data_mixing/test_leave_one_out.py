@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from xml.etree import ElementTree
 
 import numpy as np
@@ -18,6 +19,7 @@ from data_mixing.run_tables import load_pair
 from data_mixing.runs import Measured
 from mobilellm_jax.data.plan import Plan, Stage
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.files import alone
 from mobilellm_jax.plan import fill_in
 from mobilellm_jax.sweeps.statistics import estimate
 
@@ -65,6 +67,15 @@ def done(folder):
     ended = command(folder, folder / "out", f"--seeds={SEEDS}", f"--measure_every={EVERY}")
     assert ended.status == 0, ended.err
     return folder / "out", ended
+
+
+@pytest.mark.parametrize("module", ["leave_one_out", "proxies", "pipeline"])
+def test_one_program_is_in_a_folder(folder, module, tmp_path):
+    with alone(tmp_path / "out", "is training"):
+        ended = command(folder, tmp_path / "out", module=module)
+    assert ended.status == 1
+    assert re.search(r"error: another program is \w+.* in .*out at this moment", ended.err)
+    assert not [*(tmp_path / "out").iterdir()]
 
 
 def test_what_a_capability_is_made_of_is_missed(done):
