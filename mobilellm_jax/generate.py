@@ -168,6 +168,8 @@ def main() -> None:
     asked = [name for name in ("prompt", "prompts", "chat") if getattr(args, name)]
     if len(asked) > 1:
         raise UserError(f"--{' and --'.join(asked)} exclude each other: give one of them.")
+    if args.system and not args.chat:
+        raise UserError("--system is the first message of --chat: give both, or neither.")
     prompts = read_prompts(args.prompts) if args.prompts else []
     loaded = load_model(args.checkpoint)
     tokenizer = loaded.tokenizer

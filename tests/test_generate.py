@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import sentencepiece
 import tiny
 from tokenizer_files import FOLDERS
@@ -437,3 +438,15 @@ def test_a_call_may_draw_more_tokens_than_the_cache_doubles_to():
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(UserError, match="stop string is empty"):
         Text(Numbers(), [1], ["end", ""])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--system=Be brief."], "--system is the first message of --chat: give both, or neither."),
+        (["--chat", "--prompt=a"], "--prompt and --chat exclude each other: give one of them."),
+    ],
+)
+def test_what_would_be_without_effect_is_refused(arguments, sentence):
+    ended = runs.program("mobilellm_jax.generate", "--checkpoint=none", *arguments)
+    assert (ended.status, ended.err) == (1, f"error: {sentence}\n")

@@ -6,7 +6,6 @@ has a batch of its own.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -77,8 +76,7 @@ def score(
       number of a request and its likelihood.
     """
     devices = network.mesh.size
-    batches = _batches(requests, rows)
-    while several := list(itertools.islice(batches, devices)):
+    for several in _together(_batches(requests, rows), devices):
         arrays, where = _padded(several, devices)
         found = _score(
             network.params,
@@ -115,14 +113,32 @@ def _batches(requests: Sequence[Request], rows: int) -> Iterator[list[Group]]:
     pieces.sort(key=lambda piece: (size(piece), piece[0]), reverse=True)
     batch: list[Group] = []
     for piece in pieces:
-        held = sum(len(group[1]) for group in batch) + len(piece[1])
-        longest = max(size(group)[1] for group in [*batch, piece])
+        held, longest = _size([[*batch, piece]])
         if batch and (held > rows or held * longest > TOKENS):
             yield batch
             batch = []
         batch.append(piece)
     if batch:
         yield batch
+
+
+def _together(batches: Iterator[list[Group]], devices: int) -> Iterator[list[list[Group]]]:
+    """A batch for each device, as far as the shape they are filled up to is no more than one may be."""
+    several: list[list[Group]] = []
+    for batch in batches:
+        rows, tail = _size([*several, batch])
+        if several and (len(several) == devices or (rows > 1 and rows * tail > TOKENS)):
+            yield several
+            several = []
+        several.append(batch)
+    if several:
+        yield several
+
+
+def _size(batches: Sequence[Sequence[Group]]) -> tuple[int, int]:
+    """The most rows, and the most tokens of a continuation, of any of the batches."""
+    rows = max(sum(len(group) for _, group in batch) for batch in batches)
+    return rows, max(_tail(c) for batch in batches for _, group in batch for c in group)
 
 
 def _tail(continuation: Sequence[int]) -> int:
@@ -148,8 +164,8 @@ def _padded(
     everything = [row for part in parts for row in part]
     longest = max(len(context) - 1 for _, context, _, _ in everything)
     width = bucket(longest) if longest else 0
-    tail = max(_tail(continuation) for _, _, continuation, _ in everything)
-    rows = 1 << (max(map(len, parts)) - 1).bit_length()  # of a device, as its groups
+    most, tail = _size(batches)
+    rows = 1 << (most - 1).bit_length()  # of a device, as its groups
     groups = 1 << (max(map(len, batches)) - 1).bit_length()
     prefix_GT = np.zeros((devices * groups, width), np.int32)
     begin_G = np.full(devices * groups, max(width - 1, 0), np.int32)
