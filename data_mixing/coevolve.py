@@ -52,6 +52,7 @@ from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.rows import open_rows
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.evaluation import while_training
 from mobilellm_jax.files import alone
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.parallel.compiled import keep_compiled
@@ -179,7 +180,8 @@ def _check(given: Given, point: Checkpoint) -> dict[str, int]:
             "set config.init_state=weights and config.first_row=0."
         )
     tokenizer = Tokenizer.load(plan.resolve(plan.tokenizer_path))
-    programs(config, devices, tokenizer.bos_id, tokenizer.eos_id, len(plan.sources))
+    made = programs(config, devices, tokenizer.bos_id, tokenizer.eos_id, len(plan.sources))
+    while_training.judge(config.eval, made.model, tokenizer, config.execution.dtype, made.mesh)
     open_weights(point.path, ModelConfig.from_dict(config.model), tokenizer)
     paths = {source.name: plan.resolve(source.path) for source in plan.sources}
     totals = {n: len(Contexts(open_rows(path), config.row_length)) for n, path in paths.items()}

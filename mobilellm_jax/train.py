@@ -23,6 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from mobilellm_jax import cli
 from mobilellm_jax.data.mixture import consumed
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.evaluation import while_training
 from mobilellm_jax.parallel import distributed
 from mobilellm_jax.parallel.chips import peak_flops
 from mobilellm_jax.parallel.compiled import keep_compiled
@@ -306,10 +307,6 @@ def train(
 
 def _judge(config: ConfigDict, run: Setup) -> Callable[..., dict[str, float]] | None:
     """What measures a run's weights on tasks, as `Setup.evaluate` does on rows; None: there are none."""
-    if not config.eval.tasks:
-        return None
-    from mobilellm_jax.evaluation import while_training  # needs the extra [eval]
-
     return while_training.judge(
         config.eval, run.model, run.tokenizer, config.execution.dtype, run.mesh
     )

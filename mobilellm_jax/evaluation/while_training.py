@@ -19,7 +19,7 @@ from mobilellm_jax.training.metrics import STDERR
 
 def judge(
     settings: Mapping[str, Any], model: ModelConfig, tokenizer: Tokenizer, dtype: str, mesh: Mesh
-) -> Callable[[Params, Callable[[], None]], dict[str, float]]:
+) -> Callable[[Params, Callable[[], None]], dict[str, float]] | None:
     """Opens the tasks of a run, so that what is missing is told before the first step.
 
     Args:
@@ -31,11 +31,13 @@ def judge(
 
     Returns:
       weights, what is to be called between batches -> figures by name, and their standard errors
-      behind `stderr/`.
+      behind `stderr/`; None where `config.eval.tasks` is empty.
 
     Raises:
       UserError: the harness is not installed, or see `tasks.open_tasks`.
     """
+    if not settings["tasks"]:
+        return None
     try:
         from mobilellm_jax.evaluation.harness import HarnessModel
         from mobilellm_jax.evaluation.tasks import ask, open_tasks

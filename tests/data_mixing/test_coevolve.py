@@ -329,12 +329,13 @@ def test_bad_input(given, ran, tmp_path):
         run(given, tmp_path / "a", choices=choose(given, max_epochs=0.01))
     with pytest.raises(UserError, match="config.first_row=0"):
         run(given, tmp_path / "a", config=other)
-    for key, value, said in (
-        ("use", "nowhere", "config.schedule.use='nowhere' is not an import path"),
-        ("warmup_steps", 99, "config.schedule.warmup_steps=99 does not lie within"),
+    for part, key, value, said in (
+        ("schedule", "use", "nowhere", "config.schedule.use='nowhere' is not an import path"),
+        ("schedule", "warmup_steps", 99, "config.schedule.warmup_steps=99 does not lie within"),
+        ("eval", "tasks", "nothing", "no suite or task 'nothing'|needs lm-evaluation-harness"),
     ):
         other = tiny.config("", STEPS)
-        other.schedule[key] = value
+        other[part][key] = value
         with pytest.raises(UserError, match=said):
             run(given, tmp_path / "a", config=other)
     other = tiny.config("", STEPS)
