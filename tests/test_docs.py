@@ -1,5 +1,7 @@
-"""Commands as the documentation shows them: their programs, flags and configuration keys are there."""
+"""What the documentation shows is there: programs, flags, configuration keys, and what Python imports."""
 
+import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -23,6 +25,16 @@ def commands():
         text = re.sub(r"\\\n\s*", " ", page.read_text())
         for program, rest in re.findall(r"python -m ((?:\w+\.)+\w+)([^`\n]*)", text):
             yield page.relative_to(ROOT), program, rest
+
+
+def imports():
+    """(page, module, name) of all that lines of Python import from our packages."""
+    for page in sorted(page for pattern in PAGES for page in ROOT.glob(pattern)):
+        for lines in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+            for node in ast.walk(ast.parse(lines)):
+                module = getattr(node, "module", None) or ""
+                if module.split(".")[0] in ("mobilellm_jax", "data_mixing"):
+                    yield from ((page.relative_to(ROOT), module, n.name) for n in node.names)
 
 
 SHOWN = list(commands())
@@ -58,3 +70,13 @@ def test_the_configuration_keys_of_commands_are_there():
         (page, key) for page, _, rest in SHOWN for key in re.findall(r"--config\.([\w.]+)=", rest)
     }
     assert shown and not {(page, key) for page, key in shown if key not in known}
+
+
+def test_what_lines_of_python_import_is_there():
+    shown = list(imports())
+    assert shown
+    for page, module, name in shown:
+        found = importlib.import_module(module)
+        assert hasattr(found, name) or (Path(found.__file__).parent / f"{name}.py").exists(), (
+            f"{page}: {module} has no {name}"
+        )
