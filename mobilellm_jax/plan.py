@@ -156,7 +156,7 @@ def _tokens(count: float) -> str:
     if math.isnan(count):
         return "?"
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= unit:
+        if count >= 0.9995 * unit:  # what rounds to 1000 of the unit below is 1 of this one
             return f"{count / unit:.3g}{name}" if unit < 1e12 else f"{count / unit:.3f}{name}"
     return f"{count:.0f}"
 

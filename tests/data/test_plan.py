@@ -345,6 +345,16 @@ def test_the_price_of_repetition():
     assert found[3] == pytest.approx(100 + 1539 * (1 - np.exp(-3 / 15.39)))
 
 
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(999_999_488, "1B"), (999_499_999, "999M"), (999_600, "1M"), (999_700_000_000, "1.000T")],
+)
+def test_counts_of_tokens_are_written_without_powers_of_ten(count, shown):
+    text = table(plan_of([stage("one", 5000, 0.5, 0.3, 0.2)], tokens=(count, 2000, 4000)))
+    (line,) = [line for line in text.splitlines() if line.startswith("a ")]
+    assert line.split()[1] == shown
+
+
 def test_a_published_plan_is_tied_to_prepared_data_and_trained_on(tmp_path):
     data = tiny.corpus(tmp_path / "data").parent
     template = tmp_path / "template.json"
