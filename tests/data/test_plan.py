@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -380,6 +381,29 @@ def test_a_published_plan_is_tied_to_prepared_data_and_trained_on(tmp_path):
     assert len(open_mixture(plan, tiny.ROW, tiny.VOCAB)) == 125
     again = runs.program("mobilellm_jax.plan", str(template), f"--data={data}", f"--out={out}")
     assert again.status == 1 and "exists already" in again.err
+
+
+def test_the_lines_of_the_recipe_make_one_plan_of_sources_that_were_prepared_apart(tmp_path):
+    data = tiny.corpus(tmp_path / "data").parent
+    whole = Plan.load(data / "mixture.json")
+    words = tuple(source for source in whole.sources if source.name == "words")
+    alone = (Stage("train", None, {"words": 1.0}),)
+    dataclasses.replace(whole, sources=words, stages=alone).save(data / "mixture.json")
+    page = (PUBLISHED.parents[1] / "docs" / "recipe.md").read_text()
+    [lines] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for shown, here in (
+        ("data/r1/sft_reasoning", str(data)),
+        ("openmathreasoning", "words"),
+        ("opensciencereasoning2", "sums"),
+    ):
+        assert lines.count(shown) == 1
+        lines = lines.replace(shown, here)
+    exec(lines, {})
+    plan = Plan.load(data / "mixture.json")
+    rows = {source.name: source.rows for source in plan.sources}
+    assert set(rows) == {"words", "sums"} and all(rows.values())
+    epochs = [plan.stages[0].weights[name] / count for name, count in rows.items()]
+    assert epochs == pytest.approx([1 / sum(rows.values())] * 2)
 
 
 def test_a_plan_in_another_folder_finds_its_data(tmp_path):
