@@ -4,8 +4,8 @@ r"""Takes networks in and out: between checkpoints of ours and the files of othe
     python -m mobilellm_jax.convert --checkpoint=DIR --to=hf --out=DIR
     python -m mobilellm_jax.convert --inspect=DIR
 
---checkpoint is a workdir, a checkpoint or a Hugging Face folder (Llama, Qwen2, Qwen3, dense Llama 4,
-MobileLLM); --from says which of them it must be. --to is one of
+--checkpoint is a workdir, a checkpoint or a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3, dense
+Llama 4, MobileLLM); --from says which of them it must be. --to is one of
 
     checkpoint  a checkpoint of ours, for every program here (the default for a Hugging Face folder)
     hf          a folder that transformers loads without code of ours; shared blocks are unrolled, and
