@@ -5,16 +5,16 @@ r"""Judges a checkpoint by tasks of lm-evaluation-harness (extra `[eval]`), or b
     python -m mobilellm_jax.evaluate --checkpoint=runs/mine --tasks=rank_me --stores=data/mixture.json
     python -m mobilellm_jax.evaluate --server=http://localhost:8080/v1 --server_model=mine --tasks=r1_final
 
-A suite is commonsense (the eight tasks of the papers and their average), mobilellm, r1_base or
-r1_final, each with the papers' shots; any other name is a task or group of the harness, a file of
-questions, problems or dialogues in --data (`evaluation/local_data.py` says which), or one of ours:
-wikitext2 (perplexity as MobileLLM's own program measures it) and rank_me (effective rank of the
-output embedding). --stores gives bits per byte of the held-out rows of row stores. A table is
-printed, in Markdown, with standard errors and beside the published row of that size; --out keeps it
-with the harness's results in JSON. --cache=FILE keeps each answer, so that a killed evaluation goes
-on. --quantize=w8a8 rounds weights and activations to 8 bits, as MobileLLM's table 15 does. All devices of
-this machine share the work. Where a server that runs an export writes the answers, only tasks that are
-answered in text can be asked.
+A suite is commonsense (the eight tasks of the papers and their average), mobilellm, adapt_pruner,
+efficientllm, r1_base or r1_final, each with the papers' shots; any other name is a task or group of
+the harness, a file of questions, problems or dialogues in --data (`evaluation/local_data.py` says
+which), or one of ours: wikitext2 (perplexity as MobileLLM's own program measures it) and rank_me
+(effective rank of the output embedding). --stores gives bits per byte of the held-out rows of row
+stores. A table is printed, in Markdown, with standard errors and beside the published row of that
+size; --out keeps it with the harness's results in JSON. --cache=FILE keeps each answer, so that a
+killed evaluation goes on. --quantize=w8a8 rounds weights and activations to 8 bits, as MobileLLM's
+table 15 does. All devices of this machine share the work. Where a server that runs an export writes
+the answers, only tasks that are answered in text can be asked.
 """
 
 import dataclasses
