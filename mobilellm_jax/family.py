@@ -92,8 +92,15 @@ def family(
     folder = epath.Path(out)
     kept = folder / "members.jsonl"
     there = {member.name: member for member in _members(kept)}
-    wanted = [(name, found) for run in runs for name, found in _checkpoints(epath.Path(run))]
-    for name, step in wanted:
+    names = {member.checkpoint: name for name, member in there.items()}
+    wanted = [
+        (epath.Path(run).name, step) for run in runs for step in _checkpoints(epath.Path(run))
+    ]
+    for run, step in wanted:
+        name, stored = names.get(str(step.resolve())), None
+        if name is None:  # it says how many parameters live, which only the weights know
+            stored = _without_dead(open_model(step))
+            name = f"{compact(parameter_count(stored.model))}-{run}-{step.name}"
         known = there.get(name)
         if known and known.checkpoint not in ("", str(step.resolve())):
             raise UserError(
@@ -104,7 +111,7 @@ def family(
         if known and not missing and not (tasks and math.isnan(known.accuracy)):
             continue
         print(f"{name} ...", flush=True)
-        stored = _without_dead(open_model(step))
+        stored = stored or _without_dead(open_model(step))
         for kind in missing:
             target = _target(folder, name, kind)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -142,8 +149,8 @@ def _target(folder: epath.Path, name: str, kind: str) -> epath.Path:
     return folder / name / (kind if kind != "gguf" else "model.gguf")
 
 
-def _checkpoints(workdir: epath.Path) -> Iterator[tuple[str, epath.Path]]:
-    """Names and folders of a run's checkpoints after compactions, and of its newest."""
+def _checkpoints(workdir: epath.Path) -> Iterator[epath.Path]:
+    """Folders of a run's checkpoints after compactions, and of its newest."""
     config = ConfigDict(complete(read_config(workdir)))
     compactions = schedule_of(config, length_of(config).steps).compactions
     folder = workdir / FOLDER
@@ -152,8 +159,7 @@ def _checkpoints(workdir: epath.Path) -> Iterator[tuple[str, epath.Path]]:
         raise UserError(f"{workdir} has no checkpoint yet: wait for the first one.")
     for step in steps:
         if step in compactions or step == steps[-1]:
-            model = open_model(folder / str(step)).model
-            yield f"{compact(parameter_count(model))}-{workdir.name}-{step}", folder / str(step)
+            yield folder / str(step)
 
 
 def _without_dead(stored: StoredModel) -> StoredModel:

@@ -15,6 +15,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.family import family
 from mobilellm_jax.interop.stored import open_model
 from mobilellm_jax.model.config import parameter_count
+from mobilellm_jax.reporting.curves import compact
 from mobilellm_jax.reporting.frontier import Member, best, drawing, table
 
 HALF_WAY = pruned.WHOLE - (pruned.WHOLE - pruned.TARGET) // 2
@@ -77,6 +78,7 @@ def test_a_member_gets_what_it_lacks_and_no_other_run_takes_its_name(one_size, t
 def test_what_is_dead_in_the_newest_checkpoint_is_taken_out(one_size, tmp_path):
     (member,) = family([one_size], tmp_path / "family", to=["checkpoint"], rows=4)
     assert pruned.TARGET - 3 * tiny.MODEL.width < member.parameters <= pruned.TARGET
+    assert member.name == f"{compact(member.parameters)}-run-12"
     stored = open_model(tmp_path / "family" / member.name / "checkpoint")
     assert parameter_count(stored.model) == member.parameters
 
