@@ -2,14 +2,15 @@
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
 import re
 
 import jax
+import jax.experimental.topologies
 import pytest
 import tiny
+from compilers import needs_libtpu
 from runs import config_file, program
 
 from mobilellm_jax import preflight
@@ -27,9 +28,6 @@ from mobilellm_jax.training.setup import set_up
 
 PROGRAM = "mobilellm_jax.preflight"
 GIB = 2**30
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the extra [preflight] is not installed"
-)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +108,9 @@ def test_what_the_compiler_cannot_print_is_told_without_its_stack(costs, monkeyp
         (["--topology=v5e:0x2"], ("--topology=v5e:0x2 is no topology",)),
         (["--topology=v5e:16x32"], ("no slice of a v5e pod", "256 chips")),
         (["--topology=v5p:4x4"], ("no slice of a v5p pod", "3 axes")),
+        (["--topology=h100:0"], ("--topology=h100:0 is no node", "1 to 8 GPUs")),
+        (["--topology=h100:16"], ("--topology=h100:16 is no node",)),
+        (["--topology=h100:2x2"], ("--topology=h100:2x2 is no topology",)),
         (["--topology=cpu:0"], ("--topology=cpu:0",)),
         (["--topology=cpu:900"], ("900 simulated devices", "8")),
         (["--topology=cpu:8", "--config.mesh.data=3"], ("data=3", "8 devices")),
@@ -131,6 +132,15 @@ def test_without_libtpu_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"install mobilellm-jax\[preflight\]"):
         topology_devices("v5e:2x2")
+
+
+def test_without_the_cuda_plugin_it_says_what_to_install(monkeypatch):
+    def unknown(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setattr(jax.experimental.topologies, "get_topology_desc", unknown)
+    with pytest.raises(UserError, match=r"h100:8 needs .* install mobilellm-jax\[cuda\]"):
+        topology_devices("h100:8")
 
 
 @needs_libtpu

@@ -16,6 +16,8 @@ from typing import Any
 
 import jax
 
+from mobilellm_jax.model.flash_gpu import BLOCKS as FLASH
+
 # Primitives that hide what they compute; their kernels are priced by name, or not at all.
 OPAQUE = ("pallas_call", "ffi_call", "custom_call", "custom_partitioning", "ragged_dot_general")
 
@@ -141,6 +143,37 @@ def _splash(products: int) -> Callable[[Any], float]:
     return price
 
 
+def _flash(*parts: tuple[int, int | None, int | None]) -> Callable[[Any], float]:
+    """Attention of JAX's kernel for GPUs: of each part products, and the block of queries and keys.
+
+    Visited are the blocks of `_splash`; queries [B, T, N, H] and keys [B, S, N, H] come first.
+    """
+
+    def price(equation: Any) -> float:
+        (rows, length, heads, width), keys = (
+            equation.invars[0].aval.shape,
+            equation.invars[1].aval.shape[1],
+        )
+        pairs = sum(
+            products * _visited_blocks(length, keys, q, k) * q * k
+            for products, q, k in parts
+            if q and k
+        )
+        return 2.0 * rows * heads * width * pairs
+
+    return price
+
+
+def _cudnn(products: int) -> Callable[[Any], float]:
+    """Attention of cuDNN, which says nothing of its blocks: pairs of [B, T, N, H] not in the future."""
+
+    def price(equation: Any) -> float:
+        rows, length, heads, width = equation.invars[0].aval.shape
+        return 2.0 * products * rows * heads * width * length * (length + 1) / 2
+
+    return price
+
+
 def _block(equation: Any, operand: int) -> int:
     """Rows in a block of an operand [..., T, H] of a Pallas kernel."""
     mapping = equation.params["grid_mapping"]
@@ -165,6 +198,13 @@ KERNELS: Mapping[str, Callable[[Any], float]] = {
     "splash_mqa_dkv": lambda equation: _splash(5 if _fused(equation) else 4)(equation),
     "splash_mha_dq": _splash(3),
     "splash_mqa_dq": _splash(3),
+    "mha_forward": _flash((2, FLASH.block_q, FLASH.block_k)),
+    "mha_backward": _flash(
+        (4, FLASH.block_q_dkv, FLASH.block_kv_dkv), (3, FLASH.block_q_dq, FLASH.block_kv_dq)
+    ),
+    "mha_preprocess_backward": lambda equation: 0.0,  # output times its gradient, no product
+    "dot_product_attention_fwd": _cudnn(2),
+    "dot_product_attention_bwd": _cudnn(5),
 }
 
 

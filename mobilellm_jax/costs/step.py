@@ -20,6 +20,7 @@ from mobilellm_jax.parallel.chips import Chip, find_chip
 from mobilellm_jax.training.config import check
 from mobilellm_jax.training.setup import Programs, programs
 
+_GPU_SHARE = 0.75
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -121,11 +122,18 @@ def state_memory(made: Programs, capacity: float | None) -> Memory:
 
 
 def capacity(device: jax.Device) -> float | None:
-    """Bytes that a program may use on a device, by the data sheet or by the device itself."""
+    """Bytes that a program may use on a device, by the data sheet or by the device itself.
+
+    JAX takes a share of a GPU's memory, 3/4 if `XLA_PYTHON_CLIENT_MEM_FRACTION` does not say another.
+    """
     chip = find_chip(device.device_kind)
-    if chip and chip.memory:
-        return chip.memory
-    stats = device.memory_stats() if device.platform == "gpu" else None
+    if device.platform != "gpu":
+        return chip.memory if chip and chip.memory else None
+    try:
+        stats = device.memory_stats()
+    except jax.errors.JaxRuntimeError:  # it is only described
+        share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or _GPU_SHARE
+        return float(share) * chip.memory if chip and chip.memory else None
     return float(stats["bytes_limit"]) if stats else None
 
 

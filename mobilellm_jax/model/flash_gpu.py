@@ -6,6 +6,14 @@ from jax.experimental.pallas.ops.gpu import attention as kernels
 
 from mobilellm_jax.model.tiles import in_tiles
 
+# Queries and keys of a tile, forwards and in the two parts of the backward pass. Chosen by what the
+# compiler makes of them for an H100, not by a clock (docs/results.md): products by the instructions of
+# its tensor cores, which tiles of 32, the kernel's own choice backwards, are too small for, and no
+# registers spilled to memory.
+BLOCKS = kernels.BlockSizes(
+    block_q=128, block_k=64, block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64
+)
+
 
 @in_tiles
 def flash(
@@ -35,6 +43,8 @@ def flash(
         segment_ids_BT,
         sm_scale=head_dim**-0.5,
         causal=True,
+        block_sizes=BLOCKS,
+        num_warps=4 if head_dim <= 64 else 8,
         interpret=interpret,
     )
 

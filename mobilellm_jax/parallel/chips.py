@@ -2,7 +2,7 @@
 
 TPUs: cloud.google.com/tpu/docs, the page of each generation; the memory is what the compiler lets a
 program use. A TPU7x chip is two devices, and the numbers here are those of one: half of the chip's.
-GPUs: NVIDIA's data sheets, dense bf16; their memory is asked of the device itself.
+GPUs: NVIDIA's data sheets, dense bf16; the memory is all that they have, of which JAX takes a share.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ class Chip:
 
     kind: str  # a part of the `device_kind`
     flops: float  # dense bf16, FLOP/s
-    memory: float = 0  # bytes that a program may use
+    memory: float = 0  # bytes; of a TPU those that a program may use, of a GPU all of them
     bandwidth: float = 0  # of that memory, bytes/s
     link: float = 0  # bytes/s sent to other chips over all links together, one way
     devices_per_chip: int = 1
@@ -30,10 +30,10 @@ CHIPS: tuple[Chip, ...] = (
     Chip("TPU v5", 459e12, 95.74 * GIB, 2765e9, 600e9),
     Chip("TPU v6", 918e12, 31.25 * GIB, 1640e9, 400e9),
     Chip("TPU7x", 2307e12 / 2, 94.75 * GIB, 7380e9 / 2, 600e9 / 2, devices_per_chip=2),
-    Chip("A100", 312e12, 0, 2039e9, 300e9),
-    Chip("H100", 989e12, 0, 3350e9, 450e9),
-    Chip("H200", 989e12, 0, 4800e9, 450e9),
-    Chip("B200", 2250e12, 0, 8000e9, 900e9),
+    Chip("A100", 312e12, 79.25 * GIB, 2039e9, 300e9),
+    Chip("H100", 989e12, 79.11 * GIB, 3350e9, 450e9),
+    Chip("H200", 989e12, 141 * GIB, 4800e9, 450e9),
+    Chip("B200", 2250e12, 178.36 * GIB, 8000e9, 900e9),
 )
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import math
 from pathlib import Path
 
@@ -10,22 +9,20 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+from compilers import needs_cuda, needs_libtpu
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mobilellm_jax.costs.collectives import collectives, summary
+from mobilellm_jax.costs.collectives import KINDS, collectives, summary
 from mobilellm_jax.costs.hlo import Program
 from mobilellm_jax.costs.step import make_programs
 from mobilellm_jax.costs.traffic import memory_bytes
-from mobilellm_jax.model.config import ModelConfig, Stack
+from mobilellm_jax.model.config import ModelConfig, Stack, parameter_count
 from mobilellm_jax.parallel.mesh import make_mesh
 from mobilellm_jax.parallel.topologies import topology_devices
 
 LAYERS, MATRICES, MICROBATCHES = 3, 7, 2  # matrices of a block
 MODEL = ModelConfig(2048, 1024, (Stack(LAYERS, 8, 4, 1536),), head_dim=128, max_length=128)
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the extra [preflight] is not installed"
-)
 
 
 @functools.cache
@@ -99,6 +96,31 @@ def test_one_gather_per_weight_and_pass_one_reduction_per_gradient(topology, fsd
     assert {one.group for one in found} <= ({2, 4, 8} if fsdp == 4 else {8})
     whole = of_the_embedding(found, MODEL.vocab_size)
     assert whole == ({"all-reduce"} if fsdp == 1 else {"all-gather", "reduce-scatter"})
+
+
+@needs_cuda
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 4, 8])
+def test_gpus_gather_a_weight_and_reduce_its_gradient_once_per_microbatch(fsdp):
+    """Of one operation for several weights: their bytes count, of bfloat16; what is gathered is kept
+    for the backward pass where no loop lies between. The embedding and its gradient are float32.
+    """
+    sent = dict.fromkeys(KINDS, 0.0)
+    for one in exchanged("h100:8", fsdp):
+        assert one.group in ({2, 4, 8} if fsdp == 4 else {8})
+        sent[one.kind] += one.times * one.bytes
+    embedding = MODEL.vocab_size * MODEL.width
+    matrices = 2 * MICROBATCHES * (parameter_count(MODEL) - embedding)
+    whole = matrices, 1.02 * (matrices + 4 * MICROBATCHES * embedding)
+    pieces = (matrices / 4, whole[1] / 4) if fsdp == 4 else (0.0, 0.01 * matrices)
+    bounds = {kind: (0.0, 0.0) for kind in KINDS}
+    if fsdp == 1:
+        bounds["all-reduce"] = whole
+    else:
+        bounds |= {"all-gather": whole, "reduce-scatter": (whole[0], 1.3 * whole[1])}
+        bounds["all-reduce"] = pieces
+    for kind, (least, most) in bounds.items():
+        assert least <= sent[kind] <= most, kind
 
 
 @needs_libtpu

@@ -15,6 +15,7 @@ from mobilellm_jax.costs.flops import Flops, count
 from mobilellm_jax.costs.step import make_programs
 from mobilellm_jax.model.by_heads import blocks
 from mobilellm_jax.model.config import ModelConfig, Stack, flops_per_token
+from mobilellm_jax.model.flash_gpu import BLOCKS, flash
 from mobilellm_jax.parallel.mesh import make_mesh
 
 
@@ -201,6 +202,25 @@ def test_splash_attention_is_priced_by_visited_blocks(block, keys, fused):
     both = counted(jax.grad(attend, (0, 1, 2)), *shapes)
     sums = 2 * rows * heads * length * width  # output times its gradient, outside of the kernels
     assert both == Flops(attention=(2 + backward) * product + sums)
+
+
+@pytest.mark.parametrize("length", [512, 450])
+def test_flash_attention_is_priced_by_visited_blocks(length):
+    rows, heads, width, padded = 2, 4, 64, 512
+
+    def attend(q, k, v):
+        return flash(q, k, v, None).sum()
+
+    def product(queries, keys):
+        visited = np.tril(np.ones((padded, padded))).reshape(padded // queries, queries, -1, keys)
+        return 2 * rows * heads * width * visited.any((1, 3)).sum() * queries * keys
+
+    shapes = (rows, length, heads, width), (rows, length, 2, width), (rows, length, 2, width)
+    forward = 2 * product(BLOCKS.block_q, BLOCKS.block_k)
+    assert counted(attend, *shapes) == Flops(attention=forward)
+    backward = 4 * product(BLOCKS.block_q_dkv, BLOCKS.block_kv_dkv)
+    backward += 3 * product(BLOCKS.block_q_dq, BLOCKS.block_kv_dq)
+    assert counted(jax.grad(attend, (0, 1, 2)), *shapes) == Flops(attention=forward + backward)
 
 
 def test_an_unknown_kernel_is_named_and_not_counted():
