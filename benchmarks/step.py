@@ -66,6 +66,7 @@ class Job:
     steps: int
     loss_chunks: int
     remat: str
+    unroll: int
     attention: str
     dtype: str
 
@@ -207,10 +208,8 @@ def main(_: list[str]) -> None:
                 rounds = found.setdefault((name, way), [])
                 rows = rounds[-1]["rows"] if rounds else args.rows
                 sizes = rows, args.row_length, args.steps
-                job = Job(
-                    name, way, *sizes, args.loss_chunks, args.remat, args.attention, args.dtype
-                )
-                rounds.append(fitting(job))
+                how = args.remat, args.unroll, args.attention, args.dtype
+                rounds.append(fitting(Job(name, way, *sizes, args.loss_chunks, *how)))
         print(f"{rounds[-1]['device']}, rows of {args.row_length} tokens", flush=True)
         print(table(found, 1e12 * args.peak), flush=True)  # so far: a call may be cut short
     if args.out:
@@ -231,6 +230,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rounds", 1, "Times that each way has its turn.", lower_bound=1)
     flags.DEFINE_integer("loss_chunks", 8, "Of ours: parts of a row whose logits exist at once.")
     flags.DEFINE_string("remat", "none", "Of ours: what the backward pass computes again.")
+    flags.DEFINE_integer(
+        "unroll", 0, "Of ours: layers in an iteration; 0: all on a GPU, else 1.", 0
+    )
     flags.DEFINE_string("attention", "auto", "Of ours: how attention is computed.")
     flags.DEFINE_enum(
         "dtype", "auto", ["auto", "float32", "bfloat16"], "Of activations and products."

@@ -39,7 +39,8 @@ def prepared(
     if dtype == "auto":
         dtype = "float32" if device.platform == "cpu" else "bfloat16"
     kernel = choose(job.attention, device.platform, model, dtype, job.row_length)
-    execution = transformer.Execution(dtype, job.remat, attention=kernel)
+    unroll = transformer.layers_at_once(job.unroll, job.remat, device.platform, model)
+    execution = transformer.Execution(dtype, job.remat, unroll, kernel)
     network = Network(model, execution, 1, 2, job.loss_chunks)
     make_optimizer = functools.partial(adamw, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip=1.0)
     state = jax.jit(

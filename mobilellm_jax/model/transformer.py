@@ -82,6 +82,19 @@ class Execution:
             raise UserError(f"execution.attention={self.attention!r} is not reference or a kernel.")
 
 
+def layers_at_once(asked: int, remat: str, platform: str, config: ModelConfig) -> int:
+    """`Execution.unroll` of a training step: what is asked for, or where that is 0 what suits the devices.
+
+    XLA for GPUs copies what each layer keeps for its backward pass into an array of all layers and out
+    of it again, which is a quarter of what a step moves (docs/results.md): all layers at once need no
+    loop, and no such array. With remat "full" next to nothing is kept. XLA for TPUs and CPUs writes
+    in place.
+    """
+    if asked or platform != "gpu" or remat == "full":
+        return asked or 1
+    return max(stack.layers for stack in config.stacks)
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What all blocks share: where the tokens stand, which keys they may read, and whose keys.
@@ -267,7 +280,8 @@ class Transformer(nn.Module):
         self, name: str, stack: Stack, x_BTD: jax.Array, context: Context, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
         """One stack: walks through its blocks, each a scan that applies a block once or more."""
-        policy = REMAT[self.execution.remat]
+        policy, at_once = REMAT[self.execution.remat], self.execution.unroll
+        written_out = at_once >= stack.layers  # no loop around the layers
         first_pass = self.config.ls_kv == "first_pass"
         walks, times = stack.passes
 
@@ -277,7 +291,9 @@ class Transformer(nn.Module):
             return block(batch_sharded(x), context, cache)
 
         if policy is not None:
-            apply = nn.remat(apply, policy=policy, prevent_cse=False)
+            # Where no loop lies between a layer and its backward pass, XLA would find what the one has
+            # computed when it comes to the other, and keep it after all.
+            apply = nn.remat(apply, policy=policy, prevent_cse=written_out)
 
         # The cache is carried, not handed out by layer: so it is written in place.
         def layer(block: nn.Module, carry: Any, _: None) -> tuple[Any, None]:
@@ -301,7 +317,7 @@ class Transformer(nn.Module):
                 split_rngs={"params": True},
                 length=stack.layers,
                 reverse=stack.backwards(walk),
-                unroll=self.execution.unroll if self.execution.unroll < stack.layers else 0,
+                unroll=0 if written_out else at_once,
             )
             carry, _ = scan(block, carry, None)
         return carry[:2]

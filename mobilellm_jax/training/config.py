@@ -63,7 +63,7 @@ def base_config(model: ModelConfig) -> ConfigDict:
     c.execution = ConfigDict()
     c.execution.dtype = "bfloat16"  # of activations and products; weights and sums are float32
     c.execution.remat = "none"  # what the backward pass computes again: none, dots or full
-    c.execution.unroll = 1  # layers per iteration of the scan over a stack
+    c.execution.unroll = 0  # layers per iteration of the scan over a stack; 0: all on GPUs, else 1
     c.execution.attention = "auto"  # of whole rows: auto, reference, splash, flash, cudnn, blocks
     c.loss_chunks = 1  # parts of a row whose logits exist at once; 1 keeps all logits
 

@@ -246,9 +246,10 @@ def programs(
     execution = config.execution
     platform = mesh.devices.flat[0].platform
     kernel = choose(execution.attention, platform, model, execution.dtype, config.row_length)
+    unroll = transformer.layers_at_once(execution.unroll, execution.remat, platform, model)
     network = Network(
         model,
-        transformer.Execution(**{**execution, "attention": kernel}),
+        transformer.Execution(**{**execution, "attention": kernel, "unroll": unroll}),
         bos_id,
         eos_id,
         config.loss_chunks,

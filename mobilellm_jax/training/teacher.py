@@ -128,9 +128,9 @@ def abstract_teacher(
         )
     dtype, platform = student.execution.dtype, mesh.devices.flat[0].platform
     kernel = choose(config.execution.attention, platform, model, dtype, config.row_length)
-    execution = transformer.Execution(
-        dtype=dtype, unroll=student.execution.unroll, attention=kernel
-    )
+    # Its walk stays a loop unless it is asked for: nothing is kept for a backward pass.
+    unroll = config.execution.unroll or 1
+    execution = transformer.Execution(dtype=dtype, unroll=unroll, attention=kernel)
     network = dataclasses.replace(student, model=model, execution=execution)
     shapes = transformer.shapes(model)
     params = jax.tree.map(

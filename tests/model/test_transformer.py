@@ -249,17 +249,46 @@ def gradient(config, execution):
     return jax.jit(jax.grad(loss))(random_params(config))
 
 
-def test_remat_computes_again():
-    """A policy that is silently ignored would leave the lowered program as it is."""
+def lowered_gradient(**execution):
     params, row = random_params(SHARED), tokens(SHARED)
 
-    def count(remat):
-        def loss(p):
-            return apply(p, SHARED, row, execution=Execution(remat=remat)).sum()
+    def loss(p):
+        return apply(p, SHARED, row, execution=Execution(**execution)).sum()
 
-        return jax.jit(jax.grad(loss)).lower(params).as_text().count("dot_general")
+    return jax.jit(jax.grad(loss)).lower(params).as_text()
+
+
+def test_remat_computes_again():
+    """A policy that is silently ignored would leave the lowered program as it is."""
+
+    def count(remat):
+        return lowered_gradient(remat=remat).count("dot_general")
 
     assert count("full") > count("dots") >= count("none")
+
+
+def test_what_remat_computes_again_stays_apart_where_no_loop_separates_it():
+    """XLA would else find both alike, keep the first, and free nothing (tests/costs/test_gpu.py)."""
+    (stack,) = SHARED.stacks
+    barriers = {
+        unroll: lowered_gradient(remat="full", unroll=unroll).count("optimization_barrier")
+        for unroll in (1, stack.layers)
+    }
+    assert barriers[stack.layers] and not barriers[1]
+    assert not lowered_gradient(unroll=stack.layers).count("optimization_barrier")
+
+
+def test_layers_at_once_are_as_asked_or_as_suits_the_devices():
+    deep = dataclasses.replace(PLAIN, stacks=(Stack(2, 2, 1, 96), Stack(5, 2, 1, 96)))
+    for platform, remat, chosen in (
+        ("gpu", "none", 5),
+        ("gpu", "dots", 5),
+        ("gpu", "full", 1),
+        ("tpu", "none", 1),
+        ("cpu", "dots", 1),
+    ):
+        assert transformer.layers_at_once(0, remat, platform, deep) == chosen
+        assert transformer.layers_at_once(3, remat, platform, deep) == 3
 
 
 def test_bfloat16_is_close_to_float32(config):

@@ -1,0 +1,75 @@
+"""Steps compiled for GPUs that are not here, by XLA's own compiler for them."""
+
+import jax
+import pytest
+import tiny
+from compilers import needs_cuda
+
+from mobilellm_jax.costs.step import capacity, make_programs, measure
+from mobilellm_jax.model.config import ModelConfig, Stack
+from mobilellm_jax.parallel.chips import find_chip
+from mobilellm_jax.parallel.topologies import GPUS, topology_devices
+
+pytestmark = needs_cuda
+LAYERS = 8
+MODEL = ModelConfig(512, 128, (Stack(LAYERS, 4, 2, 512),), head_dim=64, max_length=512)
+
+
+def compiled(**execution):
+    config = tiny.config("unused")
+    config.model = MODEL.to_dict()
+    config.row_length, config.global_batch = 512, 8
+    config.execution.update({"dtype": "bfloat16", "attention": "auto", "unroll": 0} | execution)
+    return measure(make_programs(config, topology_devices("h100:1"), 2), config)
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_a_node_is_gpus_of_its_kind(name, monkeypatch):
+    devices = topology_devices(f"{name}:8")
+    assert len(devices) == 8 and {d.platform for d in devices} == {"gpu"}
+    chip = find_chip(devices[0].device_kind)
+    assert name.upper() in devices[0].device_kind and chip.kind == name.upper()
+    assert capacity(devices[0]) == 0.75 * chip.memory
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    assert capacity(devices[0]) == 0.9 * chip.memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["flash", "cudnn"])
+def test_every_kernel_of_a_step_is_priced(attention):
+    if attention == "cudnn":
+        pytest.importorskip("nvidia.cudnn", reason="cuDNN is not installed")
+    found = compiled(attention=attention)
+    assert not found.uncounted and found.memory.fits
+    assert found.matmul == pytest.approx(found.model_matmul)
+    assert 1 < found.attention / found.model_attention < 2
+    assert found.traffic > found.memory.arguments
+
+
+@pytest.mark.slow
+def test_without_a_loop_less_is_moved_and_remat_frees_what_it_frees_in_one():
+    loop = {remat: compiled(remat=remat, unroll=1) for remat in ("none", "dots", "full")}
+    flat = {remat: compiled(remat=remat, unroll=LAYERS) for remat in loop}
+    auto = compiled(remat="none")
+    assert auto.traffic == flat["none"].traffic < 0.9 * loop["none"].traffic
+    peaks = {remat: (loop[remat].memory.peak, flat[remat].memory.peak) for remat in loop}
+    for looped, written_out in peaks.values():
+        assert written_out < 1.2 * looped
+    assert peaks["none"][1] > peaks["dots"][1] > peaks["full"][1]
+
+
+@pytest.mark.slow
+def test_attention_alone_compiles_for_every_gpu():
+    from mobilellm_jax.model.flash_gpu import flash
+
+    for name in GPUS:
+        mesh = jax.sharding.Mesh(topology_devices(f"{name}:1"), ("data",))
+        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        for width in (32, 64, 128):
+            q = jax.ShapeDtypeStruct((1, 300, 4, width), "bfloat16", sharding=place)
+            k = jax.ShapeDtypeStruct((1, 300, 2, width), "bfloat16", sharding=place)
+            ids = jax.ShapeDtypeStruct((1, 300), "int32", sharding=place)
+            total = jax.grad(lambda q, k, v, ids: flash(q, k, v, ids).astype("float32").sum())
+            traced = jax.jit(total).trace(q, k, k, ids)
+            text = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
+            assert "mha_backward" in text
