@@ -24,6 +24,7 @@ INIT_STATES = ("weights", "all")
 
 # Arguments that the loop itself gives to such a function, before those of the configuration.
 GIVEN = {"objective": 3, "optimizer": 1, "schedule": 1, "pruning.strategy": 2}
+BY_NAME = {"objective": ("teacher",)}  # and those that it gives by their names
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 POSITIVE: tuple[str, ...] = ("row_length", "global_batch", "microbatches")
@@ -157,8 +158,8 @@ def configured(section: Mapping[str, Any], key: str) -> Callable[..., Any]:
                 f"config.{key}.{name} is not an argument of {section['use']}: it takes "
                 f"{', '.join(known)}."
             )
-    own = list(known.values())[GIVEN[key] :]
-    for p in own:
+    others = list(known.values())[GIVEN[key] :]
+    for p in (p for p in others if p.name not in BY_NAME.get(key, ())):
         if p.default is p.empty and p.name not in settings and p.kind in _NAMED:
             raise UserError(f"config.{key}.{p.name} is missing: {section['use']} needs it.")
     return functools.partial(function, **settings)

@@ -70,7 +70,8 @@ def check_teacher(config: ConfigDict, objective: Callable[..., Any]) -> None:
     Raises:
       UserError: it is not so.
     """
-    where, learns = config.objective.use, "teacher" in inspect.signature(objective).parameters
+    where, argument = config.objective.use, inspect.signature(objective).parameters.get("teacher")
+    learns = argument is not None
     named = [key for key in ("path", "model", "stored") if config.teacher[key]]
     if "teacher" in config.objective:
         raise UserError(
@@ -90,6 +91,12 @@ def check_teacher(config: ConfigDict, objective: Callable[..., Any]) -> None:
         raise UserError(
             f"config.teacher.path={config.teacher.path} and config.teacher.stored={config.teacher.stored}: "
             "either a network is run, or what it wrote is read; set one of them."
+        )
+    if config.teacher.stored and argument and argument.default is argument.empty:
+        raise UserError(
+            f"config.teacher.stored={config.teacher.stored}: config.objective.use={where} runs its teacher; "
+            "name the network in config.teacher.path, or give that argument the default None and read what "
+            "the batch brings."
         )
 
 

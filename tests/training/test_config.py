@@ -55,6 +55,30 @@ def test_settings_are_bound_and_what_the_loop_gives_comes_first(monkeypatch):
     assert configured({"use": "own_module:anything", "x": 1}, "schedule")(7) == (7, {"x": 1})
 
 
+def runs_its_teacher(params, batch, network, teacher):
+    return teacher
+
+
+def may_run_a_teacher(params, batch, network, teacher=None):
+    return teacher
+
+
+def test_the_teacher_is_no_setting_and_who_runs_one_gets_one():
+    config = base_config(tiny.MODEL)
+    config.plan, config.row_length = "mixture.json", 64
+    for use in (runs_its_teacher, may_run_a_teacher):
+        config.objective = ConfigDict({"use": f"{__name__}:{use.__name__}"})
+        config.teacher.path, config.teacher.stored = "runs/teacher", ""
+        check(config, devices=1)
+        assert configured(config.objective, "objective")(1, 2, 3, teacher=4) == 4
+        config.teacher.path, config.teacher.stored = "", "taught"
+        if use is may_run_a_teacher:
+            check(config, devices=1)
+        else:
+            with pytest.raises(UserError, match="runs its teacher; name the network"):
+                check(config, devices=1)
+
+
 @pytest.mark.parametrize("use", ["optax", "optax:", ":sgd", "optax.sgd", ""])
 def test_an_import_path_of_another_form(use):
     with pytest.raises(UserError, match=r"config.optimizer.use=.*package.module:name"):
