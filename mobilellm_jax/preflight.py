@@ -5,8 +5,8 @@ r"""Compiles the step of a configuration for devices that need not be here, and 
       --topology=v5p:8x8x16 --config.mesh.fsdp=8 --search --cache=data/preflight
 
 Nothing runs and no data is needed: any CPU compiles for a TPU pod (`pip install
-mobilellm-jax[preflight]`), for simulated devices (`--topology=cpu:8`) or for what is here
-(`--topology=local`). A step that does not fit is an answer, and exit status 0. docs/preflight.md
+mobilellm-jax[preflight]`), for GPUs (`--topology=h100:8`, with `[cuda]`), for simulated devices
+(`--topology=cpu:8`) or for what is here (`--topology=local`). A step that does not fit is an answer, and exit status 0. docs/preflight.md
 explains the output.
 """
 

@@ -145,7 +145,8 @@ def _bisect(line: Point, divisors: Sequence[int], fits: Callable[[Point], bool])
 def _cached(folder: str, described: Any, make: Callable[[], StepCosts]) -> StepCosts:
     if not folder:
         return make()
-    packages = {name: _version(name) for name in ("jax", "jaxlib", "libtpu", "mobilellm-jax")}
+    compilers = "libtpu", "jax-cuda13-pjrt", "jax-cuda12-pjrt"
+    packages = {name: _version(name) for name in ("jax", "jaxlib", *compilers, "mobilellm-jax")}
     key = json.dumps([described, packages, _own_code()], sort_keys=True).encode()
     path = Path(folder) / f"{hashlib.sha256(key).hexdigest()[:32]}.json"
     if path.exists():
