@@ -6,8 +6,8 @@ r"""Compiles the step of a configuration for devices that need not be here, and 
 
 Nothing runs and no data is needed: any CPU compiles for a TPU pod (`pip install
 mobilellm-jax[preflight]`), for GPUs (`--topology=h100:8`, with `[cuda]`), for simulated devices
-(`--topology=cpu:8`) or for what is here (`--topology=local`). A step that does not fit is an answer, and exit status 0. docs/preflight.md
-explains the output.
+(`--topology=cpu:8`) or for what is here (`--topology=local`). A step that does not fit is an answer,
+and exit status 0. docs/preflight.md explains the output.
 """
 
 import contextlib
