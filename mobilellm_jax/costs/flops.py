@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from mobilellm_jax.model.flash_gpu import BLOCKS as FLASH
+from mobilellm_jax.model.flash_gpu import BACKWARD, FORWARD
 
 # Primitives that hide what they compute; their kernels are priced by name, or not at all.
 OPAQUE = ("pallas_call", "ffi_call", "custom_call", "custom_partitioning", "ragged_dot_general")
@@ -143,23 +143,13 @@ def _splash(products: int) -> Callable[[Any], float]:
     return price
 
 
-def _flash(*parts: tuple[int, int | None, int | None]) -> Callable[[Any], float]:
-    """Attention of JAX's kernel for GPUs: of each part products, and the block of queries and keys.
-
-    Visited are the blocks of `_splash`; queries [B, T, N, H] and keys [B, S, N, H] come first.
-    """
+def _flash(products: int, block: tuple[int, int]) -> Callable[[Any], float]:
+    """As `_splash`, of JAX's kernel for GPUs: queries [B, T, N, H] and keys [B, S, N, H] come first."""
 
     def price(equation: Any) -> float:
-        (rows, length, heads, width), keys = (
-            equation.invars[0].aval.shape,
-            equation.invars[1].aval.shape[1],
-        )
-        pairs = sum(
-            products * _visited_blocks(length, keys, q, k) * q * k
-            for products, q, k in parts
-            if q and k
-        )
-        return 2.0 * rows * heads * width * pairs
+        rows, length, heads, width = equation.invars[0].aval.shape
+        visited = _visited_blocks(length, equation.invars[1].aval.shape[1], *block)
+        return 2.0 * products * rows * heads * width * visited * math.prod(block)
 
     return price
 
@@ -198,10 +188,8 @@ KERNELS: Mapping[str, Callable[[Any], float]] = {
     "splash_mqa_dkv": lambda equation: _splash(5 if _fused(equation) else 4)(equation),
     "splash_mha_dq": _splash(3),
     "splash_mqa_dq": _splash(3),
-    "mha_forward": _flash((2, FLASH.block_q, FLASH.block_k)),
-    "mha_backward": _flash(
-        (4, FLASH.block_q_dkv, FLASH.block_kv_dkv), (3, FLASH.block_q_dq, FLASH.block_kv_dq)
-    ),
+    "mha_forward": _flash(2, FORWARD),
+    "mha_backward": _flash(7, BACKWARD),  # keys and values, then queries, in one kernel
     "mha_preprocess_backward": lambda equation: 0.0,  # output times its gradient, no product
     "dot_product_attention_fwd": _cudnn(2),
     "dot_product_attention_bwd": _cudnn(5),

@@ -132,7 +132,8 @@ def capacity(device: jax.Device) -> float | None:
     try:
         stats = device.memory_stats()
     except jax.errors.JaxRuntimeError:  # it is only described
-        share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or _GPU_SHARE
+        names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+        share = next(filter(None, map(os.environ.get, names)), _GPU_SHARE)
         return float(share) * chip.memory if chip and chip.memory else None
     return float(stats["bytes_limit"]) if stats else None
 

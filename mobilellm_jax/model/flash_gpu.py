@@ -6,13 +6,12 @@ from jax.experimental.pallas.ops.gpu import attention as kernels
 
 from mobilellm_jax.model.tiles import in_tiles
 
-# Queries and keys of a tile, forwards and in the two parts of the backward pass. Chosen by what the
+# Queries and keys of a tile, forwards and in both parts of the backward pass. Chosen by what the
 # compiler makes of them for an H100, not by a clock (docs/results.md): products by the instructions of
 # its tensor cores, which tiles of 32, the kernel's own choice backwards, are too small for, and no
 # registers spilled to memory.
-BLOCKS = kernels.BlockSizes(
-    block_q=128, block_k=64, block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64
-)
+FORWARD, BACKWARD = (128, 64), (64, 64)
+BLOCKS = kernels.BlockSizes(*FORWARD, *BACKWARD, *BACKWARD)
 
 
 @in_tiles

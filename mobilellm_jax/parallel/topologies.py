@@ -100,9 +100,8 @@ def _tpu(name: str) -> Sequence[jax.Device]:
 
 
 def _gpu(name: str, gpu: Gpu, count: int) -> Sequence[jax.Device]:
-    os.environ.setdefault(
-        "TF_CPP_MIN_LOG_LEVEL", "3"
-    )  # that there is no GPU here is nothing to tell
+    # The plugin looks for the GPUs of this host, and that there are none is nothing to tell.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from jax.experimental import topologies
 
     try:
