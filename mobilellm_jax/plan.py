@@ -2,6 +2,7 @@ r"""Checks a plan and shows what it means; ties it to prepared data; changes it 
 
     python -m mobilellm_jax.plan configs/plans/mobilellm_r1_pretrain.json
     python -m mobilellm_jax.plan configs/plans/mobilellm_r1_pretrain.json --data=DIR --out=DIR/r1.json
+    python -m mobilellm_jax.plan DIR --weights=code=0.7,prose=0.3 --out=DIR/mine.json
     python -m mobilellm_jax.plan DIR/mixture.json --change_at=300000000 --weights=code=0.7,prose=0.3 \
         --out=DIR/mixture2.json
 
@@ -10,18 +11,23 @@ table shows, per source and stage, share, tokens and epochs (how often the sourc
 repetition costs: R further epochs of U unique tokens are worth U * 15.39 * (1 - exp(-R / 15.39))
 fresh ones (Muennighoff et al. 2023, arXiv 2305.16264, equation 5).
 
+In place of a plan, a directory that `prepare` wrote stands for one of all its sources, whichever
+calls made them, with these --weights or each read as often as the others.
+
 Nothing is overwritten: --out is a new file.
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from absl import flags
 from etils import epath
 
+import mobilellm_jax
 from mobilellm_jax import cli
-from mobilellm_jax.data.plan import Plan, Stage, normalised
+from mobilellm_jax.data.plan import Plan, PlanSource, Stage, normalised
 from mobilellm_jax.data.rows import is_complete, read_info
 from mobilellm_jax.data.tokenizers import Tokenizer, file_of
 from mobilellm_jax.errors import UserError
@@ -93,6 +99,41 @@ def table(plan: Plan, tokens: int | None = None) -> str:
             else "."
         )
     )
+
+
+def plan_of(data: epath.PathLike, weights: Mapping[str, float] | None = None) -> Plan:
+    """A plan of one stage over prepared sources, whichever calls of `prepare` made them.
+
+    Args:
+      data: directory that `prepare` wrote.
+      weights: shares of its sources, those without one left out; by default all are read equally
+        often.
+
+    Raises:
+      UserError: a source or the tokenizer is missing there, or the weights do not sum to 1.
+    """
+    data = epath.Path(data)
+    complete = sorted(path.name for path in data.iterdir() if is_complete(path))
+    if not complete:
+        raise UserError(
+            f"{data} holds no complete source: prepare some (docs/preparing.md), or name the file of a plan."
+        )
+    given = normalised(weights, "--weights") if weights else dict.fromkeys(complete, 1.0)
+    untied = Plan(
+        sources=tuple(PlanSource(name, name) for name in given),
+        stages=(Stage("train", None, given),),
+        tokenizer_path="",
+        tokenizer="",
+        provenance={
+            "written_by": f"mobilellm_jax.plan {mobilellm_jax.__version__}",
+            "weights": "given" if weights else "all read equally often",
+        },
+    )
+    plan = fill_in(untied, data)
+    shares = given if weights else {source.name: source.tokens or 0 for source in plan.sources}
+    whole = math.fsum(shares.values())
+    stage = Stage("train", None, {name: share / whole for name, share in shares.items()})
+    return dataclasses.replace(plan, stages=(stage,))
 
 
 def fill_in(plan: Plan, data: epath.PathLike) -> Plan:
@@ -168,14 +209,29 @@ def _epochs(count: float) -> str:
 def main(path: str) -> None:
     """The command line."""
     args = flags.FLAGS
-    plan = Plan.load(path)
+    later = args.change_at is not None
+    weights = parse_weights(args.weights) if args.weights else None
+    if epath.Path(path).is_dir():
+        if args.data:
+            raise UserError(
+                f"--data ties the file of a plan to its sources; {path} is a directory of them."
+            )
+        plan = plan_of(path, None if later else weights)
+    else:
+        plan = Plan.load(path)
+        if weights and not later:
+            raise UserError(
+                "--weights are the shares from --change_at on, or those of a directory of sources."
+            )
+    if not later and (args.name or args.stage_tokens):
+        raise UserError("--name and --stage_tokens are of the stage that begins at --change_at.")
     changed = plan
     if args.data:
         changed = fill_in(changed, args.data)
-    if args.change_at is not None:
-        if not args.weights:
+    if later:
+        if not weights:
             raise UserError("--change_at needs --weights, the shares from there on.")
-        weights = normalised(parse_weights(args.weights), "--weights")
+        weights = normalised(weights, "--weights")
         stage = Stage(args.name or f"stage{len(plan.stages) + 1}", args.stage_tokens, weights)
         changed = changed.changed_at(args.change_at, stage)
         Plan.from_dict(changed.to_dict(), "the changed plan")
@@ -188,10 +244,12 @@ def main(path: str) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("data", None, "Directory of prepared sources to tie the plan to.")
-    flags.DEFINE_string("out", None, "New file for the plan that --data or --change_at makes.")
+    flags.DEFINE_string("out", None, "New file for the plan that is made or changed.")
     flags.DEFINE_integer("change_at", None, "Trained tokens after which a new stage begins.", 1)
-    flags.DEFINE_string("weights", None, "Shares of the new stage, a=0.7,b=0.3.")
+    flags.DEFINE_string(
+        "weights", None, "Shares, a=0.7,b=0.3: of the new stage, or of a directory's sources."
+    )
     flags.DEFINE_string("name", None, "Name of the new stage.")
     flags.DEFINE_integer("stage_tokens", None, "Tokens of the new stage; default: no end.", 1)
     flags.DEFINE_integer("tokens", None, "Tokens of the run, for a last stage without an end.", 1)
-    cli.run(main, positional="path of a plan")
+    cli.run(main, positional="path of a plan, or of a directory of prepared sources")

@@ -374,6 +374,11 @@ def _write_plan(
             f"{path}: kept as it is ({_shares(existing)}); give --weights to replace it.",
             flush=True,
         )
+        if not {info.name for info in infos} <= set(existing.names):
+            print(
+                f"`python -m mobilellm_jax.plan {out} --out=FILE` writes one of all sources there.",
+                flush=True,
+            )
         return existing
     if existing:
         kept = out / f"mixture.{existing.hash[:8]}.json"

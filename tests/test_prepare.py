@@ -19,6 +19,7 @@ from mobilellm_jax.data.rows import open_rows, read_info
 from mobilellm_jax.data.sentencepiece_tokenizer import train_tokenizer
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.plan import plan_of
 from mobilellm_jax.prepare import parse_weights, prepare
 
 
@@ -87,7 +88,9 @@ def test_again_it_keeps_what_is_complete(corpora, out, capsys):
     run(corpora, out, tokenizer=out / "tokenizer.model")
     assert before.items() <= contents(out).items()
     assert len(open_rows(out / "b")) > 0
-    assert "kept as it is" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "kept as it is" in told and f"mobilellm_jax.plan {out} --out" in told
+    assert set(plan_of(out).names) == {"a", "b"}
 
 
 def test_what_was_made_with_other_settings_is_refused(corpora, out, tmp_path):

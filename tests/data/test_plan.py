@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import pathlib
-import re
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import runs
 import tiny
 
 from mobilellm_jax.data.apportion import water_fill
+from mobilellm_jax.data.mixture import BLOCK
 from mobilellm_jax.data.opening import open_mixture
 from mobilellm_jax.data.plan import Plan, PlanSource, Skip, Stage
 from mobilellm_jax.errors import UserError
@@ -383,27 +383,61 @@ def test_a_published_plan_is_tied_to_prepared_data_and_trained_on(tmp_path):
     assert again.status == 1 and "exists already" in again.err
 
 
-def test_the_lines_of_the_recipe_make_one_plan_of_sources_that_were_prepared_apart(tmp_path):
+def test_a_plan_of_all_that_was_prepared_reads_each_source_as_often(tmp_path):
     data = tiny.corpus(tmp_path / "data").parent
-    whole = Plan.load(data / "mixture.json")
-    words = tuple(source for source in whole.sources if source.name == "words")
-    alone = (Stage("train", None, {"words": 1.0}),)
-    dataclasses.replace(whole, sources=words, stages=alone).save(data / "mixture.json")
-    page = (PUBLISHED.parents[1] / "docs" / "recipe.md").read_text()
-    [lines] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    for shown, here in (
-        ("data/r1/sft_reasoning", str(data)),
-        ("openmathreasoning", "words"),
-        ("opensciencereasoning2", "sums"),
-    ):
-        assert lines.count(shown) == 1
-        lines = lines.replace(shown, here)
-    exec(lines, {})
-    plan = Plan.load(data / "mixture.json")
+    (data / "mixture.json").unlink()  # nothing but the sources themselves says what is there
+    shown = runs.program("mobilellm_jax.plan", str(data))
+    assert shown.status == 0 and "words" in shown.out and "sums" in shown.out, shown.err
+    assert not list(data.glob("*.json"))  # a table alone
+    out = data / "all.json"
+    assert runs.program("mobilellm_jax.plan", str(data), f"--out={out}").status == 0
+    plan = Plan.load(out)
     rows = {source.name: source.rows for source in plan.sources}
     assert set(rows) == {"words", "sums"} and all(rows.values())
-    epochs = [plan.stages[0].weights[name] / count for name, count in rows.items()]
-    assert epochs == pytest.approx([1 / sum(rows.values())] * 2)
+    given = open_mixture(plan, tiny.ROW, tiny.VOCAB).given(BLOCK)
+    epochs = given / np.array(list(rows.values()))
+    assert epochs == pytest.approx([BLOCK / sum(rows.values())] * 2, abs=0.01)
+
+
+def test_a_plan_of_prepared_sources_in_given_shares(tmp_path):
+    data = tiny.corpus(tmp_path / "data").parent
+    for given, shares in (
+        ("sums=0.75,words=0.25", {"sums": 0.75, "words": 0.25}),
+        ("words=1,sums=0", {"words": 1.0}),
+    ):
+        out = data / f"{len(shares)}.json"
+        ended = runs.program("mobilellm_jax.plan", str(data), f"--weights={given}", f"--out={out}")
+        assert ended.status == 0, ended.err
+        plan = Plan.load(out)
+        assert plan.stages == (Stage("train", None, shares),) and set(plan.names) == set(shares)
+    changed = data / "changed.json"
+    flags = "--change_at=3072", "--weights=sums=1", f"--out={changed}"
+    assert runs.program("mobilellm_jax.plan", str(data), *flags).status == 0
+    first, second = Plan.load(changed).stages
+    assert set(first.weights) == {"words", "sums"} and second.weights == {"sums": 1.0}
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--weights=words=0.5",), "sum to 0.5"),
+        (("--weights=prose=1",), "no complete source for prose"),
+        (("--data=elsewhere",), "is a directory of them"),
+        (("--name=later",), "--change_at"),
+    ],
+)
+def test_what_a_directory_of_sources_cannot_be_asked(tmp_path, flags, said):
+    data = tiny.corpus(tmp_path / "data").parent
+    ended = runs.program("mobilellm_jax.plan", str(data), *flags)
+    assert ended.status == 1 and said in ended.err
+
+
+def test_a_directory_without_sources_and_shares_of_no_stage_are_refused(tmp_path):
+    ended = runs.program("mobilellm_jax.plan", str(tmp_path))
+    assert ended.status == 1 and "holds no complete source" in ended.err
+    path = tiny.corpus(tmp_path / "data")
+    ended = runs.program("mobilellm_jax.plan", str(path), "--weights=words=1")
+    assert ended.status == 1 and "--change_at" in ended.err
 
 
 def test_a_plan_in_another_folder_finds_its_data(tmp_path):
