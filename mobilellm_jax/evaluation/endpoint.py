@@ -4,8 +4,10 @@ import dataclasses
 import hashlib
 import http.client
 import json
+import math
 import multiprocessing.pool
 import random
+import sys
 import threading
 import time
 import urllib.error
@@ -22,7 +24,21 @@ Message = Mapping[str, str]  # role and content
 
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # what a server says that may answer later
 _LONGEST_WAIT = 60.0
+_QUIET = 10.0  # seconds between two lines about a server that fails
 _BEGIN = b'{"key": "'  # of a line of a cache
+
+
+class _Told:
+    """Says that a server fails: once of all that ask at the same time."""
+
+    def __init__(self) -> None:
+        self._lock, self._last = threading.Lock(), -math.inf
+
+    def __call__(self, line: str) -> None:
+        with self._lock:
+            if time.monotonic() - self._last > _QUIET:
+                self._last = time.monotonic()
+                tqdm.write(line, file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +54,7 @@ class Endpoint:
       tries: how often a server that fails is asked before giving up.
       wait: seconds before the second try; each further one waits twice as long, up to a minute.
       workers: questions under way at a time.
+      told: says on stderr that the server fails and is asked again.
     """
 
     url: str
@@ -48,6 +65,7 @@ class Endpoint:
     tries: int = 7
     wait: float = 1.0
     workers: int = 8
+    told: _Told = dataclasses.field(default_factory=_Told, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Raises `UserError` for what cannot be the address of a server."""
@@ -80,7 +98,12 @@ def complete(endpoint: Endpoint, messages: Sequence[Message], **options: Any) ->
     failure, asked = "", 0.0
     for attempt in range(endpoint.tries):
         if attempt:
-            time.sleep(_pause(endpoint.wait, attempt, asked))
+            pause = _pause(endpoint.wait, attempt, asked)
+            endpoint.told(
+                f"{endpoint.url} does not answer ({failure}): it is asked again in {pause:.0f} s, "
+                f"try {attempt + 1} of {endpoint.tries}."
+            )
+            time.sleep(pause)
         asked = 0.0
         try:
             with urllib.request.urlopen(

@@ -79,6 +79,16 @@ def test_a_server_that_always_fails_is_given_up():
         complete(to(server), HELLO)  # nobody there any more
 
 
+def test_that_it_is_asked_again_is_said_once_of_all_that_ask(capsys):
+    with served(echo, delay=0.2) as server:
+        url = server.url
+    several = Endpoint(url, "m", wait=0.05, tries=3, workers=4)
+    with pytest.raises(UserError, match="has not answered in 3 tries"):
+        complete_all(several, asking(8))
+    [line] = [line for line in capsys.readouterr().err.splitlines() if url in line]
+    assert "refused" in line and "try 2 of 3" in line
+
+
 def test_a_server_that_is_late_counts_as_failing():
     with served(echo, delay=0.5) as server:
         with pytest.raises(UserError, match="timed out"):
