@@ -22,6 +22,7 @@ from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import flops_per_token
 from mobilellm_jax.model.presets import preset
 from mobilellm_jax.parallel import topologies
+from mobilellm_jax.parallel.mesh import in_slices
 from mobilellm_jax.parallel.topologies import topology_devices
 from mobilellm_jax.training.config import base_config
 from mobilellm_jax.training.setup import set_up
@@ -109,9 +110,11 @@ def test_what_the_compiler_cannot_print_is_told_without_its_stack(costs, monkeyp
         (["--topology=v5e:16x32"], ("no slice of a v5e pod", "256 chips")),
         (["--topology=v5p:4x4"], ("no slice of a v5p pod", "3 axes")),
         (["--topology=h100:0"], ("--topology=h100:0 is no node", "1 to 8 GPUs")),
-        (["--topology=h100:16"], ("--topology=h100:16 is no node",)),
+        (["--topology=h100:16"], ("--topology=h100:16 is no node", "--slices")),
         (["--topology=h100:2x2"], ("--topology=h100:2x2 is no topology",)),
         (["--topology=cpu:0"], ("--topology=cpu:0",)),
+        (["--topology=cpu:8", "--slices=2"], ("--slices=2 of --topology=cpu:8", "TPU slices")),
+        (["--slices=2"], ("--slices=2 of --topology=local", "nodes of GPUs")),
         (["--topology=cpu:900"], ("900 simulated devices", "8")),
         (["--topology=cpu:8", "--config.mesh.data=3"], ("data=3", "8 devices")),
         (["--topology=cpu:8", "--config.global_batch=12"], ("global_batch=12", "8 device")),
@@ -148,6 +151,7 @@ def test_slices_are_devices_of_their_kind():
     for name, count_, kind in (("v5e:2x2", 4, "TPU v5 lite"), ("tpu7x:2x2x1", 8, "TPU7x")):
         devices = topology_devices(name)
         assert (len(devices), devices[0].device_kind) == (count_, kind)
+    assert [len(one) for one in in_slices(topology_devices("v5e:2x2", 3))] == [4, 4, 4]
     with pytest.raises(UserError, match="v5e:3x5"):
         topology_devices("v5e:3x5")
 

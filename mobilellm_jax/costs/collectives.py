@@ -1,10 +1,13 @@
 """What devices exchange in one call of a compiled program."""
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from mobilellm_jax.costs.hlo import Array, Computation, Instruction, Program, Run
 
@@ -21,6 +24,7 @@ class Collective:
     loop: str  # in the body of which loop; "" outside of all
     group: int  # devices that exchange with each other
     origin: str  # where it comes from in the source, as XLA knows it
+    slices: int = 1  # or nodes of GPUs, over which these devices are spread
 
     @property
     def bytes(self) -> float:
@@ -28,8 +32,8 @@ class Collective:
         return sum(array.bytes for array in self.arrays)
 
     @property
-    def sent(self) -> float:
-        """Bytes that a device sends in one call of the program, if the devices form a ring.
+    def passed(self) -> float:
+        """Bytes that a device passes on in one call of the program, if the devices form a ring.
 
         A gather, a scatter or an exchange passes on all but the own part; a reduction that leaves
         the result everywhere is a scatter and a gather.
@@ -39,26 +43,51 @@ class Collective:
         rounds = 2 if self.kind == "all-reduce" else 1
         return self.times * rounds * self.bytes * (1 - 1 / self.group)
 
+    @property
+    def network(self) -> float:
+        """Of `passed`, what leaves the slice or the node.
 
-def collectives(program: Program, devices: int) -> list[Collective]:
+        A ring leaves each but once, and there are as many rings, each of a part of the arrays, as
+        devices of the group in a slice: each of them has a share of its network.
+        """
+        return self.passed * self.slices / self.group if self.slices > 1 else 0.0
+
+    @property
+    def sent(self) -> float:
+        """Of `passed`, what goes over the links within the slice or the node."""
+        return self.passed - self.network
+
+
+def collectives(program: Program, devices: int, slices: int = 1) -> list[Collective]:
     """Every collective of a program, each once: a start and its end, or the steps of one, are one.
 
     The TPU compiler writes a reduce-scatter as a fusion named after it, and spreads a gather that
-    runs beside computation over several fusions, which share its channel.
+    runs beside computation over several fusions, which share its channel. A program for several
+    slices is that of one of them; what goes between slices it hands to their hosts. XLA for GPUs knows
+    no nodes: a group of devices may lie in several.
 
     Args:
       program: compiled.
       devices: that it runs on.
+      slices: TPU slices, or nodes of GPUs, that these are in, in equal parts and in their order.
     """
     found: dict[Any, Collective] = {}
     for run in program.runs():
-        for one, key in _of(run, program, devices):
+        for one, key in _of(run, program, devices, slices):
             found.setdefault((run.loop, *key), one)
     return list(found.values())
 
 
-def _of(run: Run, program: Program, devices: int) -> Iterator[tuple[Collective, tuple[Any, ...]]]:
-    at = run.instruction
+def _of(
+    run: Run, program: Program, devices: int, slices: int
+) -> Iterator[tuple[Collective, tuple[Any, ...]]]:
+    at, where = run.instruction, run.computation
+
+    def collective(kind: str, at: Instruction, arrays: tuple[Array, ...]) -> Collective:
+        group = _members(at.attributes, program.partitions or devices)
+        spread = len(set((group // (devices // slices)).tolist()))
+        return Collective(kind, arrays, run.times, run.loop, len(group), _origin(at), spread)
+
     if at.opcode == "fusion":
         body = program.computations[at.called("calls") or ""]
         scatter = body.name.startswith(("all-reduce-scatter", "reduce-scatter"))
@@ -66,16 +95,18 @@ def _of(run: Run, program: Program, devices: int) -> Iterator[tuple[Collective, 
             if kind := _kind(inner.opcode):
                 if scatter and kind == "all-reduce":
                     whole = tuple(_operand_arrays(inner, body))
-                    one = _collective("reduce-scatter", inner, whole, run, devices)
-                    yield one, (run.computation.name, at.name)
+                    one = collective("reduce-scatter", inner, whole)
+                    yield one, (where.name, at.name)
                 else:
-                    one = _collective(kind, inner, _whole(kind, inner, body), run, devices)
+                    one = collective(kind, inner, _whole(kind, inner, body))
                     shapes = tuple((a.dtype, a.shape) for a in one.arrays)
                     yield one, (kind, _channel(inner) or at.name, shapes)
     elif kind := _kind(at.opcode):
-        whole = _whole(kind, at, run.computation)
-        one = _collective(kind, at, whole, run, devices)
-        yield one, (run.computation.name, at.name)
+        yield collective(kind, at, _whole(kind, at, where)), (where.name, at.name)
+    elif at.opcode == "send" and (kind := _between_slices(at)):
+        sent = tuple(_operand_arrays(at, where))[:1]  # the other operand is a token
+        one = Collective(kind, sent, run.times, run.loop, slices, _origin(at), slices)
+        yield one, (where.name, at.name)
 
 
 def _kind(opcode: str) -> str | None:
@@ -83,12 +114,15 @@ def _kind(opcode: str) -> str | None:
     return name if name in KINDS else None
 
 
-def _collective(
-    kind: str, at: Instruction, whole: tuple[Array, ...], run: Run, devices: int
-) -> Collective:
-    origin = re.search(r'op_name="([^"]*)"', at.attributes)
-    group = _group(at.attributes, devices)
-    return Collective(kind, whole, run.times, run.loop, group, origin[1] if origin else "")
+def _between_slices(at: Instruction) -> str | None:
+    """The kind of what a TPU hands to its host for the other slices."""
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', at.attributes)
+    return found[1].lower().replace("_", "-") if found else None
+
+
+def _origin(at: Instruction) -> str:
+    found = re.search(r'op_name="([^"]*)"', at.attributes)
+    return found[1] if found else ""
 
 
 def _whole(kind: str, at: Instruction, where: Computation) -> tuple[Array, ...]:
@@ -109,31 +143,57 @@ def _channel(at: Instruction) -> str:
     return found[1] if found else ""
 
 
-def _group(attributes: str, devices: int) -> int:
-    """Devices in each of the groups, which XLA writes as axes of a mesh, as a grid or one by one."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        # A part of an axis is written with its own size: 'axis_0':(2)4.
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
-        return math.prod(int(part or sizes[name]) for name, part in axes)
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
-        return int(found[2])
+def _members(attributes: str, devices: int) -> np.ndarray:
+    """The devices of the first group: XLA writes axes of a mesh, a grid, or one by one; else all."""
+    if found := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*\)?)\))?\s*\{([^}]*)\}", attributes
+    ):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        ids = _in_order(found[2]) if found[2] else np.arange(math.prod(sizes.values()))
+        # A part of an axis is written with what lies before it and its own size: 'axis_0':(2)4.
+        parts = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[3])
+        shape: list[int] = []
+        chosen: list[int] = []
+        for name, size in sizes.items():
+            own = [(int(before or 1), int(n or size)) for axis, before, n in parts if axis == name]
+            edges = sorted({1, size, *(b for b, _ in own), *(b * n for b, n in own)})
+            for begin, end in itertools.pairwise(edges):
+                if any(before <= begin < before * n for before, n in own):
+                    chosen.append(len(shape))
+                shape.append(end // begin)
+        rest = [axis for axis in range(len(shape)) if axis not in chosen]
+        group = math.prod(shape[axis] for axis in chosen)
+        return ids.reshape(shape).transpose(rest + chosen).reshape(-1, group)[0]
+    if found := re.search(
+        r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes
+    ):
+        return _in_order(found[3]).reshape(int(found[1]), int(found[2]))[0]
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return len(found[1].split(","))
-    return devices
+        return np.array([int(device) for device in found[1].split(",")])
+    return np.arange(devices)
+
+
+def _in_order(text: str) -> np.ndarray:
+    """Devices as `[4,2]T(1,0)` has them: numbered over this shape, its axes then in this order."""
+    shape, _, order = text.partition("T")
+    sizes = [int(size) for size in re.findall(r"\d+", shape)]
+    axes = [int(axis) for axis in re.findall(r"\d+", order)] or range(len(sizes))
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(axes).ravel()
 
 
 def summary(found: Sequence[Collective]) -> list[dict[str, Any]]:
-    """Per kind and group size: operations and arrays in one call, their bytes, the bytes sent.
+    """Per kind, group size and slices: operations and arrays in one call, their bytes, the bytes sent.
 
-    Sorted by the bytes sent, the most first.
+    Sorted by the bytes passed on, the most first.
     """
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    rows: dict[tuple[str, int, int], dict[str, Any]] = {}
     for one in found:
-        new = {"kind": one.kind, "group": one.group, "operations": 0.0, "arrays": 0.0}
-        row = rows.setdefault((one.kind, one.group), {**new, "bytes": 0.0, "sent": 0.0})
+        key = {"kind": one.kind, "group": one.group, "slices": one.slices}
+        sums = dict.fromkeys(("operations", "arrays", "bytes", "sent", "network"), 0.0)
+        row = rows.setdefault((one.kind, one.group, one.slices), {**key, **sums})
         row["operations"] += one.times
         row["arrays"] += one.times * len(one.arrays)
         row["bytes"] += one.times * one.bytes
         row["sent"] += one.sent
-    return sorted(rows.values(), key=lambda row: -row["sent"])
+        row["network"] += one.network
+    return sorted(rows.values(), key=lambda row: -(row["sent"] + row["network"]))

@@ -87,6 +87,8 @@ class Program:
         """Reads `compiled.as_text()`."""
         self.computations: dict[str, Computation] = {}
         self.unknown_loops: set[str] = set()  # whose number of turns the text does not tell
+        header = re.search(r"\bnum_partitions=(\d+)", text.partition("\n")[0])
+        self.partitions = int(header[1]) if header else None  # devices that this text is of
         current: dict[str, Instruction] = {}
         for line in text.splitlines():
             if line.startswith((" ", "\t")):
@@ -107,7 +109,7 @@ class Program:
             yield Run(instruction, computation, times, loop)
             if instruction.opcode == "while":
                 body = self.computations[instruction.called("body") or ""]
-                yield from self._runs(body, times * self.turns(instruction), body.name)
+                yield from self._runs(body, times * self.turns(instruction, computation), body.name)
             elif instruction.opcode == "conditional":
                 branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
                 names = _NAME.findall(branches[1]) if branches else []
@@ -121,34 +123,52 @@ class Program:
                 if name in self.computations:
                     yield from self._runs(self.computations[name], times, loop)
 
-    def turns(self, loop: Instruction) -> int:
-        """How often a `while` turns.
+    def turns(self, loop: Instruction, where: Computation) -> int:
+        """How often a `while`, an instruction of `where`, turns.
 
-        XLA notes it for CPUs and GPUs. For TPUs it is read off the condition, a comparison with a
-        constant of a counter that begins at 0, and off the body, which adds a constant to it: 1 in
-        what a scan becomes, 2 where the compiler has put two turns into one.
+        XLA notes it for CPUs and GPUs. For TPUs it is read off the condition, a comparison of a counter
+        with a constant, off what the counter begins with, 0 or the turns that the compiler has put before
+        the loop, and off the body, which adds a constant to it: 1 in what a scan becomes, 2 where the
+        compiler has put two turns into one.
         """
         if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(noted[1])
         condition, body = (self.computations[loop.called(k) or ""] for k in ("condition", "body"))
         if condition.root.opcode == "compare" and "direction=LT" in condition.root.attributes:
             counter, limit = (condition.instructions[name] for name in condition.root.operands)
-            step = _added(counter, body)
-            if step and limit.opcode == "constant":
-                return math.ceil(int(limit.literal) / step)
+            first, step = _first(counter, loop, where), _added(counter, body)
+            if first is not None and step and limit.opcode == "constant":
+                return math.ceil((int(limit.literal) - first) / step)
         self.unknown_loops.add(loop.name)
         return 1
 
 
+def _first(counter: Instruction, loop: Instruction, where: Computation) -> int | None:
+    """The constant that a loop's counter begins with."""
+    begin = where.instructions[loop.operands[0]]
+    value = _element(counter, begin, where)
+    return int(value.literal) if value and value.opcode == "constant" else None
+
+
 def _added(counter: Instruction, body: Computation) -> int | None:
-    """The constant by which a loop's body adds to a counter, an element of the tuple it carries."""
-    index = re.search(r"\bindex=(\d+)", counter.attributes)
-    if index is None or body.root.opcode != "tuple":
+    """The constant by which a loop's body adds to a counter."""
+    following = _element(counter, body.root, body)
+    if following is None or following.opcode != "add":
         return None
-    following = body.instructions[body.root.operands[int(index[1])]]
     terms = [body.instructions[name] for name in following.operands]
     constants = [int(term.literal) for term in terms if term.opcode == "constant"]
-    return constants[0] if following.opcode == "add" and constants else None
+    return constants[0] if constants else None
+
+
+def _element(counter: Instruction, carried: Instruction, where: Computation) -> Instruction | None:
+    """What a tuple that a loop carries has as its counter, whatever it was copied to."""
+    index = re.search(r"\bindex=(\d+)", counter.attributes)
+    if index is None or carried.opcode != "tuple":
+        return None
+    found = where.instructions[carried.operands[int(index[1])]]
+    while found.opcode == "copy":
+        found = where.instructions[found.operands[0]]
+    return found
 
 
 def _instruction(line: str) -> Instruction | None:

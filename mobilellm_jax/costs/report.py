@@ -52,6 +52,8 @@ def text(costs: StepCosts, config: ConfigDict, utilisation: float) -> str:
     count = f"{costs.devices} x {costs.device_kind}"
     if per_chip > 1:
         count += f" (devices; {costs.devices // per_chip} chips)"
+    if costs.slices > 1:
+        count += f" in {costs.slices} slices or nodes"
     rows = config.global_batch // (costs.devices * config.microbatches)
     mesh = " x ".join(f"{name} {size}" for name, size in costs.mesh.items())
     lines = [
@@ -130,11 +132,13 @@ def advice(costs: StepCosts, config: ConfigDict) -> list[str]:
             f"config.loss_chunks={2 * config.loss_chunks}: the logits of a chunk, "
             f"{logits / GIB:.1f} GiB, are halved."
         )
-    data = costs.mesh["data"]
+    data = costs.mesh["data"] // costs.slices
     if data > 1 and split > 0.1 * m.capacity:
         pieces = [by for by in range(2, data + 1) if data % by == 0]
         by = next((by for by in pieces if split / by <= 0.1 * m.capacity), data)
-        rest_of_it = "" if config.mesh.data == -1 else f" with config.mesh.data={data // by}"
+        rest_of_it = (
+            "" if config.mesh.data == -1 else f" with config.mesh.data={costs.mesh['data'] // by}"
+        )
         said.append(
             f"config.mesh.fsdp={costs.mesh['fsdp'] * by}{rest_of_it}: weights, moments and gradients in "
             f"as many pieces, {split * (1 - 1 / by) / GIB:.1f} GiB back."
@@ -166,19 +170,23 @@ def _flops_table(costs: StepCosts, per_chip: int) -> str:
 def _moved(costs: StepCosts) -> list[str]:
     if costs.exchanged is None or costs.traffic is None:
         return [f"memory traffic and collectives are not known: {costs.unread}."]
-    lines = [("collective of a step", "devices", "operations", "arrays", "GiB", "GiB sent")]
-    lines += [
-        (
+    header = ["collective of a step", "devices", "operations", "arrays", "GiB", "GiB sent"]
+    lines = [
+        [
             row["kind"],
             f"{row['group']}",
             f"{row['operations']:,.0f}",
             f"{row['arrays']:,.0f}",
             f"{row['bytes'] / GIB:.3f}",
             f"{row['sent'] / GIB:.3f}",
-        )
+        ]
         for row in costs.exchanged
     ]
-    table = aligned(lines, "<>>>>>") if len(lines) > 1 else "no collectives"
+    if costs.slices > 1:
+        header += ["in slices", "GiB between them"]
+        for line, row in zip(lines, costs.exchanged, strict=True):
+            line += [f"{row['slices']}", f"{row['network'] / GIB:.4f}"]
+    table = aligned([header, *lines], "<" + ">" * (len(header) - 1)) if lines else "no collectives"
     return [f"memory traffic: {costs.traffic / GIB:,.1f} GiB a step and device", table]
 
 
@@ -188,7 +196,7 @@ def _time(costs: StepCosts, config: ConfigDict, utilisation: float) -> list[str]
         return [f"no peak of {costs.device_kind} is known, so no bound of the time."]
     slowest = max(seconds, key=lambda name: seconds[name])
     parts = ", ".join(f"{name} {1e3 * s:,.1f} ms" for name, s in seconds.items())
-    parts += "; the others are not known" if len(seconds) < 3 else ""
+    parts += "; the others are not known" if len(seconds) < 3 + (costs.slices > 1) else ""
     lines = [
         f"roofline: a step takes at least {1e3 * seconds[slowest]:,.1f} ms, bound by {slowest} "
         f"({parts}); at most {figures['attainable']:.0%} model FLOPs utilisation.",

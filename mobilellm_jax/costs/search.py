@@ -26,6 +26,7 @@ from mobilellm_jax.costs.step import (
 )
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.transformer import REMAT
+from mobilellm_jax.parallel.mesh import in_slices
 from mobilellm_jax.tables import aligned
 from mobilellm_jax.training.length import possible_microbatches
 
@@ -54,15 +55,16 @@ class Point:
 def lines_to_try(config: ConfigDict, devices: Sequence[jax.Device], sources: int) -> list[Point]:
     """The settings whose microbatches are to be found, those left out that arithmetic rules out.
 
-    Sharding: none, and powers of 4, as far as weights, moments and gradients take at most half of
-    the memory; of the shardings that do, the two least, for more only means more exchange. Loss
-    chunks: as configured, and none where the logits of a row take at most a quarter of the memory.
+    Sharding: none, and powers of 4 within a slice, as far as weights, moments and gradients take at
+    most half of the memory; of the shardings that do, the two least, for more only means more exchange.
+    Loss chunks: as configured, and none where the logits of a row take at most a quarter of the memory.
 
     Raises:
       UserError: the configuration is not usable, or the state fits at no sharding.
     """
     room = capacity(devices[0]) or math.inf
-    shardings = [f for f in (4**i for i in range(9)) if len(devices) % f == 0]
+    of_a_slice = len(devices) // len(in_slices(devices))
+    shardings = [f for f in (4**i for i in range(9)) if of_a_slice % f == 0]
     fitting = []
     for fsdp in shardings:
         point = Point(fsdp, "none", config.loss_chunks, config.microbatches)

@@ -17,6 +17,8 @@ from mobilellm_jax.costs.traffic import memory_bytes
 from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.taught import read_info
 from mobilellm_jax.parallel.chips import Chip, find_chip
+from mobilellm_jax.parallel.mesh import in_slices
+from mobilellm_jax.parallel.topologies import is_described
 from mobilellm_jax.training.config import check
 from mobilellm_jax.training.setup import Programs, programs
 
@@ -51,6 +53,7 @@ class StepCosts:
 
     device_kind: str
     devices: int
+    slices: int  # or nodes of GPUs, that they are in
     mesh: dict[str, int]
     tokens: int  # of a step, over all devices
     parameters: int
@@ -90,6 +93,8 @@ class StepCosts:
             found["memory"] = self.traffic / chip.bandwidth
         if self.exchanged is not None and chip.link:
             found["interconnect"] = sum(row["sent"] for row in self.exchanged) / chip.link
+        if self.exchanged is not None and chip.network and self.slices > 1:
+            found["network"] = sum(row["network"] for row in self.exchanged) / chip.network
         return found
 
 
@@ -129,12 +134,11 @@ def capacity(device: jax.Device) -> float | None:
     chip = find_chip(device.device_kind)
     if device.platform != "gpu":
         return chip.memory if chip and chip.memory else None
-    try:
-        stats = device.memory_stats()
-    except jax.errors.JaxRuntimeError:  # it is only described
+    if is_described(device):
         names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
         share = next(filter(None, map(os.environ.get, names)), _GPU_SHARE)
         return float(share) * chip.memory if chip and chip.memory else None
+    stats = device.memory_stats()
     return float(stats["bytes_limit"]) if stats else None
 
 
@@ -160,6 +164,7 @@ def measure(made: Programs, config: ConfigDict) -> StepCosts:
     sizes = jax.ShapeDtypeStruct((made.model.vocab_size,), "int32")
     arguments = made.abstract, made.abstract_batch, sizes, made.teacher
     devices, kind = len(made.devices), made.devices[0].device_kind
+    slices = len(in_slices(made.devices))
     memory = state_memory(made, capacity(made.devices[0]))
     began = time.perf_counter()
     with jax.set_mesh(made.mesh):
@@ -186,13 +191,16 @@ def measure(made: Programs, config: ConfigDict) -> StepCosts:
     done = time.perf_counter()
     program = Program(text) if text else None
     traffic = memory_bytes(program) if program else None
-    exchanged = _exchanged(program, devices) if program else None
+    exchanged = (
+        collectives.summary(collectives.collectives(program, devices, slices)) if program else None
+    )
     unknown = sorted(program.unknown_loops) if program else []  # known when all is read
     tokens = config.global_batch * config.row_length
     matmul = made.flops_per_token(0)
     return StepCosts(
         device_kind=kind,
         devices=devices,
+        slices=slices,
         mesh=dict(made.mesh.shape),
         tokens=tokens,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(made.abstract.params)),
@@ -211,10 +219,6 @@ def measure(made: Programs, config: ConfigDict) -> StepCosts:
         compile_seconds=done - compiling,
         program_bytes=len(lowered.as_text()),
     )
-
-
-def _exchanged(program: Program, devices: int) -> list[dict[str, Any]]:
-    return collectives.summary(collectives.collectives(program, devices))
 
 
 def _compiled_memory(known: Memory, found: Any) -> Memory:

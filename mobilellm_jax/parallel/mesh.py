@@ -10,6 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from mobilellm_jax.errors import UserError
+from mobilellm_jax.parallel.topologies import is_described
 
 # Outermost first: `data` runs over slices, between which the network is slow. A third axis is one
 # more name here, its size in `config.mesh`, and its rules in `parallel/sharding.py`.
@@ -20,7 +21,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
     """A mesh over `devices`; one of the sizes may be -1, "what is left".
 
     Axes are of type Auto: XLA propagates shardings from the parameters, the batch and the pinned
-    activations. Devices of several slices are arranged so that only `data` crosses slices.
+    activations. Devices of several slices, or nodes of GPUs, are arranged so that only `data` crosses them.
 
     Args:
       sizes: of each axis of `AXES`, by name.
@@ -30,17 +31,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
       UserError: the sizes do not multiply to the number of devices, or `data` is not a multiple of
         the number of slices.
     """
-    shape = _shape(sizes, len(devices))
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices > 1:
-        within, between = hybrid_shape(shape, slices)
-        arranged = mesh_utils.create_hybrid_device_mesh(
-            within, between, devices, allow_split_physical_axes=True
-        )
-    else:
-        # An axis of the mesh may be a part of an axis of the machine: 32 x 8 on a torus of 16 x 16.
-        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(np.asarray(arranged), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    slices = in_slices(devices)
+    within = shape_within(_shape(sizes, len(devices)), len(slices))
+    # An axis of the mesh may be a part of an axis of the machine: 32 x 8 on a torus of 16 x 16.
+    arranged = [
+        mesh_utils.create_device_mesh(within, one, allow_split_physical_axes=True) for one in slices
+    ]
+    return Mesh(np.concatenate(arranged), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def one_device() -> Mesh:
@@ -54,18 +51,32 @@ def local_mesh() -> Mesh:
     return make_mesh(dict.fromkeys(AXES, 1) | {AXES[0]: len(devices)}, devices)
 
 
-def hybrid_shape(shape: Sequence[int], slices: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The mesh within a slice, and how slices are arranged: along the first axis.
+def in_slices(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """Devices by the TPU slice or the node of GPUs that they are in, within which links are fast.
+
+    XLA tells nodes apart when the processes of a run meet. Where GPUs are only described, each process
+    stands for a node.
+    """
+    found: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        described = device.platform == "gpu" and is_described(device)
+        place = device.process_index if described else getattr(device, "slice_index", 0)
+        found.setdefault(place, []).append(device)
+    return [found[place] for place in sorted(found)]
+
+
+def shape_within(shape: Sequence[int], slices: int) -> tuple[int, ...]:
+    """The part of a mesh that is in each slice: slices follow each other along the first axis.
 
     Raises:
       UserError: the first axis is not a multiple of the number of slices.
     """
     if shape[0] % slices:
         raise UserError(
-            f"config.mesh.{AXES[0]}={shape[0]} is not a multiple of the {slices} slices: weights would "
-            f"be gathered between slices; make config.mesh.{AXES[0]} a multiple of {slices}."
+            f"config.mesh.{AXES[0]}={shape[0]} is not a multiple of the {slices} slices (nodes of GPUs): "
+            f"weights would be gathered between them; make config.mesh.{AXES[0]} a multiple of {slices}."
         )
-    return (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
+    return (shape[0] // slices, *shape[1:])
 
 
 def _shape(sizes: Mapping[str, Any], devices: int) -> tuple[int, ...]:

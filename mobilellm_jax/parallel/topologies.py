@@ -41,19 +41,24 @@ GPUS = {
     "h200": Gpu("NVIDIA H200", 9, 132, 128, 1.98, 233472, 232448, 52428800),
     "b200": Gpu("NVIDIA B200", 10, 148, 128, 1.965, 233472, 232448, 132644864),
 }
-NODE = 8  # GPUs that are linked to each other; the network between nodes is not known
+NODE = 8  # GPUs that are linked to each other
 
 
-def topology_devices(name: str) -> Sequence[jax.Device]:
+def topology_devices(name: str, slices: int = 1) -> Sequence[jax.Device]:
     """The devices of a topology, in JAX's order.
 
     Args:
       name: `GENERATION:AxB` or `GENERATION:AxBxC` for a TPU slice, `h100:N` for N GPUs of a node,
         `cpu:N` for N simulated devices of this host, `local` for what is here.
+      slices: how many such slices or nodes, joined by a network.
 
     Raises:
       UserError: there is no such topology, or its compiler is not installed.
     """
+    if slices < 1 or (slices > 1 and name.partition(":")[0] in ("local", "cpu")):
+        raise UserError(
+            f"--slices={slices} of --topology={name}: several are TPU slices or nodes of GPUs."
+        )
     if name == "local":
         return jax.devices()
     kind, _, layout = name.partition(":")
@@ -62,9 +67,9 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
     if kind in GPUS and re.fullmatch(r"\d{1,4}", layout):
         if not 1 <= int(layout) <= NODE:
             raise UserError(
-                f"--topology={name} is no node: take 1 to {NODE} GPUs, for which alone the links are known."
+                f"--topology={name} is no node: take 1 to {NODE} GPUs, and --slices for several nodes."
             )
-        return _gpu(name, GPUS[kind], int(layout))
+        return _gpu(name, GPUS[kind], int(layout), slices)
     if kind not in GENERATIONS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", layout):
         raise UserError(f"--topology={name} is no topology: write it as in {EXAMPLES}.")
     pod, axes = GENERATIONS[kind]
@@ -73,10 +78,15 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
         raise UserError(
             f"--topology={name} is no slice of a {kind} pod, which has {axes} axes and {pod:,} chips at most."
         )
-    return _tpu(name)
+    return _tpu(name, slices)
 
 
-def _tpu(name: str) -> Sequence[jax.Device]:
+def is_described(device: jax.Device) -> bool:
+    """Whether a device can only be compiled for."""
+    return type(device.client).__name__ == "CompileOnlyPyClient"
+
+
+def _tpu(name: str, slices: int) -> Sequence[jax.Device]:
     spec = importlib.util.find_spec("libtpu")
     if spec is None or spec.origin is None:
         raise UserError(
@@ -92,21 +102,23 @@ def _tpu(name: str) -> Sequence[jax.Device]:
     from jax.experimental import topologies
 
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, num_slices=slices
+        )
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"--topology={name} is not known to libtpu ({reason}).") from None
     return described.devices
 
 
-def _gpu(name: str, gpu: Gpu, count: int) -> Sequence[jax.Device]:
+def _gpu(name: str, gpu: Gpu, count: int, nodes: int) -> Sequence[jax.Device]:
     # The plugin looks for the GPUs of this host, and that there are none is nothing to tell.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from jax.experimental import topologies
 
     try:
         described = topologies.get_topology_desc(
-            "", "cuda", target_config=_target(gpu), topology=f"1x1x{count}"
+            "", "cuda", target_config=_target(gpu), topology=f"1x{nodes}x{count}"
         )
     except NotImplementedError:
         raise UserError(

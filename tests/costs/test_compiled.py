@@ -13,7 +13,7 @@ from compilers import needs_cuda, needs_libtpu
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mobilellm_jax.costs.collectives import KINDS, collectives, summary
+from mobilellm_jax.costs.collectives import KINDS, _members, collectives, summary
 from mobilellm_jax.costs.hlo import Program
 from mobilellm_jax.costs.step import make_programs
 from mobilellm_jax.costs.traffic import memory_bytes
@@ -26,7 +26,7 @@ MODEL = ModelConfig(2048, 1024, (Stack(LAYERS, 8, 4, 1536),), head_dim=128, max_
 
 
 @functools.cache
-def exchanged(topology, fsdp, repeats=1, vocab=MODEL.vocab_size):
+def exchanged(topology, fsdp, repeats=1, vocab=MODEL.vocab_size, slices=1):
     """The collectives of a step over eight devices that hold shards of 128 and more."""
     (stack,) = MODEL.stacks
     stack = dataclasses.replace(stack, repeats=repeats)
@@ -35,13 +35,13 @@ def exchanged(topology, fsdp, repeats=1, vocab=MODEL.vocab_size):
     config.model = model.to_dict()
     config.row_length, config.global_batch, config.microbatches = 128, 16, MICROBATCHES
     config.execution.dtype, config.mesh.fsdp = "bfloat16", fsdp
-    made = make_programs(config, topology_devices(topology), 2)
+    made = make_programs(config, topology_devices(topology, slices), 2)
     sizes = jax.ShapeDtypeStruct((vocab,), "int32")
     with jax.set_mesh(made.mesh):
         compiled = made.step.lower(made.abstract, made.abstract_batch, sizes).compile()
     program = Program(compiled.as_text())
     assert not program.unknown_loops
-    return collectives(program, 8)
+    return collectives(program, 8, slices)
 
 
 def moved(found, *kinds):
@@ -65,6 +65,19 @@ def of_the_embedding(found, vocab):
         for array in one.arrays
         if size <= math.prod(array.shape) < 1.1 * size
     }
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_between_slices_go_sums_of_gradients_alone():
+    """Of each gradient the piece that its device has after the slice has added it up, once a microbatch."""
+    found = exchanged("v5e:2x2", 4, slices=2)
+    assert {one.kind for one in found if one.slices == 2} == {"all-reduce"}
+    pieces = sum(one.times * one.bytes for one in found if one.slices == 2)
+    gradients = 2 * parameter_count(MODEL) / 4  # bfloat16, in four pieces
+    assert pieces == pytest.approx(MICROBATCHES * gradients, rel=0.1)
+    assert {one.group for one in found if one.slices == 1} <= {2, 4}
+    assert sum(one.network for one in found) == pytest.approx(pieces)  # half of it, there and back
 
 
 TOPOLOGIES = [
@@ -212,16 +225,30 @@ def test_a_loop_that_takes_several_turns_at_once_is_counted_by_its_steps():
         assert not program.unknown_loops
 
 
-def exchange(opcode, attributes, result="f32[100]{0}", operand="f32[100]{0}"):
+def test_turns_that_were_put_before_the_loop_are_none_of_it():
+    program = Program(TPU.replace("%zero.1 = s32[] constant(0)", "%zero.1 = s32[] constant(1)"))
+    assert {one.times for one in collectives(program, 8)} == {29} and not program.unknown_loops
+
+
+def test_a_counter_that_is_copied_on_its_way_is_counted():
+    copied = TPU.replace("tuple(%n.1, %x)", "tuple(%n.2, %x)").replace(
+        "  %x = bf16[512,64]", "  %n.2 = s32[]{:T(128)} copy(%n.1)\n  %x = bf16[512,64]", 1
+    )
+    program = Program(copied)
+    assert copied != TPU and {one.times for one in collectives(program, 8)} == {30}
+    assert not program.unknown_loops
+
+
+def exchange(opcode, attributes, result="f32[100]{0}", operand="f32[100]{0}", slices=1, header=""):
     """The one collective of a program that does nothing else, over eight devices."""
-    text = f"""HloModule one
+    text = f"""HloModule one{header}
 
 ENTRY %main (a: f32[100]) -> f32[100] {{
   %a = {operand} parameter(0)
   ROOT %out = {result} {opcode}(%a), channel_id=1, {attributes}
 }}
 """
-    (found,) = collectives(Program(text), 8)
+    (found,) = collectives(Program(text), 8, slices)
     return found
 
 
@@ -243,6 +270,32 @@ def test_groups_are_read_however_they_are_written(groups, size):
     assert found.group == size
 
 
+@pytest.mark.parametrize(
+    ("groups", "members"),
+    [
+        ("{{0,2},{1,3},{4,6},{5,7}}", [0, 2]),
+        ("[4,2]<=[8]", [0, 1]),
+        ("[4,2]<=[2,4]T(1,0)", [0, 4]),
+        ("[2,4]<=[2,2,2]T(1,2,0)", [0, 4, 1, 5]),
+        ("mesh['data'=2,'fsdp'=4] {'data'}", [0, 4]),
+        ("mesh['data'=2,'fsdp'=4] {'fsdp':(1)2}", [0, 2]),  # its first half
+        ("mesh['data'=2,'fsdp'=4] {'fsdp':(2)2}", [0, 1]),  # its second
+        ("mesh['data'=2,'fsdp'=4] {'data','fsdp':(2)2}", [0, 1, 4, 5]),
+        # The axes of a mesh may number the devices in another order.
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", [0, 1, 2, 3]),
+        ("mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", [0, 4]),
+        ("mesh['a'=4,'b'=2], device_ids=([8]) {'b'}", [0, 1]),
+    ],
+)
+def test_members_of_a_group_are_those_that_xla_means(groups, members):
+    """And with them which nodes it lies in: here of four devices, of two, of one."""
+    attributes = f"replica_groups={groups}, to_apply=%add"
+    assert sorted(_members(attributes, 8).tolist()) == sorted(members)
+    for slices in (1, 2, 4, 8):
+        found = exchange("all-reduce", attributes, slices=slices)
+        assert found.slices == len({member // (8 // slices) for member in members})
+
+
 def test_what_a_ring_sends():
     """Of 400 bytes over 4 devices: a gather three quarters, a reduction to all twice that."""
     four = "replica_groups={{0,1,2,3},{4,5,6,7}}"
@@ -253,6 +306,33 @@ def test_what_a_ring_sends():
     assert exchange("all-gather-start", four, both, "f32[25]{0}").sent == 300
     assert exchange("reduce-scatter", four, result="f32[25]{0}").sent == 300
     assert exchange("collective-permute", "source_target_pairs={{0,1},{1,0}}").sent == 400
+
+
+def test_what_a_ring_over_nodes_sends_through_the_network():
+    """Of each device's part, as much as its adapter has to carry when each starts a ring of its own."""
+    everyone = exchange("all-reduce", "replica_groups={}", slices=2)
+    assert everyone.passed == 2 * 400 * 7 / 8
+    assert everyone.network == everyone.passed / 4  # four devices of a node share it
+    assert everyone.sent + everyone.network == everyone.passed
+    across = exchange("all-reduce", "replica_groups={{0,4},{1,5},{2,6},{3,7}}", slices=2)
+    assert (across.network, across.sent) == (across.passed, 0)
+    within = exchange("all-gather", "replica_groups={{0,1,2,3},{4,5,6,7}}", slices=2)
+    assert (within.network, within.sent) == (0, within.passed)
+
+
+def test_what_a_tpu_hands_to_its_host_goes_to_the_other_slices():
+    """Its program is that of one slice, which counts its own devices alone."""
+    handed = (
+        'is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",'
+        '_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    found = exchange("send", handed, "(f32[100]{0}, u32[], token[])", slices=2)
+    assert (found.kind, found.group, found.slices) == ("all-reduce", 2, 2)
+    assert (found.network, found.sent) == (400, 0)  # half of it there and back
+    one = ", num_partitions=4"
+    for attributes in ("replica_groups={}", "replica_groups={{0,1,2,3}}"):
+        found = exchange("all-reduce", attributes, slices=2, header=one)
+        assert (found.group, found.slices, found.network) == (4, 1, 0)
 
 
 def test_the_summary_counts_what_runs_and_begins_with_what_sends_most():

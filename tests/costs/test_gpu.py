@@ -6,8 +6,10 @@ import tiny
 from compilers import needs_cuda
 
 from mobilellm_jax.costs.step import capacity, make_programs, measure
+from mobilellm_jax.errors import UserError
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.parallel.chips import find_chip
+from mobilellm_jax.parallel.mesh import in_slices, make_mesh
 from mobilellm_jax.parallel.topologies import GPUS, topology_devices
 
 pytestmark = needs_cuda
@@ -15,12 +17,13 @@ LAYERS = 8
 MODEL = ModelConfig(512, 128, (Stack(LAYERS, 4, 2, 512),), head_dim=64, max_length=512)
 
 
-def compiled(**execution):
+def compiled(slices=1, gpus=1, fsdp=1, **execution):
     config = tiny.config("unused")
     config.model = MODEL.to_dict()
     config.row_length, config.global_batch = 512, 8
     config.execution.update({"dtype": "bfloat16", "attention": "auto", "unroll": 0} | execution)
-    return measure(make_programs(config, topology_devices("h100:1"), 2), config)
+    config.mesh.data, config.mesh.fsdp = -1, fsdp
+    return measure(make_programs(config, topology_devices(f"h100:{gpus}", slices), 2), config)
 
 
 @pytest.mark.parametrize("name", GPUS)
@@ -32,6 +35,27 @@ def test_a_node_is_gpus_of_its_kind(name, monkeypatch):
     assert capacity(devices[0]) == 0.75 * chip.memory
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     assert capacity(devices[0]) == 0.9 * chip.memory
+
+
+def test_nodes_are_slices_that_a_network_joins():
+    devices = topology_devices("h100:8", 4)
+    assert [len(node) for node in in_slices(devices)] == [8] * 4
+    mesh = make_mesh({"data": -1, "fsdp": 8}, devices)
+    assert all(len(in_slices(row)) == 1 for row in mesh.devices)
+    with pytest.raises(UserError, match="data=2 is not a multiple of the 4 slices"):
+        make_mesh({"data": -1, "fsdp": 16}, devices)
+
+
+@pytest.mark.slow
+def test_between_nodes_go_sums_of_gradients_alone():
+    """They are in pieces over the two GPUs of a node, each of which has an adapter to the network."""
+    found = compiled(slices=2, gpus=2, fsdp=2, unroll=1)
+    across = [row for row in found.exchanged if row["slices"] == 2]
+    assert {row["kind"] for row in across} <= {"all-reduce", "reduce-scatter"}
+    whole = 2 * found.parameters  # bfloat16
+    assert sum(row["network"] for row in across) == pytest.approx(whole / 2, rel=0.2)
+    assert found.seconds["network"] > 0 and found.slices == 2
+    assert any(row["kind"] == "all-gather" and row["slices"] == 1 for row in found.exchanged)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from mobilellm_jax.model import transformer
 from mobilellm_jax.model.transformer import Execution
 from mobilellm_jax.parallel import mesh as meshes
 from mobilellm_jax.parallel import sharding
-from mobilellm_jax.parallel.mesh import hybrid_shape, make_mesh
+from mobilellm_jax.parallel.mesh import make_mesh, shape_within
 from mobilellm_jax.training.objectives import Network, next_token
 
 
@@ -42,7 +42,7 @@ def test_only_data_crosses_slices(shape, monkeypatch):
 
 
 def test_data_must_be_a_multiple_of_the_slices():
-    assert hybrid_shape((6, 4), 3) == ((2, 4), (3, 1))
+    assert shape_within((6, 4), 3) == (2, 4)
     with pytest.raises(UserError, match=r"config\.mesh\.data=2 is not a multiple of the 4 slices"):
         make_mesh({"data": 2, "fsdp": -1}, [Device(i, i // 4) for i in range(16)])
 
