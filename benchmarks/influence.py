@@ -24,7 +24,7 @@ from benchmarks.children import told
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.tables import aligned
 
-NETWORKS = {  # parameters: 0.5M, 9M and 125M
+NETWORKS = {  # parameters: 0.30M, 8.0M and 125M
     "tiny": ModelConfig(2048, 64, (Stack(4, 4, 2, 160),), head_dim=16, max_length=512),
     "small": ModelConfig(8192, 256, (Stack(8, 8, 4, 704),), head_dim=32, max_length=512),
     "125m": ModelConfig(32000, 576, (Stack(30, 9, 3, 1536),), head_dim=64, max_length=2048),

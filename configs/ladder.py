@@ -94,7 +94,7 @@ def config(model: ModelConfig, plan: str, steps: int = STEPS) -> Tuned:
 
 
 def get_sweep(argument: str) -> Sweep:
-    """All cells and the three tables.
+    """All cells and the four tables.
 
     Args:
       argument: path of the plan to train on, by default that of `make ladder`.

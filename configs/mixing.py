@@ -1,11 +1,11 @@
-r"""A network of 0.27M parameters on which mixtures are compared in minutes on a laptop CPU.
+r"""A network of 0.26M parameters on which mixtures are compared in minutes on a laptop CPU.
 
 Runs are short and many: `make mixing-demo` trains about thirty of them on text that comes with Python.
 The same pipeline at the size of MobileLLM-R1's proxies takes another configuration:
 
 | configuration                    | parameters | tokens of a run | hardware    | a run |
 |----------------------------------|------------|-----------------|-------------|-------|
-| configs/mixing.py                | 267,328    | 0.15M           | 2 CPU cores | 15 s  |
+| configs/mixing.py                | 260,544    | 0.15M           | 2 CPU cores | 15 s  |
 | configs/mobilellm.py:125m        | 124.6M     | as --tokens     | GPU or pod  |       |
 
     make mixing-demo

@@ -10,7 +10,7 @@ its parameters and read 400 steps of 512 tokens where nothing else is said.
 | adapt-once       | Adapt-Pruner in one shot, then trained                            | 0.5   |
 | llm_pruner-once  | LLM-Pruner likewise                                               | 0.5   |
 | random-once      | all layers alike by lot, likewise                                 | 0.5   |
-| efficient-a      | EfficientLLM, 100 cuts in the first 65 % of the steps             | 1     |
+| efficient-a      | EfficientLLM, 75 cuts in the first 65 % of the steps              | 1     |
 | efficient-b      | the same with the local second-order update                       | 1+    |
 | efficient-once   | EfficientLLM's choice in one shot, then trained                   | 0.5   |
 | scratch-1, 2, 4  | the shape of adapt-once from random weights, so many times longer | 0.5 n |
