@@ -43,6 +43,13 @@ GPUS = tuple(
         ("R1-950M", R1, 32),
     )
 )
+# Over several slices, or nodes of GPUs, of a thousand chips and less.
+SEVERAL = (
+    ("125M", f"{BASE}:125m", "2 x v5e:16x16", ("microbatches=2",)),
+    ("R1-950M", R1, "4 x v6e:16x16", ("microbatches=2", "execution.remat=dots")),
+    ("350M", f"{BASE}:350m", "4 x h100:8", ("microbatches=2",)),
+    ("R1-950M", R1, "16 x h100:8", ("microbatches=2",)),
+)
 # Every stage of MobileLLM-R1; those of SFT with the paper's numbers of steps.
 KEYS = {
     "pretrain1": ("v5p:4x4x8", ("microbatches=4",)),
@@ -95,8 +102,10 @@ DEPTHS = (
 
 def command(config: str, topology: str, keys: tuple[str, ...]) -> list[str]:
     """The arguments after `python -m`."""
+    slices, _, one = topology.rpartition(" x ")
+    place = [f"--topology={one}", *([f"--slices={slices}"] if slices else [])]
     settings = [f"--config.{key}" for key in keys]
-    return ["mobilellm_jax.preflight", f"--config={config}", f"--topology={topology}", *settings]
+    return ["mobilellm_jax.preflight", f"--config={config}", *place, *settings]
 
 
 def measured(name: str, *described: Any) -> dict[str, Any] | None:
@@ -152,7 +161,7 @@ def main(argv: list[str]) -> None:
     header = "run|slice|keys|state, GiB|temporaries, GiB|peak, GiB of a device|matrices / model"
     header += "|attention / causal half|a step at least|tokens/s at 40 %|days|chip-hours"
     lines = [(header + "|seconds (of CPU)").split("|")]
-    for name, *described in RUNS + GPUS + STAGES + PRUNING + ONE_GPU:
+    for name, *described in RUNS + GPUS + SEVERAL + STAGES + PRUNING + ONE_GPU:
         wanted = re.search(flags.FLAGS.only, " ".join([name, *map(str, described)]), re.IGNORECASE)
         if wanted and (found := measured(name, *described)):
             lines.append(fit(found, name, described[1], described[2]))
