@@ -1,5 +1,6 @@
 """The answer of a response is found, and equals a reference if it means the same."""
 
+import contextlib
 import importlib.util
 import threading
 import time
@@ -8,7 +9,7 @@ import pytest
 
 from mobilellm_jax.errors import UserError
 from mobilellm_jax.evaluation import math_answers
-from mobilellm_jax.evaluation.math_answers import grade, last_boxed, stated_answer
+from mobilellm_jax.evaluation.math_answers import Grader, grade, last_boxed, stated_answer
 
 needs_library = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None, reason="needs math-verify"
@@ -81,19 +82,28 @@ DIFFERENT = [
 ]
 
 
+@pytest.fixture(scope="module")
+def graded():
+    """Grades in one process of comparisons, which takes seconds to start."""
+    with contextlib.closing(Grader()) as grader:
+        yield lambda responses, references: [
+            grader.grade(*pair) for pair in zip(responses, references, strict=True)
+        ]
+
+
 @needs_library
-def test_answers_that_mean_the_same_are_equal_and_others_are_not():
+def test_answers_that_mean_the_same_are_equal_and_others_are_not(graded):
     cases = [(a, r, True) for r, answers in EQUAL for a in answers]
     cases += [(a, r, False) for r, answers in DIFFERENT for a in answers]
     responses = [f"1 + 2 = 3, 9. So we get $\\boxed{{{answer}}}$." for answer, _, _ in cases]
-    grades = grade(responses, [reference for _, reference, _ in cases])
+    grades = graded(responses, [reference for _, reference, _ in cases])
     wrong = [case for case, g in zip(cases, grades, strict=True) if g.correct != case[2]]
     assert not wrong
     assert [g.answer for g in grades] == [answer for answer, _, _ in cases]
 
 
 @needs_library
-def test_answers_without_a_box():
+def test_answers_without_a_box(graded):
     texts = {
         "16 - 3 - 4 = 9 and 9 * 2 = 18.\n#### 18": True,
         "She makes $18 every day. The answer is 18.": True,
@@ -104,21 +114,21 @@ def test_answers_without_a_box():
         "#### 1,8": False,
         "18 eggs, so #### 17": False,
     }
-    grades = grade(list(texts), ["...\n#### 18"] * len(texts))
+    grades = graded(list(texts), ["...\n#### 18"] * len(texts))
     assert dict(zip(texts, (g.correct for g in grades), strict=True)) == texts
 
 
 @needs_library
-def test_without_a_sign_the_end_of_a_response_is_its_answer():
+def test_without_a_sign_the_end_of_a_response_is_its_answer(graded):
     prose = "This is how the sum is made, and nothing is left over. "
     begun, ended = "The answer is 17. ", "The answer is 18. "
     responses = [begun + 40 * prose + ended, begun + ended + 5 * prose, ended + 40 * prose + begun]
-    assert [g.correct for g in grade(responses, ["18"] * 3)] == [True, True, False]
+    assert [g.correct for g in graded(responses, ["18"] * 3)] == [True, True, False]
 
 
 @needs_library
-def test_per_cent_of_more_than_a_thousand():
-    grades = grade([r"\boxed{1,250\%}", r"\boxed{12.5}"], ["12.5", "1,250%"])
+def test_per_cent_of_more_than_a_thousand(graded):
+    grades = graded([r"\boxed{1,250\%}", r"\boxed{12.5}"], ["12.5", "1,250%"])
     assert [g.correct for g in grades] == [True, True]
 
 
@@ -126,8 +136,8 @@ def test_per_cent_of_more_than_a_thousand():
 @pytest.mark.parametrize(
     "response", ["\\boxed{} #### 18", "", " \n", "I do not know", r"\boxed{}", "####"]
 )
-def test_no_answer_is_wrong_and_told(response):
-    assert not (found := grade([response], ["18"])[0]).correct and found.note == "no answer"
+def test_no_answer_is_wrong_and_told(graded, response):
+    assert not (found := graded([response], ["18"])[0]).correct and found.note == "no answer"
 
 
 @needs_library
