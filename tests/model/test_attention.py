@@ -62,12 +62,13 @@ def test_kernels_equal_the_reference(kernel, segments, length, width, interprete
     q, k, v, cotangent = heads(2, length, 6, 2, width)
     ids = documents(2, length) if segments else None
 
-    def outcome(function):
-        out, back = jax.vjp(function, q, k, v)
+    @functools.partial(jax.jit, static_argnums=0)
+    def outcome(function, q, k, v, ids):
+        out, back = jax.vjp(lambda *inputs: function(*inputs, ids), q, k, v)
         return out, *back(cotangent)
 
-    ours = outcome(lambda q, k, v: KERNELS[kernel](q, k, v, ids))
-    for a, b in zip(ours, outcome(lambda q, k, v: reference(q, k, v, ids)), strict=True):
+    ours = outcome(KERNELS[kernel], q, k, v, ids)
+    for a, b in zip(ours, outcome(reference, q, k, v, ids), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()))
 
 
@@ -87,15 +88,20 @@ def test_scores_of_attention_in_blocks_are_float32():
     """Large ones, which bfloat16 would tell apart by sixteenths: only queries, keys, values are rounded."""
     q, k, v, _ = (x.astype(jnp.bfloat16) for x in heads(1, 200, 4, 2, 64))
     given = 4 * q, k, v  # the square root of the width is a power of 2
-    exact = reference(*(x.astype(jnp.float32) for x in given), None)
-    error = jnp.abs(KERNELS["blocks"](*given, None).astype(jnp.float32) - exact)
-    assert float(error.max()) < 2**-7 * float(jnp.abs(exact).max())
+
+    @jax.jit
+    def both(q, k, v):
+        exact = reference(*(x.astype(jnp.float32) for x in (q, k, v)), None)
+        return KERNELS["blocks"](q, k, v, None).astype(jnp.float32), exact
+
+    ours, exact = map(np.asarray, both(*given))
+    assert np.abs(ours - exact).max() < 2**-7 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("segments", [False, True], ids=["one document", "documents"])
 def test_attention_in_blocks_has_the_derivative_forwards_of_the_reference(segments):
     """Along two directions at once, and that of the loss's gradient, which is what curvature asks for."""
-    length = 200
+    length = 136
     inputs = heads(2, length, 6, 2, 64)[:3]
     directions = [
         jnp.stack(pair)
@@ -103,7 +109,11 @@ def test_attention_in_blocks_has_the_derivative_forwards_of_the_reference(segmen
     ]
     ids = documents(2, length) if segments else None
 
-    def outcome(function):
+    @functools.partial(jax.jit, static_argnums=0)
+    def outcome(attention, inputs, directions):
+        def function(*inputs):
+            return attention(*inputs, ids)
+
         def gradient(*inputs):
             return jax.grad(lambda *inputs: jnp.square(function(*inputs)).sum(), (0, 1, 2))(*inputs)
 
@@ -113,8 +123,8 @@ def test_attention_in_blocks_has_the_derivative_forwards_of_the_reference(segmen
 
         return jax.vmap(along)(*directions)
 
-    ours = outcome(lambda q, k, v: KERNELS["blocks"](q, k, v, ids))
-    for a, b in zip(ours, outcome(lambda q, k, v: reference(q, k, v, ids)), strict=True):
+    ours = outcome(KERNELS["blocks"], inputs, directions)
+    for a, b in zip(ours, outcome(reference, inputs, directions), strict=True):
         np.testing.assert_allclose(a, b, atol=4e-6 * float(jnp.abs(b).max()))
 
 
@@ -153,22 +163,24 @@ def test_keys_of_the_first_pass_reach_the_kernel(kernel, interpreted):
     model = dataclasses.replace(LS, ls_kv="first_pass")
     params = jax.jit(transformer.init, static_argnums=0)(model, jax.random.key(0))
     row = jax.random.randint(jax.random.key(1), (1, 24), 2, 97)
+    apply = jax.jit(transformer.apply, static_argnums=(1, 4))
     out, expected = (
-        transformer.apply(params, model, row, documents(1, 24), Execution(attention=name))
+        apply(params, model, row, documents(1, 24), Execution(attention=name))
         for name in (kernel, "reference")
     )
     np.testing.assert_allclose(out, expected, atol=1e-4)
 
 
 def test_decoding_needs_no_kernel():
-    """With a cache attention is the reference: a kernel would not run here at all."""
-    params = jax.jit(transformer.init, static_argnums=0)(LS, jax.random.key(0))
+    """With a cache it is the same program, of the reference: a kernel would not run here at all."""
     row, begin, slot = jnp.arange(8)[None] + 5, jnp.zeros(1, jnp.int32), jnp.int32(0)
-    outs = [
-        transformer.apply_cached(params, LS, row, empty_cache(LS, 1, 8), begin, slot, execution)
-        for execution in (Execution(attention="splash"), Execution())
+    apply_cached = jax.jit(transformer.apply_cached, static_argnums=(1, 6))
+    given = transformer.shapes(LS), LS, row, empty_cache(LS, 1, 8), begin, slot
+    programs = [
+        apply_cached.lower(*given, Execution(attention=name)).as_text()
+        for name in ("splash", "reference")
     ]
-    assert (outs[0][0] == outs[1][0]).all()
+    assert programs[0] == programs[1]
 
 
 def equations(jaxpr):
@@ -182,10 +194,11 @@ def equations(jaxpr):
                     yield from equations(sub)
 
 
-def train_program(kernel, length=200):
+@functools.cache
+def train_program(kernel):
     """The gradient of a bfloat16 network, as JAX sees it."""
     network = Network(LS, Execution("bfloat16", attention=kernel), BOS, 2, 4)
-    batch = {"tokens": jax.ShapeDtypeStruct((2, length + 1), jnp.int32)}
+    batch = {"tokens": jax.ShapeDtypeStruct((2, 201), jnp.int32)}
     gradient = jax.grad(lambda params, batch: next_token(params, batch, network).total)
     return list(equations(jax.make_jaxpr(gradient)(transformer.shapes(LS), batch).jaxpr))
 
