@@ -45,7 +45,15 @@ def exported(model, out, **options):
     return leaves
 
 
-@pytest.mark.parametrize("name, model, family", CASES, ids=[f"{f}: {n}" for n, _, f in CASES])
+@pytest.mark.parametrize(
+    "name, model, family",
+    [
+        # What these have others have as well, with more to it.
+        pytest.param(*case, marks=[pytest.mark.slow] * (case[0] in ("plain", "NoPE between")))
+        for case in CASES
+    ],
+    ids=[f"{f}: {n}" for n, _, f in CASES],
+)
 def test_logits_and_gradients(name, model, family, tmp_path):
     leaves = exported(model, tmp_path / "out", family=family)
     loaded = load_stock(tmp_path / "out")

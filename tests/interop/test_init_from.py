@@ -68,7 +68,7 @@ def test_it_starts_at_these_weights(place, devices, plan, places, tmp_path):
 
 
 def test_it_goes_on_where_a_run_of_ours_ended_with_a_fresh_optimizer(plan, tmp_path):
-    first = run(tiny.config(plan, 4), tmp_path / "first")
+    first = run(tiny.config(plan, 6), tmp_path / "first")
     c = config(plan, tmp_path / "first")
     second = run(c, tmp_path / "second", stop_at=1)
     assert bits(second.params) == bits(first.params)

@@ -43,7 +43,13 @@ def converted(source, out, *more):
     return ended
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.slow] * (n in ("llama", "mistral")))  # without biases
+        for n in NETWORKS
+    ],
+)
 def test_hugging_face_computes_the_same(name, tmp_path):
     model, family = NETWORKS[name], name.split(",")[0]
     leaves = checkpoint(model, tmp_path / "ours")
