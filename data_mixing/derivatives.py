@@ -31,7 +31,14 @@ from mobilellm_jax.leaves import flat, nested
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig
 from mobilellm_jax.model.loss import over_chunks
-from mobilellm_jax.parallel.sharding import BATCH_AXES, ROWS, WHOLE, on_each_device, put_rows
+from mobilellm_jax.parallel.sharding import (
+    BATCH_AXES,
+    ROWS,
+    WHOLE,
+    batch_sharding,
+    on_each_device,
+    put_rows,
+)
 from mobilellm_jax.training.objectives import Network, split_rows
 
 Weights = dict[str, jax.Array]
@@ -381,7 +388,7 @@ def network_of(model: ModelConfig, bos_id: int, eos_id: int, dtype: str, chunks:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """FLOPs a row: of a probe's gradient, of a direction of DataInf, of slopes along all directions."""
+    """FLOPs a row: of a probe's gradient, of DataInf for all probes, of slopes along all directions."""
 
     gradient: float
     datainf: float
@@ -390,28 +397,54 @@ class Cost:
 
 def flops(of: Differentiated, program: Any, row_length: int) -> float:
     """What a program of chosen weights, the rest and rows computes for a row, counted from its jaxpr."""
-    tokens = jax.ShapeDtypeStruct((of.batch_rows, row_length + 1), jnp.int32)
-    arrays = jax.eval_shape(lambda: (of.chosen, of.rest))
-    return count(program.trace(*arrays, tokens, **_static(of)).jaxpr).total / of.batch_rows
-
-
-def cost(of: Differentiated, directions: int, row_length: int, by_target: bool = True) -> Cost:
-    """What the programs above compute for a row, counted from their jaxprs."""
-    tokens = jax.ShapeDtypeStruct((of.batch_rows, row_length + 1), jnp.int32)
-    arrays = jax.eval_shape(lambda: (of.chosen, of.rest))
-    stacked = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((directions, *x.shape), x.dtype), arrays[0]
+    tokens = _tokens(of, row_length)
+    return (
+        count(program.trace(of.chosen, of.rest, tokens, **_static(of)).jaxpr).total / of.batch_rows
     )
-    grouped = {**_static(of), "group": of.group}
-    products = jax.eval_shape(lambda *a: _products(*a, **grouped), *arrays, stacked, tokens)
-    factors = {name: dots for name, (_, dots) in products.items()}
 
-    def of_row(program: Any, *inputs: Any, **settings: Any) -> float:
-        return count(program.trace(*inputs, **settings).jaxpr).total / of.batch_rows
 
+def _tokens(of: Differentiated, row_length: int) -> jax.ShapeDtypeStruct:
+    """What `batches` gives: where it lies as well, so that no program is traced twice."""
+    shape = of.batch_rows, row_length + 1
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(of.mesh))
+
+
+def cost(
+    of: Differentiated, directions: int, row_length: int, by_target: bool = True, probes: int = 0
+) -> Cost:
+    """What the programs above compute for a row, counted from their jaxprs.
+
+    Args:
+      of: the network.
+      directions: of the slopes.
+      row_length: of rows.
+      by_target: see `slopes`.
+      probes: whose gradients DataInf has; 0: there is no DataInf.
+    """
+    arrays, tokens = (of.chosen, of.rest), _tokens(of, row_length)
+
+    def stacked(count: int) -> Weights:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=x.sharding),
+            of.chosen,
+        )
+
+    def of_row(traced: Any) -> float:
+        return count(traced.jaxpr).total / of.batch_rows
+
+    datainf = 0.0
+    if probes:
+        grouped = {**_static(of), "group": of.group}
+        products = _products.trace(*arrays, stacked(probes), tokens, **grouped)
+        factors = {
+            name: jax.ShapeDtypeStruct(dots.shape, dots.dtype, sharding=tokens.sharding)
+            for name, (_, dots) in products.out_info.items()
+        }
+        sums = _weighted_sum.trace(*arrays, factors, tokens, **grouped)
+        datainf = of_row(products) + of_row(sums)
+    slopes = slopes_program(of, by_target)
     return Cost(
         gradient=flops(of, _summed_gradient, row_length),
-        datainf=of_row(_products, *arrays, stacked, tokens, **grouped)
-        + of_row(_weighted_sum, *arrays, factors, tokens, **grouped),
-        slopes=of_row(slopes_program(of, by_target), *arrays, stacked, tokens, **_static(of)),
+        datainf=datainf,
+        slopes=of_row(slopes.trace(*arrays, stacked(directions), tokens, **_static(of))),
     )

@@ -116,7 +116,8 @@ class Gradients:
                 of, gradients, self.train, self.settings.damping, told
             )
         row_length = _row_length(self.probes)
-        cost = derivatives.cost(of, len(directions), row_length, self.by_target)
+        inverted = 0 if self.train is None else len(gradients)
+        cost = derivatives.cost(of, len(directions), row_length, self.by_target, inverted)
         before = cost.gradient * sum(map(len, self.probes.values()))
         before += cost.datainf * (0 if self.train is None else len(self.train))
 
