@@ -4,15 +4,15 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from scipy.stats import spearmanr
+from weights import random_leaves
 
 from data_mixing import derivatives
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.model import transformer
+from mobilellm_jax.leaves import nested
 from mobilellm_jax.model.config import Stack
 from mobilellm_jax.parallel.mesh import local_mesh, one_device
 from mobilellm_jax.training.objectives import next_token
@@ -28,7 +28,7 @@ def network(model, chunks=1):
 
 @functools.cache
 def parameters(model):
-    return jax.jit(transformer.init, static_argnums=0)(model, jax.random.key(3))
+    return nested(random_leaves(model, std=0.02))
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -55,15 +55,16 @@ def made(model, layers="all", mesh=None, batch=8, **settings):
     return derivatives.differentiated(params, network(model), layers, mesh, batch, **settings)
 
 
+@functools.partial(jax.jit, static_argnums=3)
+@jax.grad
+def own_gradient(chosen, rest, row, network):
+    nll, weight = derivatives.token_losses({**rest, **chosen}, row[None], network)
+    return nll.sum() / weight.sum()
+
+
 def own_gradients(of, tokens):
     """Gradient of the mean loss of each row, one by one, float64 by name."""
-
-    def mean(chosen, row):
-        nll, weight = derivatives.token_losses({**of.rest, **chosen}, row[None], of.network)
-        return nll.sum() / weight.sum()
-
-    one = jax.jit(jax.grad(mean))
-    found = [one(of.chosen, jnp.asarray(row)) for row in tokens]
+    found = [own_gradient(of.chosen, of.rest, row, of.network) for row in tokens]
     return {n: np.stack([np.asarray(g[n], np.float64) for g in found]) for n in of.chosen}
 
 
@@ -233,7 +234,7 @@ def test_a_positive_slope_is_a_sample_that_helps():
     @jax.jit
     def probe_losses(chosen):
         weights = {**of.rest, **chosen}
-        return derivatives.token_losses(weights, jnp.asarray(probes), of.network)
+        return derivatives.token_losses(weights, probes, of.network)
 
     def probe_loss(chosen):
         nll, weight = (np.asarray(x, np.float64) for x in probe_losses(chosen))
@@ -266,6 +267,6 @@ def test_bad_input():
     empty = np.full((3, tiny.ROW + 1), BOS, np.int32)
     with pytest.raises(UserError, match="no token to predict"):
         derivatives.mean_gradient(made(TIED), empty)
-    v = derivatives.mean_gradient(made(TIED), rows(2, 1))
+    of = made(TIED, group=2)
     with pytest.raises(UserError, match="DataInf cannot be had"):
-        derivatives.datainf(made(TIED), [v], empty)
+        derivatives.datainf(of, [derivatives.mean_gradient(of, rows(2, 1))], empty)

@@ -25,6 +25,7 @@ from mobilellm_jax.training import checkpoint
 from mobilellm_jax.training.checkpoint import LoadedModel
 
 CONTEXT = 224
+VOCABULARY = 600  # of the network, whatever the tokenizer has: it is compiled once for all of them
 SHORT = ["1 + 1 = 2", "the deep model reads small rows.", "naïve", "5 + 7 = 12\n7 + 7 = 14"]
 DOCUMENTS = [*tiny.documents("sums", 3), *tiny.documents("words", 2), "1 + 1 = 2, naïve. " * 200]
 PROMPTS = {
@@ -43,8 +44,8 @@ def tokenizer(request, tmp_path_factory):
     return Tokenizer.load(folder(tmp_path_factory.mktemp("tokenizer") / request.param))
 
 
-def network(tokenizer, context):
-    model = dataclasses.replace(tiny.MODEL, vocab_size=tokenizer.vocab_size, max_length=context)
+def network(tokenizer):
+    model = dataclasses.replace(tiny.MODEL, vocab_size=VOCABULARY, max_length=CONTEXT)
     params = nested(jax.tree.map(jnp.asarray, random_leaves(model)))
     return LoadedModel(params, model, tokenizer, 0, {})
 
@@ -55,7 +56,7 @@ def reader(loaded):
 
 @pytest.fixture(scope="module")
 def loaded(tokenizer):
-    return network(tokenizer, CONTEXT)
+    return network(tokenizer)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -94,7 +95,7 @@ def test_the_probability_of_one_is_that_of_the_full_logits(tokenizer, loaded):
 
 def test_where_answers_are_single_tokens_it_is_a_softmax_over_two_logits(tmp_path):
     tokenizer = Tokenizer.load(tokenizer_files.qwen2_folder(tmp_path / "qwen2"))
-    loaded, prompt = network(tokenizer, CONTEXT), "{document}\nAnswer:\n"
+    loaded, prompt = network(tokenizer), "{document}\nAnswer:\n"
     found = judges.probability_of_one(SHORT, reader(loaded), Asking(prompt, tokenizer, CONTEXT))
     one, zero = (tokenizer.encode(answer) for answer in "10")
     assert len(one) == len(zero) == 1
@@ -202,12 +203,12 @@ def test_a_prompt_that_cannot_be_asked_is_refused(names, given, said, tmp_path, 
 
 
 def test_a_stored_judge_is_read_when_it_is_needed(tmp_path, monkeypatch):
-    loaded = network(tiny.tokenizer(), 128)
+    loaded = network(tiny.tokenizer())
     checkpoint.write_model(
         random_leaves(loaded.model), loaded.model, loaded.tokenizer, {}, tmp_path / "judge"
     )
     measure = Judge(tmp_path / "judge", longest=50).asked(PROMPTS["short"])
-    asking = Asking(PROMPTS["short"], loaded.tokenizer, 128, 50)
+    asking = Asking(PROMPTS["short"], loaded.tokenizer, CONTEXT, 50)
     np.testing.assert_allclose(
         measure.of(DOCUMENTS),
         judges.probability_of_one(DOCUMENTS, reader(loaded), asking),

@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+import runs
 import scipy.optimize
 import scipy.stats
 
@@ -287,7 +287,9 @@ def test_the_interval_of_a_rank_correlation_covers_it(truth):
 # --- The program
 
 
-def test_the_program_prints_tables_and_writes_them_once(tmp_path):
+def test_the_program_prints_tables_and_writes_them_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    without_trees(monkeypatch)
     mixtures = proxies(PRIOR, 40, 0)
     mixtures.save(tmp_path / "a.csv")
     losses = losses_of(mixtures, linear)
@@ -295,26 +297,21 @@ def test_the_program_prints_tables_and_writes_them_once(tmp_path):
         losses, names=("t", "u"), values=np.c_[losses.values, logarithmic(mixtures.values)]
     )
     two.save(tmp_path / "b.csv")
-    command = [sys.executable, "-m", "data_mixing.regmix", "--mixtures=a.csv", "--losses=b.csv"]
-    command += [
-        "--out=out",
-        "--candidates=2000",
-        "--heldout_mixtures=a.csv",
-        "--heldout_losses=b.csv",
-    ]
-    root = str(regmix.__file__).rsplit("/", 2)[0]
-    run = functools.partial(subprocess.run, capture_output=True, text=True, cwd=tmp_path)
-    done = run(command, env={"PYTHONPATH": root, "PATH": ""})
-    assert done.returncode == 0, done.stderr
-    assert "held-out rank correlation" in done.stdout and "on other runs" in done.stdout
-    assert [line.split()[0] for line in done.stdout.splitlines()[1:4]] == ["mean", "t", "u"]
+    command = (
+        *("data_mixing.regmix", "--mixtures=a.csv", "--losses=b.csv", "--out=out"),
+        *("--candidates=2000", "--heldout_mixtures=a.csv", "--heldout_losses=b.csv"),
+    )
+    done = runs.program(*command)
+    assert done.status == 0, done.err
+    assert "held-out rank correlation" in done.out and "on other runs" in done.out
+    assert [line.split()[0] for line in done.out.splitlines()[1:4]] == ["mean", "t", "u"]
     best = RunTable.load(tmp_path / "out" / "best.csv")
     assert best.names == NAMES and best.values.sum() == pytest.approx(1)
     said = (tmp_path / "out" / "regmix.md").read_text()
     for name, weight in zip(NAMES, best.values[0], strict=True):
         assert f"| {name} |" in said and f"{weight:.2%}" in said
-    again = run(command, env={"PYTHONPATH": root, "PATH": ""})
-    assert again.returncode == 1 and "error: out exists" in again.stderr
+    again = runs.program(*command)
+    assert again.status == 1 and "error: out exists" in again.err
 
 
 def test_other_runs_must_have_the_same_columns():
@@ -327,7 +324,8 @@ def test_other_runs_must_have_the_same_columns():
         regmix.report(mixtures, losses, prior={"web": 1, "code": 1, "math": 1, "wikis": 1})
 
 
-def test_few_runs_for_many_sources_are_doubted():
+def test_few_runs_for_many_sources_are_doubted(monkeypatch):
+    without_trees(monkeypatch)
     mixtures = proxies(PRIOR, 40, 0)
     losses = losses_of(mixtures, linear)
     assert "doubt" not in regmix.report(mixtures, losses, candidates=500).said

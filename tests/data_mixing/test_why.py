@@ -119,7 +119,7 @@ def test_steps_of_a_run_that_begins_at_another_are_those_at_which_rows_were_read
 
 
 def test_a_benefit_is_the_sum_of_what_its_tokens_do(workdir):
-    helped, hurt, _ = ask(workdir, FACTS[1], steps=2)
+    helped, hurt, _ = ask(workdir, FACTS[1], steps=2, rows=40)
     for found in (*helped, *hurt):
         assert found.benefit == pytest.approx(sum(value for _, value in found.tokens), rel=1e-4)
 
@@ -158,7 +158,7 @@ def test_of_many_rows_those_with_the_answer_are_found_in_any_source(workdir, pla
 
 
 def test_the_page_says_it_and_escapes_it(workdir):
-    helped, hurt, scored = ask(workdir, FACTS[0], steps=3)
+    helped, hurt, scored = ask(workdir, FACTS[0], steps=3, rows=40)
     point = open_checkpoints([str(workdir)], 1, [asking.ANSWER])[0]
     page = asking.render(helped, hurt, "<b>why", "&", scored, point, "datainf")
     assert "<b>why" not in page and "&lt;b&gt;why" in page and helped[0].name in page
@@ -178,7 +178,7 @@ def test_the_page_says_it_and_escapes_it(workdir):
 
 def test_the_program(workdir, tmp_path):
     flags = [f"--checkpoint={workdir}", "--prompt=code k is", "--answer= zuvo."]
-    flags += ["--batch_rows=16", f"--out={tmp_path / 'why.html'}"]
+    flags += ["--rows=40", "--batch_rows=16", f"--out={tmp_path / 'why.html'}"]
     ended = runs.program("data_mixing.why", *flags)
     assert ended.status == 0, ended.err
     assert "facts-" in ended.out.splitlines()[1] and (tmp_path / "why.html").exists()
@@ -194,6 +194,7 @@ def test_a_checkpoint_may_be_named_in_every_way(workdir, tmp_path, named):
         "--prompt=code k is",
         "--answer= zuvo.",
         "--rows=8",
+        "--batch_rows=16",
     ]
     ended = runs.program("data_mixing.why", *flags, f"--out={tmp_path / 'why.html'}")
     assert ended.status == 0, ended.err
