@@ -86,16 +86,12 @@ def test_positions_are_float32_whatever_is_turned():
 
 def test_scores_of_attention_in_blocks_are_float32():
     """Large ones, which bfloat16 would tell apart by sixteenths: only queries, keys, values are rounded."""
-    q, k, v, _ = (x.astype(jnp.bfloat16) for x in heads(1, 200, 4, 2, 64))
+    q, k, v, _ = (x.astype(jnp.bfloat16) for x in heads(1, 64, 4, 2, 64))
     given = 4 * q, k, v  # the square root of the width is a power of 2
-
-    @jax.jit
-    def both(q, k, v):
-        exact = reference(*(x.astype(jnp.float32) for x in (q, k, v)), None)
-        return KERNELS["blocks"](q, k, v, None).astype(jnp.float32), exact
-
-    ours, exact = map(np.asarray, both(*given))
-    assert np.abs(ours - exact).max() < 2**-7 * np.abs(exact).max()
+    exact = reference(*(x.astype(jnp.float32) for x in given), None)
+    # Not as one program: XLA would leave out a rounding between two operations.
+    error = jnp.abs(KERNELS["blocks"](*given, None).astype(jnp.float32) - exact)
+    assert float(error.max()) < 2**-7 * float(jnp.abs(exact).max())
 
 
 @pytest.mark.parametrize("segments", [False, True], ids=["one document", "documents"])

@@ -32,7 +32,7 @@ NETWORKS = {  # and how many stacks are left
     "shared, first keys": (dataclasses.replace(PRUNED, stacks=TWICE, ls_kv="first_pass"), 1),
     "other applications, no positions": (
         dataclasses.replace(
-            PRUNED, stacks=(*FEW, TWICE[1], dataclasses.replace(FEW[0], rope=False))
+            PRUNED, stacks=(*FEW, TWICE[1], dataclasses.replace(TWICE[0], rope=False))
         ),
         3,
     ),
