@@ -206,9 +206,11 @@ def test_the_model_card_tells_what_is_known(tmp_path):
 def test_nothing_needs_torch_or_transformers():
     program = (
         "import importlib, sys\n"
-        "for name in 'train prepare evaluate generate convert prune teach report'.split():\n"
+        "programs = 'train prepare evaluate generate convert prune teach report'.split()\n"
+        "for name in (*programs, 'interop.gguf', 'interop.gguf_reader'):\n"
         "    importlib.import_module(f'mobilellm_jax.{name}')\n"
-        "print(sorted({'torch', 'transformers', 'tokenizers', 'tensorflow'} & set(sys.modules)))"
+        "others = {'gguf', 'torch', 'transformers', 'tokenizers', 'tensorflow'}\n"
+        "print(sorted(others & set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
