@@ -161,13 +161,9 @@ def set_up(config: ConfigDict, devices: Sequence[jax.Device]) -> Setup:
     first = program()
     with jax.set_mesh(first.mesh):
         piece_bytes_V = jax.numpy.asarray(tokenizer.piece_bytes())
-        # What an objective refuses is met here, before anything is written.
-        jax.eval_shape(
-            lambda params, batch, teacher: (
-                taught(first.objective, teacher)(params, batch, first.network).total
-            ),
-            *(first.abstract.params, first.abstract_batch, first.teacher),
-        )
+        # What an objective refuses is met here, before anything is written; the first step, whose
+        # trace this is, does not trace it again.
+        first.step.eval_shape(first.abstract, first.abstract_batch, piece_bytes_V, first.teacher)
     load = open_teacher(config, first.teacher, tokenizer) if first.teacher else None
     measure = functools.partial(
         evaluate,
