@@ -61,7 +61,7 @@ def shared_programs():
     """
     from mobilellm_jax.training import setup
 
-    apart = "plan", "init_from", "init_state", "stage", "init_stage", "checkpoint", "eval"
+    apart = "plan init_from init_state stage init_stage checkpoint eval profile".split()
     made, programs = {}, setup.programs
 
     def shared(config, devices, *given, pruner=None):

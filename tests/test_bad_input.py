@@ -181,7 +181,7 @@ def test_a_shard_of_noise_is_told_when_it_is_read(plan, tmp_path):
     for shard in shards(plan):
         shard.write_bytes(os.urandom(shard.stat().st_size))
     with pytest.raises(UserError, match=r"words.*cannot be read .*prepare it again"):
-        run(tiny.config(plan), tmp_path / "run")
+        run(tiny.config(plan, steps=4), tmp_path / "run")
 
 
 def test_a_half_written_source(plan, tmp_path):
@@ -341,12 +341,13 @@ def test_a_checkpoint_that_was_cut_short(intact, workdir, tmp_path):
 
 
 def test_several_damaged_checkpoints_and_no_whole_one(intact, tmp_path):
-    run(tiny.config(intact), tmp_path / "run", stop_at=8)
-    for step in (4, 8):
+    config = tiny.config(intact, steps=4)
+    config.checkpoint.every = 2
+    run(config, tmp_path / "run", stop_at=3)
+    for step in (2, 3):
         (tmp_path / "run" / "checkpoints" / str(step) / "meta" / "metadata").unlink()
-    config = tiny.config(intact)
     refused(
-        config, tmp_path / "run", "checkpoints/8 is damaged", "so are 1 more", "no other is left"
+        config, tmp_path / "run", "checkpoints/3 is damaged", "so are 1 more", "no other is left"
     )
 
 

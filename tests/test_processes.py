@@ -167,7 +167,9 @@ def test_kill_9_of_one_ends_all_and_the_same_command_goes_on(plan, tmp_path, pro
 
 def test_sigterm_to_one_saves_in_all(plan, tmp_path):
     """Wherever they are, for most of the time in an evaluation."""
-    config = config_file(tmp_path, plan, steps=100_000, eval__every=1, checkpoint__every=50_000)
+    small = [{**tiny.MODEL.to_dict()["stacks"][0], "layers": 1, "repeats": 1}]
+    often = {"eval__every": 1, "checkpoint__every": 50_000}
+    config = config_file(tmp_path, plan, steps=100_000, model__stacks=small, **often)
     process = start_pod(2, 1, tmp_path / "logs", config, tmp_path / "run")
     wait_for_lines(process, tmp_path / "run", 4, timeout=PATIENCE)
     os.kill(int((tmp_path / "logs" / "process-1.pid").read_text()), signal.SIGTERM)

@@ -14,6 +14,7 @@ from mobilellm_jax.model.config import parameter_count
 from mobilellm_jax.prune import amount, parse, prune, take_out
 from mobilellm_jax.training.checkpoint import load_model
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
 WHOLE = parameter_count(tiny.MODEL)
 
 
@@ -25,7 +26,7 @@ def plan(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(plan, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    runs.run(tiny.config(plan), workdir)
+    runs.run(tiny.unshared(plan), workdir)
     return workdir
 
 
@@ -56,14 +57,14 @@ def test_the_program(plan, trained, tmp_path):
     np.testing.assert_array_equal(found, up[block["layer"]][:, block["F"]])
     again = runs.program("mobilellm_jax.prune", *flags, f"--out={out}")
     assert again.status == 1 and "not empty" in again.err
-    config = tiny.config(plan, 4)  # and it trains on
+    config = tiny.unshared(plan, 4)  # and it trains on
     config.model, config.init_from = loaded.model.to_dict(), str(out)
     state = runs.run(config, tmp_path / "on")
     assert int(state.step) == 4
 
 
 def test_what_a_run_has_made_zero_is_taken_out(plan, tmp_path):
-    config = tiny.config(plan)
+    config = tiny.unshared(plan)
     config.model.dead_channels = True
     config.pruning.target, config.pruning.cuts = int(0.7 * WHOLE), 3
     config.pruning.strategy.use = "mobilellm_jax.pruning.efficient:efficient"

@@ -22,7 +22,7 @@ from runs import (
 )
 
 from mobilellm_jax.training import evaluation
-from mobilellm_jax.training.checkpoint import load_model
+from mobilellm_jax.training.checkpoint import load_model, saved_steps
 from mobilellm_jax.training.signals import Signals
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -33,24 +33,21 @@ def plan(tmp_path_factory):
     return tiny.corpus(tmp_path_factory.mktemp("data"))
 
 
-def trained(config, workdir, delays=()):
-    """Trains to the end in processes of its own, killed after each delay: (lines recorded, seconds).
+def unending(plan, every=1000):
+    """A run that is always stopped before its end: all that are, are one, and share its programs."""
+    config = tiny.unshared(plan, steps=1000)
+    config.eval.every = config.checkpoint.every = every
+    return config
 
-    Returns the weights, the rows seen, and how many kills left a half-written checkpoint behind.
-    """
-    torn = 0
-    for count, seconds in delays:
-        process = start_training(config, workdir)
-        wait_for_lines(process, workdir, count + 1)  # and the line of the start
-        time.sleep(seconds)
-        process.kill()
-        ended = finish(process)
-        assert ended.status == -signal.SIGKILL, ended.err or "it ended before it was killed"
-        torn += any("tmp" in path.name for path in (workdir / "checkpoints").iterdir())
-    ended = finish(start_training(config, workdir))
-    assert ended.status == 0, ended.err
-    assert not [p for p in (workdir / "checkpoints").iterdir() if "tmp" in p.name]
-    return bits(load_model(workdir).params), rows_seen(workdir), torn
+
+def kill(process, workdir, count, seconds):
+    """Kills a run so long after so many further lines; whether that left a half-written checkpoint behind."""
+    wait_for_lines(process, workdir, count + 1)  # and the line of the start
+    time.sleep(seconds)
+    process.kill()
+    ended = finish(process)
+    assert ended.status == -signal.SIGKILL, ended.err or "it ended before it was killed"
+    return any("tmp" in path.name for path in (workdir / "checkpoints").iterdir())
 
 
 def kills(number, steps, seed):
@@ -60,12 +57,35 @@ def kills(number, steps, seed):
 
 
 def test_kill_9_changes_no_bit(plan, tmp_path):
-    config = config_file(tmp_path, plan, steps=60, checkpoint__every=2, eval__every=20)
-    weights, rows, _ = trained(config, tmp_path / "whole")
-    assert len(rows) == 60
-    killed, seen, _ = trained(config, tmp_path / "killed", kills(1, 60, seed=1))
-    assert killed == weights
-    assert seen == rows
+    """Of a process with devices like those here, where the run goes on from a checkpoint of that one."""
+    run_it = "import runs, sys, test_resume as t; runs.run(t.unending(sys.argv[1], 2), sys.argv[2])"
+    workdir, flags = tmp_path / "killed", os.environ["XLA_FLAGS"]
+    kill(
+        start("-c", run_it, plan, workdir, XLA_FLAGS=flags),
+        workdir,
+        30,
+        random.Random(1).uniform(0, 0.1),
+    )
+    assert saved_steps(workdir / "checkpoints")
+    stop_at = max(lines(workdir)) + 4
+    resumed, whole = (
+        run(unending(plan, 2), path, stop_at) for path in (workdir, tmp_path / "whole")
+    )
+    assert bits(resumed) == bits(whole)
+    assert rows_seen(workdir) == rows_seen(tmp_path / "whole")
+    assert not [p for p in (workdir / "checkpoints").iterdir() if "tmp" in p.name]
+
+
+def trained(config, workdir, delays=()):
+    """Trains to the end in programs of its own, killed after each delay: (lines recorded, seconds).
+
+    Returns the weights, the rows seen, and how many kills left a half-written checkpoint behind.
+    """
+    torn = sum(kill(start_training(config, workdir), workdir, *delay) for delay in delays)
+    ended = finish(start_training(config, workdir))
+    assert ended.status == 0, ended.err
+    assert not [p for p in (workdir / "checkpoints").iterdir() if "tmp" in p.name]
+    return bits(load_model(workdir).params), rows_seen(workdir), torn
 
 
 @pytest.mark.slow
@@ -93,11 +113,6 @@ def signal_after(workdir, number, count, done):
     [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
 )
 def test_a_signal_saves_and_leaves_and_the_next_start_goes_on(plan, tmp_path, number, status):
-    def config():
-        config = tiny.config(plan, steps=200)
-        config.eval.every = config.checkpoint.every = 1000
-        return config
-
     before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
     done = threading.Event()
     watcher = threading.Thread(
@@ -105,29 +120,41 @@ def test_a_signal_saves_and_leaves_and_the_next_start_goes_on(plan, tmp_path, nu
     )
     watcher.start()
     with pytest.raises(SystemExit) as end:
-        run(config(), tmp_path / "run")
+        run(unending(plan), tmp_path / "run")
     done.set()
     watcher.join()
     assert end.value.code == status
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
     saved = load_model(tmp_path / "run")
-    assert 0 < saved.step < 200
+    assert 0 < saved.step < 1000
     assert list(lines(tmp_path / "run")) == list(range(1, saved.step + 1))  # each step is recorded
-    resumed = run(config(), tmp_path / "run", stop_at=saved.step + 3)
-    whole = run(config(), tmp_path / "whole", stop_at=saved.step + 3)
+    resumed = run(unending(plan), tmp_path / "run", stop_at=saved.step + 3)
+    whole = run(unending(plan), tmp_path / "whole", stop_at=saved.step + 3)
     assert bits(resumed) == bits(whole)
     assert rows_seen(tmp_path / "run") == rows_seen(tmp_path / "whole")
 
 
+def eight(plan):
+    config = tiny.unshared(plan, steps=8)
+    config.eval.every, config.checkpoint.every = 4, 1000
+    return config
+
+
+@pytest.fixture(scope="module")
+def measured(plan, tmp_path_factory):
+    """The run of eight steps."""
+    workdir = tmp_path_factory.mktemp("measured") / "run"
+    run(eight(plan), workdir)
+    return workdir
+
+
 @pytest.mark.parametrize("at, batches", [(4, 1), (8, 3)])
 def test_a_signal_breaks_off_an_evaluation_and_the_next_start_makes_up_for_it(
-    plan, tmp_path, monkeypatch, at, batches
+    plan, measured, tmp_path, monkeypatch, at, batches
 ):
     """Notice is given for half a minute, and tasks can take longer: they must not cost the run its steps."""
-    config = tiny.config(plan, steps=8)
-    config.eval.every, config.checkpoint.every = 4, 1000
-    run(config, tmp_path / "whole")
-    expected = {step: r["loss"] for step, r in lines(tmp_path / "whole", "heldout").items()}
+    config = eight(plan)
+    expected = {step: r["loss"] for step, r in lines(measured, "heldout").items()}
     assert list(expected) == [4, 8]
     put, read = evaluation.put_rows, []
 
@@ -147,7 +174,7 @@ def test_a_signal_breaks_off_an_evaluation_and_the_next_start_makes_up_for_it(
     resumed = run(config, tmp_path / "run")
     found = {step: r["loss"] for step, r in lines(tmp_path / "run", "heldout").items()}
     assert found == expected
-    assert bits(resumed.params) == bits(load_model(tmp_path / "whole").params)
+    assert bits(resumed.params) == bits(load_model(measured).params)
 
 
 @pytest.mark.slow
@@ -193,11 +220,11 @@ def test_what_a_resume_may_change_is_announced(plan, tmp_path, capsys):
     """Other devices or packages may change the last bits; nothing else than that is let through."""
     from mobilellm_jax.train import train
 
-    run(tiny.config(plan), tmp_path / "run", stop_at=1)
-    config = tiny.config(plan)
+    config = eight(plan)
+    run(config, tmp_path / "run", stop_at=1)
     config.checkpoint.keep = 5
     train(config, tmp_path / "run", stop_at=1, devices=jax.devices()[:2])
     out = capsys.readouterr().out
     assert "resume: config.checkpoint.keep was 3, is 5." in out
     assert "devices.count: 1 -> 2; the result may differ in its last bits" in out
-    assert "resumed at step 1 of 12" in out
+    assert "resumed at step 1 of 8" in out

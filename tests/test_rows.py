@@ -48,7 +48,7 @@ def prepared(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(prepared, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "run"
-    runs.run(tiny.config(prepared[0], STEPS), workdir)
+    runs.run(tiny.unshared(prepared[0], STEPS), workdir)
     return workdir
 
 
@@ -117,7 +117,7 @@ def test_usage_counts_what_was_read(trained):
 
 def test_a_step_is_replayed_bit_for_bit_and_its_rows_ranked(prepared, trained):
     before = runs.files(trained)
-    config = tiny.config(prepared[0], STEPS)
+    config = tiny.unshared(prepared[0], STEPS)
     found = replay(config, trained, 11, tiny.one_device())
     assert found.exact and found.begun_at == 8
     assert f"loss {found.loss:.4f}" in report(found) and "bit for bit" in report(found)
@@ -133,7 +133,7 @@ def test_a_step_is_replayed_bit_for_bit_and_its_rows_ranked(prepared, trained):
 
 
 def test_a_step_with_a_teacher_is_replayed(prepared, trained, tmp_path):
-    config = tiny.config(prepared[0], 5)
+    config = tiny.unshared(prepared[0], 5)
     distillation = "mobilellm_jax.training.distillation:distillation"
     with config.unlocked():
         config.objective = {"use": distillation, "temperature": 2.0}
@@ -148,7 +148,7 @@ def test_a_step_with_a_teacher_is_replayed(prepared, trained, tmp_path):
 @pytest.mark.slow
 def test_a_step_behind_a_cut_is_replayed(prepared, tmp_path):
     """The cut comes between the checkpoint and the step."""
-    config = tiny.config(prepared[0], 8)
+    config = tiny.unshared(prepared[0], 8)
     config.pruning.target, config.pruning.cuts = int(parameter_count(tiny.MODEL) * 0.8), 4
     runs.run(config, tmp_path / "run")
     records = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -160,7 +160,7 @@ def test_a_step_behind_a_cut_is_replayed(prepared, tmp_path):
 @pytest.mark.slow
 def test_a_step_behind_a_compaction_is_replayed(prepared, tmp_path):
     """From its checkpoint, and through it, where that is gone."""
-    config = tiny.config(prepared[0], 8)
+    config = tiny.unshared(prepared[0], 8)
     whole = parameter_count(tiny.MODEL)
     config.pruning.target, config.pruning.cuts = int(whole * 0.8), 4
     config.pruning.compact_at = (whole - (whole - int(whole * 0.8)) * 3 // 4,)
@@ -173,7 +173,7 @@ def test_a_step_behind_a_compaction_is_replayed(prepared, tmp_path):
 
 @pytest.mark.slow
 def test_a_step_of_a_ramp_is_replayed_with_its_own_rows(prepared, tmp_path):
-    config = tiny.config(prepared[0], STEPS)
+    config = tiny.unshared(prepared[0], STEPS)
     config.batch_ramp = ((4, 20 * tiny.ROW), (8, 60 * tiny.ROW))  # 5 steps, 5 steps, 2 of 16 rows
     runs.run(config, tmp_path / "run")
     for step, rows in ((9, range(44, 52)), (11, range(60, 76))):  # from the checkpoint of step 8
@@ -186,7 +186,7 @@ def test_a_step_of_a_ramp_is_replayed_with_its_own_rows(prepared, tmp_path):
 def test_the_first_step_is_replayed_from_fresh_weights_with_each_rows_own_gradient(
     prepared, trained
 ):
-    config = tiny.config(prepared[0], STEPS)
+    config = tiny.unshared(prepared[0], STEPS)
     found = replay(config, trained, 1, tiny.one_device())
     assert found.exact and found.begun_at == 0
     run = set_up(config, tiny.one_device())
@@ -209,7 +209,7 @@ def test_the_first_step_is_replayed_from_fresh_weights_with_each_rows_own_gradie
 @pytest.mark.slow
 def test_rows_are_measured_alike_on_eight_devices(prepared):
     """One row on each device, weights in pieces, and a last turn that is not full."""
-    config, found = tiny.config(prepared[0], STEPS), []
+    config, found = tiny.unshared(prepared[0], STEPS), []
     for devices, fsdp in ((tiny.one_device(), 1), (jax.devices(), 4)):
         config.mesh.fsdp = fsdp
         run = set_up(config, devices)
@@ -224,7 +224,7 @@ def test_skipped_steps_are_left_out_and_the_rest_is_as_if_they_had_never_been(pr
     data = tmp_path / "data"
     shutil.copytree(prepared[0].parent, data)
     plan, workdir = data / "mixture.json", tmp_path / "run"
-    config = tiny.config(plan, STEPS)
+    config = tiny.unshared(plan, STEPS)
     runs.run(config, workdir)
     old = Plan.load(plan)
     seen = open_mixture(old, tiny.ROW, tiny.VOCAB).locate(np.arange(STEPS * BATCH * 2))
@@ -260,10 +260,10 @@ def test_a_plan_that_ends_with_its_run_is_lengthened_by_what_is_skipped(prepared
     raw = json.loads(plan.read_text())
     raw["stages"][0]["tokens"] = STEPS * BATCH * tiny.ROW
     plan.write_text(json.dumps(raw))
-    runs.run(tiny.config(plan, STEPS), workdir)
+    runs.run(tiny.unshared(plan, STEPS), workdir)
     skip(open_run(workdir), 6, 6, "")
     assert Plan.load(plan).tokens == (STEPS + 1) * BATCH * tiny.ROW
-    runs.run(tiny.config(plan, STEPS), workdir)
+    runs.run(tiny.unshared(plan, STEPS), workdir)
     assert max(runs.lines(workdir)) == STEPS
     raw = json.loads(plan.read_text())
     for source in raw["sources"]:
@@ -274,7 +274,7 @@ def test_a_plan_that_ends_with_its_run_is_lengthened_by_what_is_skipped(prepared
 
 
 def test_what_cannot_be_skipped_or_replayed(prepared, trained):
-    run, config = open_run(trained), tiny.config(prepared[0], STEPS)
+    run, config = open_run(trained), tiny.unshared(prepared[0], STEPS)
     for first, last, said in (
         (3, 2, "is no range of steps"),
         (0, 2, "is no range of steps"),
@@ -293,8 +293,8 @@ def test_what_cannot_be_skipped_or_replayed(prepared, trained):
 
 
 def test_that_data_do_not_tell_their_documents_is_said_before_a_step_is_replayed(tmp_path, capsys):
-    config = tiny.config(tiny.corpus(tmp_path / "data"), 4)
-    runs.run(config, tmp_path / "run")
+    config = tiny.unshared(tiny.corpus(tmp_path / "data"), STEPS)
+    runs.run(config, tmp_path / "run", stop_at=4)
     capsys.readouterr()
     with pytest.raises(UserError, match="does not say which documents .*: prepare it again"):
         replay(config, tmp_path / "run", 4, tiny.one_device())

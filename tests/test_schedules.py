@@ -97,7 +97,7 @@ def _level(schedule):
 
 
 def wsd(plan, steps, decay_steps, **changes):
-    config = tiny.config(plan, steps)
+    config = tiny.unshared(plan, steps)
     settings = {"use": WSD, "peak": 1e-2, "warmup_steps": 3, "floor": 0.1}
     with config.unlocked():
         config.schedule = ConfigDict({**settings, "decay_steps": decay_steps})
@@ -156,7 +156,7 @@ def test_a_named_checkpoint_is_found_from_where_the_user_stands(plan, stable, mo
 
 
 def test_of_that_checkpoint_the_weights_alone(plan, stable, tmp_path):
-    config = tiny.config(plan)
+    config = tiny.unshared(plan)
     config.init_from = f"{stable}@8"
     state = run(config, tmp_path / "run", stop_at=1)  # at a rate of zero
     assert bits(state.params) == bits(load_model(stable / "checkpoints" / "8").params)
@@ -223,7 +223,7 @@ def test_a_fork_reads_on_in_the_same_plan_or_in_one_that_changes_from_there_on(
 
 def ramp(plan):
     """4, then 8, then 16 rows per step, 21 steps: 5 + 6 + 10."""
-    config = tiny.config(plan)
+    config = tiny.unshared(plan)
     config.batch_ramp = ((4, 20 * tiny.ROW), (8, 68 * tiny.ROW))
     config.steps, config.tokens = 0, (68 + 9 * 16 + 1) * tiny.ROW
     config.microbatches = 2
@@ -269,9 +269,9 @@ def test_what_a_ramp_has_read_is_known(ramped):
 
 @pytest.mark.slow
 def test_a_length_in_tokens_is_that_in_steps(plan, tmp_path):
-    tokens = tiny.config(plan)
+    tokens = tiny.unshared(plan)
     tokens.steps, tokens.tokens = 0, 12 * 16 * tiny.ROW
-    steps = run(tiny.config(plan), tmp_path / "steps")
+    steps = run(tiny.unshared(plan), tmp_path / "steps")
     assert bits(run(tokens, tmp_path / "tokens")) == bits(steps)
 
 
@@ -297,8 +297,8 @@ def test_a_ramp_and_tokens_on_the_command_line(plan, tmp_path):
 )
 @pytest.mark.slow
 def test_a_trace_of_chosen_steps_changes_no_bit(plan, tmp_path):
-    plain = run(tiny.config(plan), tmp_path / "plain", stop_at=6)
-    config = tiny.config(plan)
+    plain = run(tiny.unshared(plan), tmp_path / "plain", stop_at=6)
+    config = tiny.unshared(plan)
     config.profile = "4:5"
     state, printed = said(train, config, tmp_path / "traced", 6, jax.devices()[:1])
     assert bits(state) == bits(plain)
@@ -318,7 +318,7 @@ def test_a_trace_of_chosen_steps_changes_no_bit(plan, tmp_path):
 
 
 def test_a_run_that_ends_inside_of_a_trace_still_writes_it(plan, tmp_path):
-    config = tiny.config(plan)
+    config = tiny.unshared(plan)
     config.profile = "2:50"
     run(config, tmp_path / "run", stop_at=3)
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
@@ -326,6 +326,6 @@ def test_a_run_that_ends_inside_of_a_trace_still_writes_it(plan, tmp_path):
 
 @pytest.mark.parametrize("text", ["5", "0:3", "5:4", "a:b", "1:2:3"])
 def test_what_names_no_steps_to_trace(plan, tmp_path, text):
-    config = tiny.config(plan)
+    config = tiny.unshared(plan)
     config.profile = text
     refused(config, tmp_path / "run", f"config.profile='{text}' names no steps")

@@ -23,6 +23,7 @@ from mobilellm_jax.teach import teach
 from mobilellm_jax.training.checkpoint import load_model
 from mobilellm_jax.training.objectives import split_rows
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
 DISTILLATION = "mobilellm_jax.training.distillation:distillation"
 K = 8
 
@@ -36,7 +37,7 @@ def plan(tmp_path_factory):
 def teacher(plan, tmp_path_factory):
     """The workdir of a trained network."""
     folder = tmp_path_factory.mktemp("teacher") / "run"
-    runs.run(tiny.config(plan, steps=40), folder)
+    runs.run(tiny.unshared(plan, steps=40), folder)
     return folder
 
 
@@ -126,7 +127,7 @@ def test_one_process_for_each_source(plan, write, capsys):
 
 
 def student(plan, stored="", path="", steps=25):
-    config = tiny.config(plan, steps)
+    config = tiny.unshared(plan, steps)
     with config.unlocked():
         config.objective = {"use": DISTILLATION, "temperature": 1.0}
     config.teacher.stored, config.teacher.path = stored, str(path)

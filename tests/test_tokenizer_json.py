@@ -23,7 +23,7 @@ EMBEDDINGS = 608  # more than the 600 tokens, as published networks have
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, shared_programs):
     """Folder of the tokenizer, plan, and workdir of a run that was stopped and went on."""
     base = tmp_path_factory.mktemp("made")
     folder = tokenizer_files.qwen2_folder(base / "tokenizer")
@@ -35,7 +35,7 @@ def made(tmp_path_factory):
     corpus = FileCorpus("words", f"{base}/words.jsonl", heldout=0.2)
     options = {"tokenizer": folder, "packing": "best_fit", "workers": 1}
     prepare([corpus], base / "data", tiny.ROW, **options)
-    config = tiny.config(base / "data/mixture.json", steps=100)
+    config = tiny.unshared(base / "data/mixture.json", steps=100)
     config.model.vocab_size = EMBEDDINGS
     runs.run(config, base / "run", stop_at=10)
     runs.run(config, base / "run")

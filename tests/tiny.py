@@ -109,6 +109,13 @@ def config(plan: Path, steps: int = 12) -> ConfigDict:
     return c
 
 
+def unshared(plan: Path, steps: int = 12) -> ConfigDict:
+    """The same with blocks that are applied once: less to trace, where sharing is not the point."""
+    c = config(plan, steps)
+    c.model.stacks[0]["repeats"] = 1
+    return c
+
+
 def one_device() -> list[jax.Device]:
     """Of the simulated ones."""
     return jax.devices()[:1]
