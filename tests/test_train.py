@@ -109,17 +109,16 @@ def test_a_checkpoint_moves_to_another_mesh(plan, whole):
 # --- The same losses however a step is computed ---------------------------------------------------
 
 
-def losses(plan, workdir, devices, **changes):
-    config = tiny.config(plan, steps=20)
-    config.eval.every = config.checkpoint.every = 20
-    config.update_from_flattened_dict(changes)
-    run(config, workdir, devices=devices)
+def losses(workdir):
     return np.array([record["loss"] for record in lines(workdir).values()])
 
 
-@pytest.fixture(scope="module")
-def expected(plan, tmp_path_factory):
-    return losses(plan, tmp_path_factory.mktemp("one") / "run", tiny.one_device())
+def found(plan, workdir, devices, **changes):
+    """The losses of the run `whole`, computed in another way."""
+    config = tiny.config(plan)
+    config.update_from_flattened_dict(changes)
+    run(config, workdir, devices=devices)
+    return losses(workdir)
 
 
 @pytest.mark.parametrize(
@@ -131,21 +130,21 @@ def expected(plan, tmp_path_factory):
         pytest.param(4, 2, marks=pytest.mark.slow),
     ],
 )
-def test_eight_devices_train_like_one(plan, expected, tmp_path, data, fsdp):
+def test_eight_devices_train_like_one(plan, whole, tmp_path, data, fsdp):
     changes = {"mesh.data": data, "mesh.fsdp": fsdp}
-    found = losses(plan, tmp_path / "run", jax.devices(), **changes)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    computed = found(plan, tmp_path / "run", jax.devices(), **changes)
+    np.testing.assert_allclose(computed, losses(whole[0]), rtol=0, atol=1e-5)
 
 
-def test_microbatches_train_like_one_batch(plan, expected, tmp_path):
+def test_microbatches_train_like_one_batch(plan, whole, tmp_path):
     """With parts that hold different numbers of targets, so that a mean of means would differ."""
     mixture = open_mixture(Plan.load(plan), tiny.ROW, tiny.VOCAB)
     tokens = mixture.read(np.arange(16))["tokens"][:, 1:]
     bos = tiny.tokenizer().bos_id
     parts = [(tokens[part::4] != bos).sum() for part in range(4)]
     assert max(parts) > min(parts)
-    found = losses(plan, tmp_path / "run", tiny.one_device(), microbatches=4)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    computed = found(plan, tmp_path / "run", tiny.one_device(), microbatches=4)
+    np.testing.assert_allclose(computed, losses(whole[0]), rtol=0, atol=1e-5)
 
 
 # --- Steps that are not finite --------------------------------------------------------------------
