@@ -31,11 +31,15 @@ from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, Stack
 from mobilellm_jax.parallel.mesh import make_mesh
 
-PLAIN = ModelConfig(97, 32, (Stack(3, 4, 2, 48),), head_dim=8, max_length=64, init_std=0.3)
-SHARED = dataclasses.replace(PLAIN, stacks=(Stack(2, 4, 2, 48, repeats=2),), qk_norm="unit")
-FIRST_PASS = dataclasses.replace(SHARED, ls_kv="first_pass")
-AGAIN = dataclasses.replace(PLAIN, stacks=(Stack(2, 4, 2, 48, 3, "reverse"), Stack(1, 2, 1, 16)))
+PLAIN = ModelConfig(97, 32, (Stack(2, 4, 2, 48),), head_dim=8, max_length=64, init_std=0.3)
+SHARED = dataclasses.replace(PLAIN, stacks=(Stack(1, 4, 2, 48, repeats=2),), qk_norm="unit")
+FIRST_PASS = dataclasses.replace(
+    SHARED, stacks=(Stack(2, 4, 2, 48, repeats=2),), ls_kv="first_pass"
+)
+AGAIN = dataclasses.replace(PLAIN, stacks=(Stack(2, 4, 2, 48, 2, "reverse"), Stack(1, 2, 1, 16)))
 MODELS = {"plain": PLAIN, "shared": SHARED, "first pass": FIRST_PASS, "again": AGAIN}
+SMALL = dataclasses.replace(PLAIN, stacks=(Stack(1, 2, 1, 16),))  # where any network will do
+HOT = Sampling(temperature=1.5, top_k=50, top_p=0.95)
 PROMPTS = ([1, 5, 9], [1, 7, 8, 20, 33, 51, 60], [1], [1, 96, 2, 96, 3])
 
 
@@ -69,9 +73,9 @@ def decoder(model):
     return to_draw(parameters(model), model)
 
 
-def drawn(model, prompts, count, sampling, seed=0, chunk=4):
+def drawn(model, prompts, count, sampling, seed=0, chunk=4, seeds=None):
     """int [B, count]."""
-    seeds = row_seeds(seed, len(prompts))
+    seeds = row_seeds(seed, len(prompts)) if seeds is None else seeds
     return np.stack(list(stream(decoder(model), prompts, count, sampling, seeds, chunk)), axis=1)
 
 
@@ -87,44 +91,41 @@ def test_greedy_is_the_argmax_of_the_network_without_a_cache(model):
 
 
 def test_a_prompt_does_not_feel_its_neighbours():
-    together = drawn(SHARED, PROMPTS, 12, GREEDY)
-    for row, prompt in zip(together, PROMPTS, strict=True):
-        assert (row == drawn(SHARED, [prompt], 12, GREEDY)[0]).all()
-    # Sampled, a row's randomness is its number's: its neighbours may be any, as many as they are.
+    """Sampled, a row's randomness is its seed's: its neighbours may be any, as many as they are."""
+    together, seeds = drawn(SHARED, PROMPTS, 12, HOT), row_seeds(0, len(PROMPTS))
+    for number, (row, prompt) in enumerate(zip(together, PROMPTS, strict=True)):
+        alone = drawn(SHARED, [prompt], 12, HOT, seeds=seeds[number : number + 1])
+        assert (row == alone[0]).all()
     others = [PROMPTS[0], [1, 2, 3, 4], [1, 90], [1, 11, 12, 13, 14]]
-    hot = Sampling(temperature=1.5)
-    assert (drawn(SHARED, PROMPTS, 12, hot)[0] == drawn(SHARED, others, 12, hot)[0]).all()
-    assert (drawn(SHARED, PROMPTS, 12, hot)[0] == drawn(SHARED, PROMPTS[:1], 12, hot)[0]).all()
+    assert (together[0] == drawn(SHARED, others, 12, HOT)[0]).all()
 
 
 def test_the_seed_decides():
-    hot = Sampling(temperature=1.5, top_k=50, top_p=0.95)
-    one, again, other = (drawn(PLAIN, PROMPTS, 16, hot, seed) for seed in (3, 3, 4))
+    one, again, other = (drawn(SMALL, PROMPTS, 16, HOT, seed) for seed in (3, 3, 4))
     assert (one == again).all()
     assert (one != other).any(axis=1).all()
-    same_prompt = drawn(PLAIN, [PROMPTS[0]] * 3, 16, hot, 3)
-    assert len({tuple(row) for row in same_prompt.tolist()}) == 3
+    same_prompt = drawn(SMALL, [PROMPTS[0]] * 4, 16, HOT, 3)
+    assert len({tuple(row) for row in same_prompt.tolist()}) == 4
 
 
 def test_text_goes_on_the_same_from_any_of_its_tokens():
     """Randomness belongs to a position, however the tokens before it came to be there."""
-    hot = Sampling(temperature=1.5)
-    (whole,) = drawn(PLAIN, PROMPTS[:1], 12, hot).tolist()
-    (rest,) = drawn(PLAIN, [PROMPTS[0] + whole[:5]], 7, hot).tolist()
+    (whole,) = drawn(SMALL, PROMPTS[:1], 12, HOT).tolist()
+    (rest,) = drawn(SMALL, [PROMPTS[0] + whole[:5]], 7, HOT).tolist()
     assert rest == whole[5:]
 
 
 def test_text_ends_with_its_document():
-    (found,) = drawn(PLAIN, [[1, 5, 9]], 12, GREEDY).tolist()
+    (found,) = drawn(SMALL, [[1, 5, 9]], 12, GREEDY).tolist()
     end = found.index(next(token for token in found if token != found[0]))
     for eos_id, expected in ((-1, found), (found[end], found[:end])):
-        (text,) = generate(decoder(PLAIN), Numbers(eos_id=eos_id), ["5 9"], 12, GREEDY)
+        (text,) = generate(decoder(SMALL), Numbers(eos_id=eos_id), ["5 9"], 12, GREEDY)
         assert text == "".join(f" {token}" for token in expected)
 
 
 def test_texts_begin_with_bos_or_as_their_tokenizer_does():
     def of(*ids):
-        (found,) = drawn(PLAIN, [ids], 4, GREEDY).tolist()
+        (found,) = drawn(SMALL, [ids], 4, GREEDY).tolist()
         return "".join(f" {token}" for token in found)
 
     for prompt, bos, wanted in (
@@ -133,7 +134,7 @@ def test_texts_begin_with_bos_or_as_their_tokenizer_does():
         ("", False, of(1)),
     ):
         numbers = Numbers(eos_id=-1)
-        assert generate(decoder(PLAIN), numbers, [prompt], 4, GREEDY, bos=bos) == [wanted]
+        assert generate(decoder(SMALL), numbers, [prompt], 4, GREEDY, bos=bos) == [wanted]
     assert of(1, 5, 9) != of(5, 9)
 
 
@@ -146,14 +147,14 @@ def test_nothing_is_drawn_after_the_last_document_has_ended(monkeypatch):
             yield np.array(tokens)
 
     monkeypatch.setattr(texts, "stream", ended)
-    assert generate(decoder(PLAIN), Numbers(), ["", ""], 4, GREEDY) == [" 7 8", ""]
+    assert generate(decoder(SMALL), Numbers(), ["", ""], 4, GREEDY) == [" 7 8", ""]
     assert len(steps) == 3
 
 
 def test_what_does_not_fit_the_context_is_refused():
-    drawn(PLAIN, [[1] * 60], 4, GREEDY)  # 64, the whole context
+    drawn(SMALL, [[1] * 60], 4, GREEDY)  # 64, the whole context
     with pytest.raises(UserError, match="61 tokens and 4 new ones exceed .* 64"):
-        stream(decoder(PLAIN), [[1, 2], [1] * 61], 4, GREEDY, [0, 0])  # before anything is printed
+        stream(decoder(SMALL), [[1, 2], [1] * 61], 4, GREEDY, [0, 0])  # before anything is printed
 
 
 def test_prompts_of_nearly_one_length_share_their_programs():
@@ -162,7 +163,7 @@ def test_prompts_of_nearly_one_length_share_their_programs():
 
     before = programs()
     for length in (5, 6, 7, 8):
-        drawn(PLAIN, [[1] * length], 6, Sampling(0.9))
+        drawn(SMALL, [[1] * length], 6, Sampling(0.9))
     assert np.subtract(programs(), before).tolist() == [1, 1]
     for length in range(1, 5000):
         assert length <= bucket(length) <= max(1.25 * length + 1, length + 15)
@@ -287,8 +288,7 @@ def test_rows_to_go_on_with():
 
 
 def test_seeds_are_of_sequences():
-    hot, prompts = Sampling(temperature=1.5), [PROMPTS[0]] * 3
-    (a, b, c) = np.stack(list(stream(decoder(PLAIN), prompts, 12, hot, [7, 9, 7])), axis=1)
+    (a, b, c, _) = drawn(SMALL, [PROMPTS[0]] * 4, 12, HOT, seeds=[7, 9, 7, 8])
     assert (a == c).all() and (a != b).any()
     assert (row_seeds(1, 9)[:4] == row_seeds(1, 4)).all()
 
@@ -346,14 +346,13 @@ def test_long_texts_are_decoded_a_piece_at_a_time():
     assert max(decoded) < 24
 
 
+TALKING = dataclasses.replace(SMALL, vocab_size=tiny.VOCAB, max_length=300)
+
+
 def test_a_conversation(capsys):
     """Two turns: the second prompt holds the first reply; the oldest turns go where there is no room."""
     tokenizer = dataclasses.replace(tiny.tokenizer(), chat_template=read_template("chatml"))
-    model = dataclasses.replace(PLAIN, vocab_size=tokenizer.vocab_size, max_length=300)
-    made, asked = (
-        to_draw(parameters(model), model),
-        iter(["one", "two", "  ", "three " * 12, "four"]),
-    )
+    made, asked = decoder(TALKING), iter(["one", "two", "  ", "three " * 12, "four"])
 
     def ask(_):
         try:
@@ -372,7 +371,7 @@ def test_a_conversation(capsys):
 def test_what_is_said_has_to_be_text(errors):
     tokenizer = dataclasses.replace(tiny.tokenizer(), chat_template=read_template("chatml"))
     with pytest.raises(UserError, match="not UTF-8"):
-        chat(decoder(PLAIN), tokenizer, 4, GREEDY, 0, ask=lambda _: b"\xe9".decode(errors=errors))
+        chat(decoder(SMALL), tokenizer, 4, GREEDY, 0, ask=lambda _: b"\xe9".decode(errors=errors))
 
 
 def test_ctrl_c_ends_a_text_and_a_reply_but_no_conversation(capsys, monkeypatch):
@@ -385,12 +384,11 @@ def test_ctrl_c_ends_a_text_and_a_reply_but_no_conversation(capsys, monkeypatch)
     monkeypatch.setattr(generation, "stream", lambda *a: interrupted(stream(*a)))
     prompt, text = [1, 5], Text(Numbers(), [1, 5])
     with pytest.raises(KeyboardInterrupt):
-        shown(decoder(PLAIN), prompt, 20, GREEDY, 0, text)
+        shown(decoder(SMALL), prompt, 20, GREEDY, 0, text)
     said = capsys.readouterr()
     assert said.out == f"{text.whole()}\n" and text.tokens == 5 and "5 drawn" in said.err
 
     tokenizer = dataclasses.replace(tiny.tokenizer(), chat_template=read_template("chatml"))
-    model = dataclasses.replace(PLAIN, vocab_size=tokenizer.vocab_size, max_length=300)
     asked = iter(["one", "two"])
 
     def ask(_):
@@ -399,18 +397,18 @@ def test_ctrl_c_ends_a_text_and_a_reply_but_no_conversation(capsys, monkeypatch)
         except StopIteration:
             raise EOFError from None
 
-    chat(to_draw(parameters(model), model), tokenizer, 16, Sampling(1.0), 0, ask=ask)
+    chat(decoder(TALKING), tokenizer, 16, Sampling(1.0), 0, ask=ask)
     assert capsys.readouterr().err.count("5 drawn") == 2
 
 
 def test_a_file_of_prompts(capsys):
     prompts = ["5 9", "7", "5 9 11 12"]
     ids = [[1, *map(int, prompt.split())] for prompt in prompts]
-    batch(decoder(PLAIN), Numbers(), prompts, ids, 6, GREEDY, 0, [], 2)
+    batch(decoder(SMALL), Numbers(), prompts, ids, 6, GREEDY, 0, [], 2)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["prompt"] for line in lines] == prompts
     for line, prompt in zip(lines, prompts, strict=True):
-        assert [line["text"]] == generate(decoder(PLAIN), Numbers(), [prompt], 6, GREEDY)
+        assert [line["text"]] == generate(decoder(SMALL), Numbers(), [prompt], 6, GREEDY)
 
 
 def test_prompts_are_the_lines_of_a_file_without_its_byte_order_mark(tmp_path):
@@ -425,12 +423,12 @@ def test_prompts_are_the_lines_of_a_file_without_its_byte_order_mark(tmp_path):
 def test_a_prompt_too_long_is_refused_before_any_is_continued(capsys):
     ids = [[1], [1], [1] * 60]
     with pytest.raises(UserError, match="60 tokens and 6 new ones"):
-        batch(decoder(PLAIN), Numbers(), ["", "", "long"], ids, 6, GREEDY, 0, [], 1)
+        batch(decoder(SMALL), Numbers(), ["", "", "long"], ids, 6, GREEDY, 0, [], 1)
     assert not capsys.readouterr().out
 
 
 def test_a_call_may_draw_more_tokens_than_the_cache_doubles_to():
-    model = dataclasses.replace(PLAIN, stacks=(Stack(1, 2, 1, 16),), max_length=320)
+    model = dataclasses.replace(SMALL, max_length=320)
     few, many = (drawn(model, [[1, 5]], 300, GREEDY, chunk=chunk) for chunk in (60, 300))
     np.testing.assert_array_equal(few, many)
 
