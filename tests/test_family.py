@@ -18,16 +18,24 @@ from mobilellm_jax.model.config import parameter_count
 from mobilellm_jax.reporting.curves import compact
 from mobilellm_jax.reporting.frontier import Member, best, drawing, table
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
 HALF_WAY = pruned.WHOLE - (pruned.WHOLE - pruned.TARGET) // 2
+
+
+def config(plan, **changes):
+    """Of a run that prunes, whose blocks are applied once: a family has nothing to do with how often."""
+    c = pruned.config(plan, **changes)
+    c.model.stacks[0]["repeats"] = 1
+    return c
 
 
 @pytest.fixture(scope="module")
 def pruned_run(tmp_path_factory):
-    """A run that leaves two sizes, the second of which goes on to the end."""
+    """A run that leaves two sizes: what it compacts to half way, and what lives of that in the end."""
     plan = tiny.corpus(tmp_path_factory.mktemp("data"))
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    sizes = {"pruning.compact_at": (HALF_WAY, pruned.TARGET), "eval.rows": 16}
-    runs.run(pruned.config(plan, **sizes), workdir)
+    sizes = {"pruning.compact_at": (HALF_WAY,), "eval.rows": 16}
+    runs.run(config(plan, **sizes), workdir)
     return workdir
 
 
@@ -36,7 +44,7 @@ def one_size(tmp_path_factory):
     """A run that prunes and never compacts."""
     plan = tiny.corpus(tmp_path_factory.mktemp("data"))
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    runs.run(pruned.config(plan), workdir)
+    runs.run(config(plan), workdir)
     return workdir
 
 
@@ -46,14 +54,15 @@ def test_every_size_is_exported_measured_and_drawn(pruned_run, tmp_path):
     ended = runs.program("mobilellm_jax.family", *flags)
     assert ended.status == 0, ended.err
     members = family([pruned_run], out, rows=16)
-    assert [m.name.split("-")[-1] for m in members] == ["4", "9", "12"]
-    for member, step in zip(members, (4, 9, 12), strict=True):
-        stored = open_model(pruned_run / "checkpoints" / str(step))
-        assert member.parameters == parameter_count(stored.model)
+    assert [m.name.split("-")[-1] for m in members] == ["4", "12"]
+    compacted = open_model(pruned_run / "checkpoints" / "4").model
+    assert members[0].parameters == parameter_count(compacted)
+    assert pruned.TARGET - 3 * tiny.MODEL.width < members[1].parameters <= pruned.TARGET
+    widths = [open_model(out / member.name / "hf").model.width for member in members]
+    assert widths[0] == compacted.width >= widths[1]
+    for member in members:
         assert member.megabytes == pytest.approx(4e-6 * member.parameters)
         assert 0 < member.token_ms and 0 < member.prompt_ms and math.isnan(member.accuracy)
-        exported = open_model(out / member.name / "hf")
-        assert exported.model.width == stored.model.width
         assert (out / member.name / "model.gguf").stat().st_size > 2 * member.parameters
         assert f"| {member.name} | {member.parameters:,} |" in (out / "table.md").read_text()
         assert f">{member.name}</text>" in (out / "frontier.svg").read_text()
