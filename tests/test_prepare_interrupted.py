@@ -27,50 +27,65 @@ KILLED = """
 import os, sys
 from mobilellm_jax.data import shards
 from mobilellm_jax.data.corpora import FileCorpus
+from mobilellm_jax.data.plan import Plan
 from mobilellm_jax.data.tokenizers import Tokenizer
 from mobilellm_jax.prepare import prepare
 
-folder, moment = sys.argv[1:]
+folder, *moments = sys.argv[1:]
 def die(*_, **__):
     os._exit(9)
 
-if moment == "tokenizer":
-    Tokenizer.write = die
-elif moment == "commit":
-    shards.tfds.core.DatasetInfo.write_dataset_info_json = die
-elif moment == "plan":
-    from mobilellm_jax.data.plan import Plan
-    Plan.save = die
-else:
-    what, left = moment.split()
-    kind = shards._ShardWriter if what == "add" else shards.SourceWriter
-    usual, left = getattr(kind, what), int(left)
-    def counted(self, *arguments):
-        global left
-        left -= 1
-        if left < 0:
-            die()
-        return usual(self, *arguments)
-    setattr(kind, what, counted)
-corpora = [
-    FileCorpus(name, f"{folder}/{name}.jsonl", heldout=0.1, part_size=5000) for name in "ab"
-]
-prepare(corpora, f"{folder}/out", 32, vocab_size=320, workers=1)
+def killed(moment):
+    if moment == "tokenizer":
+        Tokenizer.write = die
+    elif moment == "commit":
+        shards.tfds.core.DatasetInfo.write_dataset_info_json = die
+    elif moment == "plan":
+        Plan.save = die
+    else:
+        what, left = moment.split()
+        kind = shards._ShardWriter if what == "add" else shards.SourceWriter
+        usual, left = getattr(kind, what), int(left)
+        def counted(self, *arguments):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                die()
+            return usual(self, *arguments)
+        setattr(kind, what, counted)
+    corpora = [
+        FileCorpus(name, f"{folder}/{name}.jsonl", heldout=0.1, part_size=5000) for name in "ab"
+    ]
+    prepare(corpora, f"{folder}/{moment}", 32, vocab_size=320, workers=1)
+
+for moment in moments:  # a process each, which need not import all this
+    if not os.fork():
+        killed(moment)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 9, moment
 """
 
 # A part is two batches and two files of each split; `a` has 17 parts, `b` 9.
 MOMENTS = ["add 0", "add 9", "_publish 1", "_publish 27", "add 80", "tokenizer", "commit", "plan"]
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_at_any_moment_it_leaves_nothing_half_and_goes_on(tmp_path, moment, monkeypatch):
-    corpora = [dataclasses.replace(corpus, part_size=5000) for corpus in two_corpora(tmp_path)]
-    out = tmp_path / "out"
-    run(corpora, tmp_path / "whole")
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """The corpora, and a folder with what is prepared from them: `whole`, and up to each of the moments."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    corpora = [dataclasses.replace(corpus, part_size=5000) for corpus in two_corpora(folder)]
+    run(corpora, folder / "whole")
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), moment], env=ENVIRONMENT, capture_output=True
+        [sys.executable, "-c", KILLED, str(folder), *MOMENTS], env=ENVIRONMENT, capture_output=True
     )
-    assert killed.returncode == 9, killed.stderr.decode()
+    assert killed.returncode == 0, killed.stderr.decode()
+    return corpora, folder
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_any_moment_it_leaves_nothing_half_and_goes_on(interrupted, moment, monkeypatch):
+    corpora, folder = interrupted
+    out, whole = folder / moment, folder / "whole"
     assert not (out / "mixture.json").exists()
     done = []
     for name in "ab":
@@ -79,7 +94,7 @@ def test_killed_at_any_moment_it_leaves_nothing_half_and_goes_on(tmp_path, momen
             done.append(name)
         except UserError:
             continue
-        assert (stream(rows) == stream(open_rows(tmp_path / "whole" / name))).all()
+        assert (stream(rows) == stream(open_rows(whole / name))).all()
     assert len(done) == {"add 80": 1, "plan": 2}.get(moment, 0)
     marks = list(out.glob("?.incomplete/parts/0*.json"))
     assert len(marks) > 5 or moment not in ("_publish 27", "commit")
@@ -96,7 +111,7 @@ def test_killed_at_any_moment_it_leaves_nothing_half_and_goes_on(tmp_path, momen
     run(corpora, out)
     left = sum(len(corpus.parts()) for corpus in corpora if corpus.name not in done)
     assert len(written) == left - len(marks)
-    assert contents(out) == contents(tmp_path / "whole")
+    assert contents(out) == contents(whole)
 
 
 @pytest.mark.slow
