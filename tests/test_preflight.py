@@ -39,6 +39,13 @@ def costs():
     return measure(make_programs(config, topology_devices("cpu:8"), 2), config)
 
 
+def one_block():
+    """A network as small as can be, for what no step of it is compiled for."""
+    config = tiny.config("unused")
+    config.model.stacks = [{**config.model.stacks[0], "layers": 1, "repeats": 1}]
+    return config
+
+
 def on_v5e(costs, peak):
     """The same, said of a chip with a data sheet and needing this many bytes."""
     memory = dataclasses.replace(costs.memory, capacity=15.75 * GIB, peak=peak)
@@ -246,7 +253,7 @@ def pretended(costs, point, rows):
 def test_search_finds_the_fewest_microbatches_and_the_frontier(
     costs, tmp_path, monkeypatch, capsys
 ):
-    config = tiny.config("unused")
+    config = one_block()
     config.global_batch = 8 * 16
     asked = []
 
@@ -276,7 +283,7 @@ def test_search_finds_the_fewest_microbatches_and_the_frontier(
 
 
 def test_search_tries_what_the_batches_of_a_ramp_can_be_split_into(costs, monkeypatch, capsys):
-    config = tiny.config("unused")
+    config = one_block()
     config.global_batch, config.batch_ramp = 32, ((24, 2000),)
 
     def fake(made, setting):  # so little memory that the most microbatches are asked about
@@ -290,8 +297,13 @@ def test_search_tries_what_the_batches_of_a_ramp_can_be_split_into(costs, monkey
     } and "x 2 numbers" in capsys.readouterr().out
 
 
+def one_line_to_try(monkeypatch):
+    monkeypatch.setattr(search, "lines_to_try", lambda *_: [Point(1, "none", 1, 1)])
+
+
 def test_a_search_keeps_apart_what_the_name_of_a_topology_does_not(costs, tmp_path, monkeypatch):
     """`local` is another machine elsewhere."""
+    one_line_to_try(monkeypatch)
     asked = []
 
     def fake(made, setting):
@@ -300,12 +312,13 @@ def test_a_search_keeps_apart_what_the_name_of_a_topology_does_not(costs, tmp_pa
 
     monkeypatch.setattr(search, "measure", fake)
     for count_ in (8, 4):
-        arguments = tiny.config("unused"), "local", jax.devices()[:count_], 2, str(tmp_path)
+        arguments = one_block(), "local", jax.devices()[:count_], 2, str(tmp_path)
         search.search(*arguments)
     assert {*asked} == {8, 4}
 
 
 def test_a_search_as_json_is_json(tmp_path, costs, monkeypatch):
+    one_line_to_try(monkeypatch)
     fake = functools.partial(pretended, costs, Point(1, "none", 1, 1), 4)
     monkeypatch.setattr(search, "measure", lambda *_: fake())
     config = config_file(tmp_path, tmp_path / "nowhere.json")
