@@ -13,7 +13,6 @@ from weights import random_leaves
 
 from mobilellm_jax.data.plan import Plan, PlanSource, Stage
 from mobilellm_jax.errors import UserError
-from mobilellm_jax.leaves import flat
 from mobilellm_jax.model import transformer
 from mobilellm_jax.model.config import ModelConfig, Stack, flops_per_token, parameter_count
 from mobilellm_jax.model.presets import COMPARED, PRESETS, preset
@@ -433,8 +432,7 @@ def test_efficientllms_cuts_follow_its_figure():
 def test_what_a_folder_holds_is_trained_on(tmp_path):
     """The network that pruning left, whatever its shape, and its weights."""
     left = dataclasses.replace(tiny.MODEL, stacks=(Stack(1, 4, 2, 9), Stack(1, 2, 1, 5)))
-    params = flat(jax.device_get(transformer.init(left, jax.random.key(0))))
-    write_model(params, left, tiny.tokenizer(), {}, tmp_path / "left")
+    write_model(random_leaves(left), left, tiny.tokenizer(), {}, tmp_path / "left")
     for name, argument in (("efficientllm", "469m,continue"), ("adapt_pruner", "8b,60")):
         config = module(name).get_config(f"{argument},{tmp_path}/left")
         assert ModelConfig.from_dict(config.model) == left
@@ -454,8 +452,7 @@ def test_the_study_of_pruning(tmp_path, monkeypatch):
     small = dataclasses.replace(made.BY_HAND, dead_channels=False)
     for name in ("source", *made.ONE_SHOT):
         model = made.adapt_pruner.SMALL if name == "source" else small
-        params = flat(jax.device_get(transformer.init(model, jax.random.key(0))))
-        write_model(params, model, tiny.tokenizer(), {}, tmp_path / name)
+        write_model(random_leaves(model), model, tiny.tokenizer(), {}, tmp_path / name)
     sweep = made.get_sweep("")
     source = parameter_count(made.adapt_pruner.SMALL)
     flops = {}

@@ -6,13 +6,12 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
+import runs
 from etils import epath
 
 from mobilellm_jax.data import baselines
@@ -359,7 +358,7 @@ def test_baselines_epochs_and_samples_are_those_of_the_rows(
 ):
     plan, tokenizer, heldout = prepared
     model = ModelConfig(290, 16, (Stack(1, 2, 1, 32, 2),), head_dim=8, max_length=64)
-    params = transformer.init(model, jax.random.key(0))
+    params = jax.jit(transformer.init, static_argnums=0)(model, jax.random.key(0))
     loaded = LoadedModel(params, model, tokenizer, 20, {})
     monkeypatch.setattr(samples, "load_model", lambda directory: loaded)
     workdir = write_prepared_run(tmp_path / "run", plan)
@@ -422,10 +421,9 @@ def test_a_plan_or_rows_that_changed_since_are_told(tmp_path, prepared):
 
 
 def test_the_program_takes_the_workdir_and_tells_mistakes_in_one_line(tmp_path):
-    command = [sys.executable, "-m", "mobilellm_jax.report", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path} is not the workdir of a run")
+    done = runs.program("mobilellm_jax.report", tmp_path)
+    assert done.status == 1 and "Traceback" not in done.err
+    assert done.err.splitlines()[-1].startswith(f"error: {tmp_path} is not the workdir of a run")
 
 
 def test_rows_inside_a_long_document_give_no_prompt():

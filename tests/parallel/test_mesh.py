@@ -63,10 +63,12 @@ def test_a_third_axis_is_a_line_more(monkeypatch):
         (r"mlp/down", P(None, "tensor", "fsdp")),
     )
     monkeypatch.setattr(sharding, "RULES", wide + sharding.RULES)
-    params = transformer.init(tiny.MODEL, jax.random.key(0))
+    (stack,) = tiny.MODEL.stacks
+    model = dataclasses.replace(tiny.MODEL, stacks=(dataclasses.replace(stack, repeats=1),))
+    params = jax.jit(transformer.init, static_argnums=0)(model, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (8, 17), 1, tiny.VOCAB)
     batch = {"tokens": np.asarray(tokens), "source": np.zeros(8, np.int32)}
-    network = Network(tiny.MODEL, Execution("float32"), 1, 2, 1)
+    network = Network(model, Execution("float32"), 1, 2, 1)
 
     def loss(params, batch):
         return next_token(params, batch, network).total
