@@ -421,13 +421,16 @@ def cost(
       by_target: see `slopes`.
       probes: whose gradients DataInf has; 0: there is no DataInf.
     """
-    arrays, tokens = (of.chosen, of.rest), _tokens(of, row_length)
+    tokens = _tokens(of, row_length)
 
-    def stacked(count: int) -> Weights:
+    def stacked(number: int) -> Weights:
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=x.sharding),
+            lambda x: jax.ShapeDtypeStruct((number, *x.shape), x.dtype, sharding=x.sharding),
             of.chosen,
         )
+
+    def trace(program: Any, along: Any, **settings: Any) -> Any:
+        return program.trace(of.chosen, of.rest, along, tokens, **settings)
 
     def of_row(traced: Any) -> float:
         return count(traced.jaxpr).total / of.batch_rows
@@ -435,16 +438,16 @@ def cost(
     datainf = 0.0
     if probes:
         grouped = {**_static(of), "group": of.group}
-        products = _products.trace(*arrays, stacked(probes), tokens, **grouped)
+        products = trace(_products, stacked(probes), **grouped)
         factors = {
             name: jax.ShapeDtypeStruct(dots.shape, dots.dtype, sharding=tokens.sharding)
             for name, (_, dots) in products.out_info.items()
         }
-        sums = _weighted_sum.trace(*arrays, factors, tokens, **grouped)
+        sums = trace(_weighted_sum, factors, **grouped)
         datainf = of_row(products) + of_row(sums)
-    slopes = slopes_program(of, by_target)
+    slopes = trace(slopes_program(of, by_target), stacked(directions), **_static(of))
     return Cost(
         gradient=flops(of, _summed_gradient, row_length),
         datainf=datainf,
-        slopes=of_row(slopes.trace(*arrays, stacked(directions), tokens, **_static(of))),
+        slopes=of_row(slopes),
     )
